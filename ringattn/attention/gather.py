@@ -1,0 +1,35 @@
+"""All-gather of K/V, then one local call: memory grows with the ring, but one transfer may beat many short hops."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax import lax
+
+from ringattn.attention.kernels import Keys, Queries, Rule
+from ringattn.attention.softmax import Partial
+
+
+@dataclass(frozen=True)
+class Gather:
+    """Every device gathers all keys over mesh axis (or axes) `axis` and computes its own queries' attention."""
+
+    axis: str | tuple[str, str]
+    kernel: Any
+
+    def forward(self, rule: Rule, queries: Queries, keys: Keys, slopes: Any) -> Partial:
+        """Attention of this device's queries to the keys of all devices; as a kernel's `forward`."""
+        return self.kernel.forward(rule, queries, self._gathered(keys), slopes)
+
+    def backward(self, rule: Rule, queries: Queries, keys: Keys, slopes: Any, lse: Any, delta: Any, d_out: Any):
+        """Gradients of this device's queries and keys; as a kernel's `backward`. Gathers again: nothing is kept."""
+        grads = self.kernel.backward(rule, queries, self._gathered(keys), slopes, lse, delta, d_out)
+        key, value = (lax.psum_scatter(d, self.axis, scatter_dimension=2, tiled=True) for d in (grads.key, grads.value))
+        return grads._replace(key=key, value=value)
+
+    def _gathered(self, keys: Keys) -> Keys:
+        def whole(x, dim):
+            return lax.all_gather(x, self.axis, axis=dim, tiled=True)
+
+        tokens = jax.tree.map(lambda x: whole(x, 1), keys.tokens)
+        return Keys(whole(keys.key, 2), whole(keys.value, 2), tokens)

@@ -1,0 +1,125 @@
+"""Cutting queries and keys into tiles, and visiting just the pairs of tiles in which something is to be seen."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ringattn.attention.kernels import Keys, Queries
+from ringattn.attention.mask import Mask, Tokens, extent, relate
+
+TILE = 512
+"""Tokens of a tile at most: its logits, of all heads, are the kernel's working memory."""
+
+
+class Pair(NamedTuple):
+    """One tile of queries and one of keys in one row of the batch, and how to reach them in whole arrays."""
+
+    row: Any
+    first_query: Any
+    first_key: Any
+    queries: int
+    keys: int
+
+    def q(self, x):
+        """The tile [G, R, queries, ...] of x [B, G, R, L, ...]."""
+        return self._tile(x, 3, self.first_query, self.queries)
+
+    def k(self, x):
+        """The tile [G, keys, ...] of x [B, G, M, ...]."""
+        return self._tile(x, 2, self.first_key, self.keys)
+
+    def put_q(self, x, tile):
+        """x with that tile of queries replaced."""
+        return lax.dynamic_update_slice(x, tile[None], self._start(x, 3, self.first_query))
+
+    def put_k(self, x, tile):
+        """x with that tile of keys replaced."""
+        return lax.dynamic_update_slice(x, tile[None], self._start(x, 2, self.first_key))
+
+    def tokens(self, queries: Queries, keys: Keys) -> tuple[Tokens, Tokens]:
+        """The tiles' tokens, [queries] and [keys]."""
+
+        def tile(x, first, size):
+            row = self.row if x.shape[0] > 1 else jnp.int32(0)
+            return lax.dynamic_slice(x, (row, first), (1, size))[0]
+
+        return (
+            jax.tree.map(lambda x: tile(x, self.first_query, self.queries), queries.tokens),
+            jax.tree.map(lambda x: tile(x, self.first_key, self.keys), keys.tokens),
+        )
+
+    def _tile(self, x, dim, first, size):
+        sizes = (1, *x.shape[1:dim], size, *x.shape[dim + 1 :])
+        return lax.dynamic_slice(x, self._start(x, dim, first), sizes)[0]
+
+    def _start(self, x, dim, first):
+        return (self.row, *([jnp.int32(0)] * (dim - 1)), first, *([jnp.int32(0)] * (x.ndim - dim - 1)))
+
+
+def visit(mask: Mask, queries: Queries, keys: Keys, trip: Callable[[Pair, Any, bool], Any], carry: Any) -> Any:
+    """Folds `trip(pair, carry, masked)` over the pairs of tiles in which some query sees some key.
+
+    `masked` is False for the pairs in which every query sees every key; they come first, in a loop of their own.
+    """
+    (rows, _, _, length, _), keys_length = queries.query.shape, keys.key.shape[2]
+    size_q, size_k = tile_size(length), tile_size(keys_length)
+    shape = rows, length // size_q, keys_length // size_k
+    empty, full = relate(mask, _bounds(queries.tokens, size_q, 2), _bounds(keys.tokens, size_k, 1))
+    kind = jnp.broadcast_to(jnp.where(empty, 2, jnp.where(full, 0, 1)), shape).reshape(-1)
+    # One list for all rows: the pairs without a mask, then those with one, then the empty ones, never visited.
+    order = jnp.argsort(kind, stable=True).astype(jnp.int32)
+    unmasked, seen = (kind == 0).sum(dtype=jnp.int32), (kind < 2).sum(dtype=jnp.int32)
+
+    def step(masked: bool, n: Any, carry: Any) -> Any:
+        row, i, j = jnp.unravel_index(order[n], shape)
+        return trip(Pair(row, i * size_q, j * size_k, size_q, size_k), carry, masked)
+
+    carry = lax.fori_loop(jnp.zeros_like(seen), unmasked, lambda n, c: step(False, n, c), carry)
+    return lax.fori_loop(unmasked, seen, lambda n, c: step(True, n, c), carry)
+
+
+def _bounds(tokens: Tokens, size: int, dim: int) -> Any:
+    """Extents of all tiles [rows, tiles], with a dim of size 1 at `dim` to compare them along."""
+    tiled = jax.tree.map(lambda x: x.reshape(x.shape[0], -1, size), tokens)
+    return jax.tree.map(lambda x: jnp.expand_dims(x, dim), extent(tiled))
+
+
+def tile_size(length: int) -> int:
+    """The greatest divisor up to TILE of half the length, or of all of it if that is odd.
+
+    Half the length, because the two halves of a zigzag shard lie far apart: a tile across them would bound nothing.
+    """
+    part = length // 2 if length % 2 == 0 else length
+    return next(size for size in range(min(part, TILE), 0, -1) if part % size == 0)
+
+
+def padded(queries: Queries, keys: Keys) -> tuple[Queries, Keys]:
+    """Both, lengthened to where tiles are not slivers (a prime length has none); what is added is padding."""
+    length, keys_length = queries.query.shape[3], keys.key.shape[2]
+    to, keys_to = _tileable(length), _tileable(keys_length)
+    if (to, keys_to) == (length, keys_length):
+        return queries, keys
+
+    def tokens(x: Tokens, to: int) -> Tokens:
+        segments = jnp.zeros_like(x.positions) if x.segments is None else x.segments
+        spans = None if x.spans is None else pad(x.spans, 1, to, -1)
+        return Tokens(pad(x.positions, 1, to), pad(segments, 1, to, -1), spans)
+
+    return (
+        Queries(pad(queries.query, 3, to), tokens(queries.tokens, to)),
+        Keys(pad(keys.key, 2, keys_to), pad(keys.value, 2, keys_to), tokens(keys.tokens, keys_to)),
+    )
+
+
+def pad(x: Any, dim: int, to: int, value: int = 0) -> Any:
+    """x with `value` appended along `dim` up to size `to`."""
+    widths = [(0, to - size if d == dim else 0) for d, size in enumerate(x.shape)]
+    return jnp.pad(x, widths, constant_values=value)
+
+
+def _tileable(length: int) -> int:
+    part = length // 2 if length % 2 == 0 else length
+    return length if tile_size(length) * 4 >= min(part, TILE) else -(-length // TILE) * TILE

@@ -1,0 +1,120 @@
+"""Attention inside a shard_map: picks the strategy for the local shards, and gives it its gradient.
+
+A strategy is, like a kernel, a pair of functions `forward` and `backward` (`ringattn.attention.kernels`), which is why
+a ring can be the kernel of another ring, and why one custom_vjp serves all.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from ringattn.attention.exchange import exchange
+from ringattn.attention.gather import Gather
+from ringattn.attention.kernels import Keys, Queries, Rule
+from ringattn.attention.local import choose_kernel
+from ringattn.attention.mask import Mask, Tokens
+from ringattn.attention.ring import Ring
+from ringattn.attention.softmax import varying_like, with_sink
+from ringattn.layout import shard_positions
+
+STRATEGIES = ("ring", "gather", "ulysses", "usp")
+
+
+def shard_attention(
+    query: Float[Array, "B L H D"],
+    key: Float[Array, "B L G D"],
+    value: Float[Array, "B L G Dv"],
+    *,
+    mask: Mask = Mask(),
+    segment_ids: Int[Array, "B L"] | None = None,
+    span_ids: Int[Array, "B L"] | None = None,
+    positions: Int[Array, "B L"] | None = None,
+    layout: str = "contiguous",
+    strategy: str = "ring",
+    axis: str | tuple[str, str] = "context",
+    scale: float | None = None,
+    soft_cap: float | None = None,
+    sinks: Float[Array, " H"] | None = None,
+    slopes: Float[Array, " H"] | None = None,
+    kernel: str = "auto",
+) -> Float[Array, "B L H Dv"]:
+    """`ringattn.attention` of local shards, to be called inside a `jax.shard_map` that is manual over `axis`.
+
+    Arguments as there, but L, B and heads are this device's own, and `sinks` and `slopes` are of its own heads.
+
+    Raises:
+      ValueError: if the arguments do not fit each other.
+    """
+    shards, local, groups = lax.axis_size(axis), query.shape[1], key.shape[2]
+    implied = None if positions is not None else layout
+    if positions is None:
+        positions = shard_positions(layout, lax.axis_index(axis), shards, local)[None]
+    tokens = Tokens(positions, segment_ids, span_ids)
+    rule = Rule(mask, query.shape[-1] ** -0.5 if scale is None else scale, soft_cap)
+    arrays = query, key, value, sinks, slopes
+    # All marked as varying alike, so that what is summed over devices in the gradient is left to JAX.
+    query, key, value, sinks, slopes = (
+        None if x is None else varying_like(x, *jax.tree.leaves((arrays, tokens))) for x in arrays
+    )
+    tokens = jax.tree.map(lambda x: varying_like(x, query), tokens)
+    queries = Queries(rearrange(query, "B L (G R) D -> B G R L D", G=groups), tokens)
+    keys = Keys(*(rearrange(x, "B L G D -> B G L D") for x in (key, value)), tokens)
+    per_head = [None if x is None else x.reshape(groups, -1) for x in (slopes, sinks)]
+    attend = _strategy(strategy, axis, implied, choose_kernel(kernel), rule)
+    return rearrange(attend(queries, keys, *per_head), "B G R L D -> B L (G R) D")
+
+
+def _strategy(strategy: str, axis: Any, implied: str | None, kernel: Any, rule: Rule) -> Any:
+    """attend(queries, keys, slopes, sinks) for the strategy; `implied` is the layout, None if positions are given."""
+    nested = not isinstance(axis, str)
+    if strategy == "gather":
+        return partial(_attend, Gather(axis, kernel), rule)
+    if strategy == "ulysses":
+        return partial(exchange, partial(_attend, kernel, rule), axis)
+    if strategy == "usp":
+        outer, inner = axis
+        ring = Ring(outer, implied, kernel, group=lax.axis_size(inner))
+        return partial(exchange, partial(_attend, ring, rule), inner)
+    if nested:
+        outer, inner = axis
+        # The inner ring's visitors come from anywhere on the outer one: their positions travel.
+        return partial(_attend, Ring(outer, implied, Ring(inner, None, kernel), inner=inner), rule)
+    return partial(_attend, Ring(axis, implied, kernel), rule)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(strategy: Any, rule: Rule, queries: Queries, keys: Keys, slopes: Any, sinks: Any) -> Any:
+    """[B, G, R, L, Dv] in query's dtype."""
+    return _forward(strategy, rule, queries, keys, slopes, sinks)[0]
+
+
+def _forward(strategy: Any, rule: Rule, queries: Queries, keys: Keys, slopes: Any, sinks: Any) -> Any:
+    part = strategy.forward(rule, queries, keys, slopes)
+    if sinks is not None:
+        part = with_sink(part, sinks[None].astype(part.lse.dtype))
+    # Named, so that a jax.checkpoint policy can save them: then no third turn of K/V is needed to recompute them.
+    out = checkpoint_name(part.out.astype(queries.query.dtype), "attention_out")
+    lse = checkpoint_name(part.lse, "attention_lse")
+    return out, (queries, keys, slopes, sinks, out, lse)
+
+
+def _backward(strategy: Any, rule: Rule, saved: Any, d_out: Any) -> Any:
+    queries, keys, slopes, sinks, out, lse = saved
+    delta = (d_out.astype(lse.dtype) * out.astype(lse.dtype)).sum(-1)
+    grads = strategy.backward(rule, queries, keys, slopes, lse, delta, d_out)
+    d_sinks = None
+    if sinks is not None:
+        d_sinks = -(jnp.exp(sinks[None, ..., None].astype(lse.dtype) - lse) * delta).sum((0, 3)).astype(sinks.dtype)
+    d_slopes = None if slopes is None else grads.slopes.astype(slopes.dtype)
+    none = jax.tree.map(lambda x: None, queries.tokens)
+    d_keys = Keys(grads.key.astype(keys.key.dtype), grads.value.astype(keys.value.dtype), none)
+    return Queries(grads.query.astype(queries.query.dtype), none), d_keys, d_slopes, d_sinks
+
+
+_attend.defvjp(_forward, _backward)

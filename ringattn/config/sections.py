@@ -1,0 +1,204 @@
+"""What a run is: frozen sections that check themselves, each field with its type, default and meaning."""
+
+import re
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ringattn.config.checks import at_least, check_types, nearest_multiples, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    layers: int = 4
+    """Number of transformer layers."""
+    dim: int = 256
+    """Width of the residual stream (E)."""
+    heads: int = 8
+    """Query heads (H)."""
+    kv_heads: int = 4
+    """Key/value heads (G); heads must be a multiple."""
+    head_dim: int = 32
+    """Width of a head (D), even."""
+    feed_forward: int = 768
+    """Inner width of the SwiGLU feed-forward (F)."""
+    rope_theta: float = 10_000.0
+    """Base of the rotary position embedding."""
+    tied: bool = True
+    """Whether the output projection is the embedding's transpose."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the computation; parameters, softmax and loss are always float32."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        at_least(1, self, "layers", "dim", "heads", "kv_heads", "head_dim", "feed_forward")
+        multiple = f"a multiple of model.kv_heads={self.kv_heads}: use {nearest_multiples(self.heads, self.kv_heads)}"
+        require(self.heads % self.kv_heads == 0, self, "heads", multiple)
+        even = f"even, for rotary positions turn pairs: use {nearest_multiples(self.head_dim, 2)}"
+        require(self.head_dim % 2 == 0, self, "head_dim", even)
+        require(self.rope_theta > 0, self, "rope_theta", "positive, such as 10000")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    path: str = "stdlib"
+    """Text to train on: a file, a folder, a glob (plain text or .jsonl), or 'stdlib', Python's own source."""
+    tokenizer: str = "bytes"
+    """'bytes', or the path of a local tokenizer.json."""
+    seq_len: int = 2048
+    """Tokens in a row (L)."""
+    validation: float = 0.05
+    """Share of the documents that is held out for validation."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require(bool(self.path), self, "path", "a file, a folder, a glob or 'stdlib'")
+        require(bool(self.tokenizer), self, "tokenizer", "'bytes' or the path of a tokenizer.json")
+        at_least(1, self, "seq_len")
+        require(0 < self.validation < 1, self, "validation", "between 0 and 1, such as 0.05")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mesh:
+    data: int = 1
+    """Devices over which the rows of a batch are spread; -1: what the other axes leave."""
+    context: int = -1
+    """Devices in the ring, over which each row is spread; -1: what the other axes leave."""
+    tensor: int = 1
+    """Devices over which heads and feed-forward are spread; -1: what the other axes leave."""
+    simulate: int = 0
+    """Run on this many simulated CPU devices; 0: on the devices there are."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        sizes = {"data": self.data, "context": self.context, "tensor": self.tensor}
+        for name, size in sizes.items():
+            require(size >= 1 or size == -1, self, name, "at least 1, or -1 for what the other axes leave")
+        rest = [name for name, size in sizes.items() if size == -1]
+        if len(rest) > 1:
+            both = " and ".join(f"mesh.{name}=-1" for name in rest)
+            raise ValueError(f"{both}: only one axis can take what the others leave; set --mesh.{rest[0]} 1")
+        at_least(0, self, "simulate")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attention:
+    layout: Literal["contiguous", "striped", "zigzag"] = "zigzag"
+    """Order in which a row's tokens lie over the ring; zigzag and striped balance causal work."""
+    strategy: Literal["ring", "gather"] = "ring"
+    """How queries meet all keys: pass K/V round the ring, or gather them."""
+    window: int | None = None
+    """How many tokens back a token sees (None: all of its document)."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require(self.window is None or self.window >= 0, self, "window", "at least 0, or None for no window")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    learning_rate: float = 3e-3
+    """Peak of the schedule: linear warm-up, then cosine."""
+    warmup_steps: int = 20
+    """Steps of linear warm-up."""
+    final_fraction: float = 0.1
+    """Learning rate at the last step, as a fraction of the peak."""
+    weight_decay: float = 0.1
+    """AdamW's decoupled weight decay, on matrices only."""
+    beta1: float = 0.9
+    """AdamW's decay of the first moment."""
+    beta2: float = 0.95
+    """AdamW's decay of the second moment."""
+    clip_norm: float = 1.0
+    """Gradients are scaled down to at most this global norm."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require(self.learning_rate > 0, self, "learning_rate", "positive, such as 0.003")
+        at_least(0, self, "warmup_steps", "weight_decay")
+        require(0 <= self.final_fraction <= 1, self, "final_fraction", "between 0 and 1, such as 0.1")
+        for name, decay in {"beta1": self.beta1, "beta2": self.beta2}.items():
+            require(0 <= decay < 1, self, name, "at least 0 and less than 1, such as 0.9")
+        require(self.clip_norm > 0, self, "clip_norm", "positive, such as 1.0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    steps: int = 200
+    """Optimizer updates."""
+    batch_size: int = 4
+    """Rows per update, over all devices."""
+    accumulate: int = 1
+    """Parts a batch is computed in, one after another; batch_size must be a multiple."""
+    seed: int = 0
+    """Seed of initialisation and of the order of documents."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        at_least(1, self, "steps", "batch_size", "accumulate")
+        at_least(0, self, "seed")
+        multiple = f"a multiple of train.accumulate={self.accumulate}: use "
+        multiple += nearest_multiples(self.batch_size, self.accumulate)
+        require(self.batch_size % self.accumulate == 0, self, "batch_size", multiple)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    every: int = 50
+    """Steps between validations; one more comes after the last step."""
+    batches: int = 4
+    """Batches of held-out rows per validation."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        at_least(1, self, "every", "batches")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    every: int = 50
+    """Steps between checkpoints; one more is written after the last step."""
+    keep: int = 2
+    """How many of the newest checkpoints are kept."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        at_least(1, self, "every", "keep")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Log:
+    every: int = 10
+    """Steps between rows of metrics.jsonl."""
+    directory: str = "runs"
+    """Folder that holds the run's own folder."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        at_least(1, self, "every")
+        require(bool(self.directory), self, "directory", "a folder, such as 'runs'")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    name: str = "run"
+    """Name of the run: its folder inside log.directory."""
+    resume: Literal["never", "auto", "must"] = "auto"
+    """Whether a run whose folder holds a checkpoint goes on from it."""
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    mesh: Mesh = field(default_factory=Mesh)
+    attention: Attention = field(default_factory=Attention)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    train: Train = field(default_factory=Train)
+    evaluate: Evaluate = field(default_factory=Evaluate)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    log: Log = field(default_factory=Log)
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        plain = re.fullmatch(r"\w[\w.+=-]*", self.name) is not None
+        require(plain, self, "name", "a plain folder name: letters, digits and . _ + = -, such as 'run-2'")
+        warmup, steps = self.optimizer.warmup_steps, self.train.steps
+        if warmup >= steps:
+            cure = f"use --optimizer.warmup_steps {steps - 1} or --train.steps {warmup + 1}"
+            raise ValueError(f"optimizer.warmup_steps={warmup} must be less than train.steps={steps}: {cure}")

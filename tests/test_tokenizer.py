@@ -1,0 +1,107 @@
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+
+from ringattn.data.tokenizer import ByteTokenizer, FileTokenizer, load_tokenizer
+
+TEXT = "def f(x):\n    return 'é 漢 🙂'\n" * 3
+BOUNDARY = "<|endoftext|>"
+
+
+def train(special: list[str]) -> tokenizers.Tokenizer:
+    """A byte-level BPE vocabulary, as GPT-2's."""
+    level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = level
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, special_tokens=special, initial_alphabet=level.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator([TEXT], trainer)
+    return tokenizer
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    name = str(tmp_path / "tokenizer.json")
+    train(["<pad>", BOUNDARY]).save(name)
+    return name
+
+
+def test_bytes_round_trip_and_never_yield_the_boundary():
+    tokenizer = load_tokenizer("bytes")
+    assert (tokenizer.size, tokenizer.boundary) == (257, 256)
+    ids = tokenizer.encode(TEXT.encode())
+    assert tokenizer.decode(ids) == TEXT
+    assert tokenizer.encode(bytes(range(256))).tolist() == list(range(256))
+    assert tokenizer.encode(b"").tolist() == []
+
+
+def test_bytes_decode_any_shape_without_boundaries_and_with_bad_utf8():
+    tokenizer = ByteTokenizer()
+    assert tokenizer.decode(np.array([[256, 97], [98, 256]])) == "ab"
+    assert tokenizer.decode([0xC3]) == "\ufffd"
+    assert tokenizer.byte_length(np.array([[256, 97], [0xC3, 256]], np.int32)) == 2
+
+
+def test_file_round_trips_with_fewer_tokens_than_bytes(path: str):
+    tokenizer = load_tokenizer(path)
+    ids = tokenizer.encode(TEXT.encode())
+    assert tokenizer.decode(ids) == TEXT
+    assert len(ids) < len(TEXT.encode())
+    assert ids.max() < tokenizer.size
+    assert tokenizer.boundary == 1
+    assert tokenizer.byte_length([1, *ids, 1]) == len(TEXT.encode())
+
+
+def test_text_that_spells_the_boundary_stays_text(path: str):
+    tokenizer = load_tokenizer(path)
+    text = f"a{BOUNDARY}b"
+    ids = tokenizer.encode(text.encode())
+    assert tokenizer.boundary not in ids
+    assert tokenizer.decode(ids) == text
+
+
+def test_truncation_and_padding_in_the_file_are_not_obeyed(tmp_path: Path):
+    tokenizer = train([BOUNDARY])
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=4)
+    tokenizer.save(str(tmp_path / "t.json"))
+    loaded = load_tokenizer(str(tmp_path / "t.json"))
+    assert loaded.decode(loaded.encode(TEXT.encode())) == TEXT
+    assert len(loaded.encode(b"a")) == 1
+
+
+def test_any_known_end_of_text_serves_and_others_are_listed(tmp_path: Path):
+    train(["<s>", "</s>"]).save(str(tmp_path / "t.json"))
+    assert load_tokenizer(str(tmp_path / "t.json")).boundary == 1
+    train(["<s>"]).save(str(tmp_path / "t.json"))
+    with pytest.raises(ValueError, match=r"\(<s>\): add one of <\|endoftext\|>, .*</s>"):
+        load_tokenizer(str(tmp_path / "t.json"))
+
+
+def test_ids_outside_the_vocabulary_are_refused(path: str):
+    for tokenizer in (ByteTokenizer(), FileTokenizer(path)):
+        for bad in (-1, tokenizer.size):
+            with pytest.raises(ValueError, match=f"token id {bad} is not in the vocabulary of {tokenizer.size}"):
+                tokenizer.decode([0, bad])
+
+
+def test_files_that_cannot_serve_are_refused(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"data.tokenizer='byte' cannot be read \(No such file.*or use 'bytes'"):
+        load_tokenizer("byte")
+    with pytest.raises(ValueError, match="directory"):
+        load_tokenizer(str(tmp_path))
+    for content in (b"{", b"\xff\xfe", b'{"version": "1.0"}', b""):
+        (tmp_path / "t.json").write_bytes(content)
+        with pytest.raises(ValueError, match=r"is not a valid tokenizer.json"):
+            load_tokenizer(str(tmp_path / "t.json"))
+
+
+def test_the_missing_library_is_named(path: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(ValueError, match=r"pip install 'ringattn\[tokenizers\]'"):
+        load_tokenizer(path)
