@@ -33,7 +33,9 @@ def check_length(length: int, layout: str, shards: int, name: str = "the sequenc
     fitting = f"{below} or {below + unit}" if below > 0 else f"{unit}"
     rule = f"2 * context = {unit}" if layout == "zigzag" else f"context = {unit}"
     other = ", or layout='contiguous'" if layout == "zigzag" and length > 0 and length % shards == 0 else ""
-    raise ValueError(f"{name}={length} must be a positive multiple of {rule} for layout={layout!r}: use {fitting}{other}")
+    raise ValueError(
+        f"{name}={length} must be a positive multiple of {rule} for layout={layout!r}: use {fitting}{other}"
+    )
 
 
 def pieces(layout: str, shard: Any, shards: int, local: int) -> list[Piece]:

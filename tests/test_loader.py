@@ -54,9 +54,15 @@ def test_split_leaves_a_document_on_either_side(share: float, held: int):
     assert (len(training), len(validation)) == (3 - held, held)
 
 
+@pytest.mark.parametrize("text", ["a line of text\n" * 100, "no line ends here, but ünïcode " * 50])
+def test_of_a_single_document_the_end_is_held_out(text: str):
+    (training,), (validation,) = split([Document("book.txt", text.encode())] * 2, 0.1)
+    assert training.content + validation.content == text.encode()
+    assert 0.08 < len(validation.content) / len(text.encode()) < 0.16
+    assert validation.content.decode().startswith("a line") or "\n" not in text
+
+
 def test_split_that_cannot_be_made_is_refused():
-    with pytest.raises(ValueError, match=r"has 1 different documents, .* at least 2: .* files, or a \.jsonl"):
-        split(numbered(1) * 5, 0.5)
     for share in (0.0, 1.0, -0.1, float("nan")):
         with pytest.raises(ValueError, match=rf"data.validation={share} must lie between 0 and 1: use 0.05"):
             split(numbered(3), share)

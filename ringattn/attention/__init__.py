@@ -69,7 +69,7 @@ def attention(
       ValueError: if the arguments do not fit each other or the mesh; it names both values and a cure.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    axes = (axis,) if isinstance(axis, str) else tuple(axis)
+    axes = _names(axis)
     _check_mesh(mesh, axes, strategy)
     choose_kernel(kernel)
     check_length(query.shape[1], layout, _size(mesh, axes), "query's length L")
@@ -79,7 +79,7 @@ def attention(
         raise ValueError(f"soft_cap={soft_cap} must be positive; None for no cap")
     spec = _resolve_spec(query, spec, mesh, axes, key.shape[2])
     settings = {"mask": mask, "layout": layout, "strategy": strategy, "scale": scale, "soft_cap": soft_cap}
-    settings |= {"kernel": kernel, "axis": axes if len(axes) > 1 else axes[0]}
+    settings |= {"kernel": kernel, "axis": axes[0] if len(axes) == 1 else axes}
     arrays = {name: x for name, x in (tokens | {"sinks": sinks, "slopes": slopes}).items() if x is not None}
     return _sharded(spec, tuple(settings.items()), query, key, value, arrays)
 
@@ -102,8 +102,9 @@ def _resolve_spec(query: Any, spec: jax.P | None, mesh: Any, axes: tuple[str, ..
     """All four dims of query's spec, the sequence over `axes` alone, checked against the mesh."""
     over = axes[0] if len(axes) == 1 else axes
     if spec is None:
-        given = tuple(jax.typeof(query).sharding.spec) if _explicit(mesh) else ()
-        spec = jax.P(*(given[:1] or (None,)), over, *given[2:3])
+        entries = jax.typeof(query).sharding.spec if _explicit(mesh) else ()
+        batch, _, heads, *_ = (*entries, None, None, None)
+        spec = jax.P(batch, over, heads)
     batch, length, heads, depth = (*spec, *([None] * (4 - len(spec))))
     if _names(length) != axes:
         raise ValueError(f"spec={spec} puts the sequence over {length!r}, but axis={over!r}: they must agree")
@@ -113,9 +114,11 @@ def _resolve_spec(query: Any, spec: jax.P | None, mesh: Any, axes: tuple[str, ..
     if missing:
         raise ValueError(f"spec={spec} names {missing[0]!r}, but the mesh has the axes {mesh.axis_names}")
     for what, size, entry in (("B", query.shape[0], batch), ("G", kv_heads, heads)):
-        if size % _size(mesh, _names(entry)):
-            count = _size(mesh, _names(entry))
-            raise ValueError(f"{what}={size} does not split over {entry!r} of {count} devices: use a multiple of {count}")
+        count = _size(mesh, _names(entry))
+        if size % count:
+            raise ValueError(
+                f"{what}={size} does not split over the {count} devices of {entry!r}: use a multiple of {count}"
+            )
     return jax.P(batch, over, heads, None)
 
 
@@ -123,7 +126,7 @@ def _check_mesh(mesh: Any, axes: tuple[str, ...], strategy: str) -> None:
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy={strategy!r} is none of {', '.join(map(repr, STRATEGIES))}")
     if mesh.empty:
-        raise ValueError("no mesh is set: call jax.set_mesh(jax.make_mesh((8,), ('context',))) first, or use it as `with`")
+        raise ValueError("no mesh is set: first call jax.set_mesh(jax.make_mesh((jax.device_count(),), ('context',)))")
     for name in axes:
         if name not in mesh.axis_names:
             raise ValueError(f"axis={name!r} is not in the mesh, whose axes are {mesh.axis_names}: give one of them")
@@ -131,8 +134,10 @@ def _check_mesh(mesh: Any, axes: tuple[str, ...], strategy: str) -> None:
             raise ValueError(f"axis={name!r} is manual here, inside a shard_map: call ringattn.shard_attention instead")
     if len(axes) > 2 or len(set(axes)) < len(axes):
         raise ValueError(f"axis={axes} must be one mesh axis or two different ones, (outer, inner)")
-    if strategy == "usp" and len(axes) != 2:
-        raise ValueError(f"strategy='usp' needs axis=(outer, inner), not {axes[0]!r}; over one axis use 'ring' or 'ulysses'")
+    if strategy == "usp" and len(axes) == 1:
+        raise ValueError(
+            f"strategy='usp' needs axis=(outer, inner), not {axes[0]!r}; 'ring' and 'ulysses' need one axis"
+        )
 
 
 def _check_arrays(query: Any, key: Any, value: Any, tokens: dict[str, Any], per_head: dict[str, Any]) -> None:
@@ -140,9 +145,11 @@ def _check_arrays(query: Any, key: Any, value: Any, tokens: dict[str, Any], per_
         raise ValueError(f"query, key, value must be [B, L, heads, D], not {query.shape}, {key.shape}, {value.shape}")
     (B, L, H, D), G = query.shape, key.shape[2]
     if key.shape != (B, L, G, D) or value.shape[:3] != (B, L, G):
-        raise ValueError(f"query {query.shape}, key {key.shape} and value {value.shape} must agree in B and L, key in D")
+        raise ValueError(
+            f"query {query.shape}, key {key.shape}, value {value.shape} must agree in B and L, key also in D"
+        )
     if G == 0 or H % G:
-        raise ValueError(f"H={H} query heads must be a multiple of G={G} K/V heads: use {max(H // max(G, 1), 1) * G} or {G}")
+        raise ValueError(f"H={H} query heads must be a multiple of G={G} K/V heads: use H={max(H // max(G, 1), 1) * G}")
     if not (query.dtype == key.dtype == value.dtype and jnp.issubdtype(query.dtype, jnp.floating)):
         raise ValueError(f"query, key, value must be of one float dtype, not {query.dtype}, {key.dtype}, {value.dtype}")
     for name, x in tokens.items():

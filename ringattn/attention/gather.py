@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from jax import lax
 
-from ringattn.attention.kernels import Keys, Queries, Rule
+from ringattn.attention.kernels import Keys, OfKeys, OfQueries, Queries, Rule, Saved
 from ringattn.attention.softmax import Partial
 
 
@@ -17,15 +17,16 @@ class Gather:
     axis: str | tuple[str, str]
     kernel: Any
 
-    def forward(self, rule: Rule, queries: Queries, keys: Keys, slopes: Any) -> Partial:
+    def forward(self, rule: Rule, queries: Queries, keys: Keys, slopes: Any, before: Partial) -> Partial:
         """Attention of this device's queries to the keys of all devices; as a kernel's `forward`."""
-        return self.kernel.forward(rule, queries, self._gathered(keys), slopes)
+        return self.kernel.forward(rule, queries, self._gathered(keys), slopes, before)
 
-    def backward(self, rule: Rule, queries: Queries, keys: Keys, slopes: Any, lse: Any, delta: Any, d_out: Any):
+    def backward(
+        self, rule: Rule, queries: Queries, keys: Keys, slopes: Any, saved: Saved, before: OfQueries
+    ) -> tuple[OfQueries, OfKeys]:
         """Gradients of this device's queries and keys; as a kernel's `backward`. Gathers again: nothing is kept."""
-        grads = self.kernel.backward(rule, queries, self._gathered(keys), slopes, lse, delta, d_out)
-        key, value = (lax.psum_scatter(d, self.axis, scatter_dimension=2, tiled=True) for d in (grads.key, grads.value))
-        return grads._replace(key=key, value=value)
+        of_queries, of_keys = self.kernel.backward(rule, queries, self._gathered(keys), slopes, saved, before)
+        return of_queries, OfKeys(*(lax.psum_scatter(x, self.axis, scatter_dimension=2, tiled=True) for x in of_keys))
 
     def _gathered(self, keys: Keys) -> Keys:
         def whole(x, dim):

@@ -2,7 +2,7 @@
 
 Ring Attention (arXiv 2310.01889), with a backward pass that lets K/V go round once more instead of keeping all
 visitors. Each transfer is issued before the work that hides it, and a barrier keeps the compiler from delaying it:
-what has been received must be there before the work's result may be used. Gradients of K/V travel with their shard,
+what has been received must be there before the next hop's work may start. Gradients of K/V travel with their shard,
 one hop late, so that they are hidden too, and then go home. Hops on which no device sees anything are not made.
 """
 
@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ringattn.attention.kernels import Gradients, Keys, Queries, Rule
+from ringattn.attention.kernels import Keys, OfKeys, OfQueries, Queries, Rule, Saved
 from ringattn.attention.mask import Mask, needed_hops
-from ringattn.attention.softmax import Partial, merge
+from ringattn.attention.softmax import Partial
 from ringattn.layout import shard_positions
 
 
@@ -40,47 +40,53 @@ class Ring:
     group: int = 1
     inner: str | None = None
 
-    def forward(self, rule: Rule, queries: Queries, keys: Keys, slopes: Any) -> Partial:
+    def forward(self, rule: Rule, queries: Queries, keys: Keys, slopes: Any, before: Partial) -> Partial:
         """Attention of this device's queries to the keys of all devices; as a kernel's `forward`."""
         own = self._own(keys)
 
         def visit(part, visitor, incoming):
-            new = self.kernel.forward(rule, queries, self._keys(visitor), slopes)
-            new, incoming = lax.optimization_barrier((new, incoming))
-            return new if part is None else merge(part, new), incoming
+            part = self.kernel.forward(rule, queries, self._keys(visitor), slopes, part)
+            part, incoming = lax.optimization_barrier((part, incoming))
+            return part, incoming
 
-        part, visitor = None, own
+        part, visitor = before, own
         for step, hops in self._runs(rule.mask, own):
             # Leave from home while the visitor before is at work, then from device to device.
-            carry = visit(part, visitor, self._send(own, step))
-            part, visitor = _repeat(hops - 1, lambda carry, step=step: visit(*carry, self._send(carry[1], step)), carry)
-        return visit(part, visitor, None)[0]
+            part, visitor = visit(part, visitor, self._send(own, step))
 
-    def backward(self, rule: Rule, queries: Queries, keys: Keys, slopes: Any, lse: Any, delta: Any, d_out: Any):
+            def onward(part, visitor, step=step):
+                return visit(part, visitor, self._send(visitor, step))
+
+            part, visitor = _repeat(hops - 1, onward, (part, visitor))
+        part, _ = visit(part, visitor, None)
+        return part
+
+    def backward(
+        self, rule: Rule, queries: Queries, keys: Keys, slopes: Any, saved: Saved, before: OfQueries
+    ) -> tuple[OfQueries, OfKeys]:
         """Gradients of this device's queries and keys; as a kernel's `backward`."""
         own = self._own(keys)
 
-        def visit(d_queries, visitor, incoming, d_visitor):
-            new = self.kernel.backward(rule, queries, self._keys(visitor), slopes, lse, delta, d_out)
-            new, incoming, d_visitor = lax.optimization_barrier((new, incoming, d_visitor))
-            return _add(d_queries, (new.query, new.slopes)), incoming, _add(d_visitor, (new.key, new.value))
+        def visit(of_queries, visitor, incoming, of_visitor):
+            new = self.kernel.backward(rule, queries, self._keys(visitor), slopes, saved, of_queries)
+            (of_queries, of_keys), incoming, of_visitor = lax.optimization_barrier((new, incoming, of_visitor))
+            return of_queries, incoming, _add(of_visitor, of_keys)
 
         runs = self._runs(rule.mask, own)
         incoming = [self._send(own, step) for step, _ in runs] + [None]
-        d_queries, visitor, d_own = visit(None, own, incoming[0], None)
+        of_queries, visitor, of_own = visit(before, own, incoming[0], None)
         for (step, hops), following in zip(runs, incoming[1:], strict=True):
 
-            def onward(d_queries, visitor, d_visitor, step=step):
-                return visit(d_queries, visitor, self._send(visitor, step), self._shift(d_visitor, step))
+            def onward(of_queries, visitor, of_visitor, step=step):
+                return visit(of_queries, visitor, self._send(visitor, step), self._shift(of_visitor, step))
 
-            d_visitor = None
+            of_visitor = None
             if hops > 1:
-                carry = onward(d_queries, visitor, None)
-                d_queries, visitor, d_visitor = _repeat(hops - 2, lambda carry, onward=onward: onward(*carry), carry)
-            d_queries, visitor, d_visitor = visit(d_queries, visitor, following, self._shift(d_visitor, step))
-            d_own = _add(d_own, self._shift(d_visitor, -step * hops))
-        (d_query, d_slopes), (d_key, d_value) = d_queries, d_own
-        return Gradients(d_query, d_key, d_value, d_slopes)
+                carry = onward(of_queries, visitor, None)
+                of_queries, visitor, of_visitor = _repeat(hops - 2, onward, carry)
+            of_queries, visitor, of_visitor = visit(of_queries, visitor, following, self._shift(of_visitor, step))
+            of_own = _add(of_own, self._shift(of_visitor, -step * hops))
+        return of_queries, of_own
 
     def _runs(self, mask: Mask, own: "_Visitor") -> tuple[tuple[int, int], ...]:
         members, tokens = lax.axis_size(self.axis), own.keys.tokens
@@ -143,8 +149,8 @@ class _Visitor(NamedTuple):
 
 
 def _repeat(times: int, f: Any, carry: Any) -> Any:
-    """f(f(...f(carry))), in a loop that XLA keeps: unrolled, it would hold every hop's memory at once."""
-    return lax.scan(lambda carry, _: (f(carry), None), carry, length=times)[0] if times else carry
+    """carry = f(*carry), so often, in a loop that XLA keeps: unrolled, it would hold every hop's memory at once."""
+    return lax.scan(lambda carry, _: (f(*carry), None), carry, length=times)[0] if times else carry
 
 
 def _add(a: Any, b: Any) -> Any:

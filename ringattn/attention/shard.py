@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from ringattn.attention.exchange import exchange
 from ringattn.attention.gather import Gather
-from ringattn.attention.kernels import Keys, Queries, Rule
+from ringattn.attention.kernels import Keys, Queries, Rule, Saved, no_gradients, nothing
 from ringattn.attention.local import choose_kernel
 from ringattn.attention.mask import Mask, Tokens
 from ringattn.attention.ring import Ring
@@ -57,14 +57,11 @@ def shard_attention(
         positions = shard_positions(layout, lax.axis_index(axis), shards, local)[None]
     tokens = Tokens(positions, segment_ids, span_ids)
     rule = Rule(mask, query.shape[-1] ** -0.5 if scale is None else scale, soft_cap)
-    arrays = query, key, value, sinks, slopes
     # All marked as varying alike, so that what is summed over devices in the gradient is left to JAX.
-    query, key, value, sinks, slopes = (
-        None if x is None else varying_like(x, *jax.tree.leaves((arrays, tokens))) for x in arrays
-    )
-    tokens = jax.tree.map(lambda x: varying_like(x, query), tokens)
+    arrays = query, key, value, slopes, sinks, tokens
+    query, key, value, slopes, sinks, tokens = jax.tree.map(lambda x: varying_like(x, *jax.tree.leaves(arrays)), arrays)
     queries = Queries(rearrange(query, "B L (G R) D -> B G R L D", G=groups), tokens)
-    keys = Keys(*(rearrange(x, "B L G D -> B G L D") for x in (key, value)), tokens)
+    keys = Keys(rearrange(key, "B L G D -> B G L D"), rearrange(value, "B L G D -> B G L D"), tokens)
     per_head = [None if x is None else x.reshape(groups, -1) for x in (slopes, sinks)]
     attend = _strategy(strategy, axis, implied, choose_kernel(kernel), rule)
     return rearrange(attend(queries, keys, *per_head), "B G R L D -> B L (G R) D")
@@ -95,7 +92,7 @@ def _attend(strategy: Any, rule: Rule, queries: Queries, keys: Keys, slopes: Any
 
 
 def _forward(strategy: Any, rule: Rule, queries: Queries, keys: Keys, slopes: Any, sinks: Any) -> Any:
-    part = strategy.forward(rule, queries, keys, slopes)
+    part = strategy.forward(rule, queries, keys, slopes, nothing(queries, keys, slopes))
     if sinks is not None:
         part = with_sink(part, sinks[None].astype(part.lse.dtype))
     # Named, so that a jax.checkpoint policy can save them: then no third turn of K/V is needed to recompute them.
@@ -107,14 +104,16 @@ def _forward(strategy: Any, rule: Rule, queries: Queries, keys: Keys, slopes: An
 def _backward(strategy: Any, rule: Rule, saved: Any, d_out: Any) -> Any:
     queries, keys, slopes, sinks, out, lse = saved
     delta = (d_out.astype(lse.dtype) * out.astype(lse.dtype)).sum(-1)
-    grads = strategy.backward(rule, queries, keys, slopes, lse, delta, d_out)
+    before = no_gradients(queries, keys, slopes)
+    of_queries, of_keys = strategy.backward(rule, queries, keys, slopes, Saved(lse, delta, d_out), before)
+    none = jax.tree.map(lambda x: None, queries.tokens)
+    d_query = of_queries.query.astype(queries.query.dtype)
+    d_key, d_value = of_keys.key.astype(keys.key.dtype), of_keys.value.astype(keys.value.dtype)
+    d_slopes = None if slopes is None else of_queries.slopes.astype(slopes.dtype)
     d_sinks = None
     if sinks is not None:
         d_sinks = -(jnp.exp(sinks[None, ..., None].astype(lse.dtype) - lse) * delta).sum((0, 3)).astype(sinks.dtype)
-    d_slopes = None if slopes is None else grads.slopes.astype(slopes.dtype)
-    none = jax.tree.map(lambda x: None, queries.tokens)
-    d_keys = Keys(grads.key.astype(keys.key.dtype), grads.value.astype(keys.value.dtype), none)
-    return Queries(grads.query.astype(queries.query.dtype), none), d_keys, d_slopes, d_sinks
+    return Queries(d_query, none), Keys(d_key, d_value, none), d_slopes, d_sinks
 
 
 _attend.defvjp(_forward, _backward)

@@ -48,5 +48,9 @@ def with_sink(part: Partial, sink: Float[Array, "*heads"]) -> Partial:
 
 def varying_like(x: Array, *others: Array) -> Array:
     """`x`, marked as differing over every mesh axis over which `others` differ (inside shard_map)."""
-    axes = frozenset().union(*(jax.typeof(other).manual_axis_type.varying for other in others)) - jax.typeof(x).manual_axis_type.varying
+
+    def varying(array: Array) -> frozenset[str]:
+        return jax.typeof(array).manual_axis_type.varying
+
+    axes = frozenset().union(*map(varying, others)) - varying(x)
     return jax.lax.pcast(x, tuple(axes), to="varying") if axes else x

@@ -99,7 +99,7 @@ class Optimizer:
     learning_rate: float = 3e-3
     """Peak of the schedule: linear warm-up, then cosine."""
     warmup_steps: int = 20
-    """Steps of linear warm-up."""
+    """Steps of linear warm-up; a run of fewer steps ends within it."""
     final_fraction: float = 0.1
     """Learning rate at the last step, as a fraction of the peak."""
     weight_decay: float = 0.1
@@ -198,7 +198,3 @@ class Config:
         check_types(self)
         plain = re.fullmatch(r"\w[\w.+=-]*", self.name) is not None
         require(plain, self, "name", "a plain folder name: letters, digits and . _ + = -, such as 'run-2'")
-        warmup, steps = self.optimizer.warmup_steps, self.train.steps
-        if warmup >= steps:
-            cure = f"use --optimizer.warmup_steps {steps - 1} or --train.steps {warmup + 1}"
-            raise ValueError(f"optimizer.warmup_steps={warmup} must be less than train.steps={steps}: {cure}")

@@ -19,21 +19,29 @@ _AHEAD = 2  # batches that are ready or being made while the device computes
 def split(documents: Sequence[Document], share: float) -> tuple[list[Document], list[Document]]:
     """Documents for training and for validation, about `share` of them held out, at least one on either side.
 
-    Who is held out depends on the contents alone: no seed moves it, and equal documents stay on one side.
-    Raises ValueError if `share` is not between 0 and 1, or if there are not two different documents.
+    Who is held out depends on the contents alone: no seed moves it, and equal documents stay on one side. Of a text
+    that is all one document, its end is held out. Raises ValueError if `share` is not between 0 and 1.
     """
     if not 0 < share < 1:
         raise ValueError(f"data.validation={share} must lie between 0 and 1: use 0.05 to hold out a twentieth")
     digests = [hashlib.sha256(document.content).digest() for document in documents]
     ranked = sorted(set(digests))
-    if len(ranked) < 2:
-        raise ValueError(
-            f"the text has {len(ranked)} different documents, but training and validation need at least 2: "
-            "let data.path name a folder or glob of several files, or a .jsonl with a document a line"
-        )
+    if len(ranked) == 1:
+        return _cut(documents[0], share)
     held = set(ranked[: min(max(round(share * len(ranked)), 1), len(ranked) - 1)])
     pairs = list(zip(documents, digests, strict=True))
     return [one for one, digest in pairs if digest not in held], [one for one, digest in pairs if digest in held]
+
+
+def _cut(document: Document, share: float) -> tuple[list[Document], list[Document]]:
+    """One document in two, at the end of a line if there is one near, or else of a character."""
+    content = document.content
+    held = round(share * len(content))
+    at = len(content) - held
+    at = content.rfind(b"\n", at - held // 2, at) + 1 or at
+    while at < len(content) and content[at] & 0xC0 == 0x80:  # not within a character of UTF-8
+        at += 1
+    return [Document(document.name, content[:at])], [Document(f"{document.name} (its end)", content[at:])]
 
 
 class Loader:

@@ -7,6 +7,7 @@ may lie over the ring in any order; attention comes as a function.
 
 from collections.abc import Callable
 from math import prod
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,9 @@ VOCABULARY_MULTIPLE = 128
 AttentionFunction = Callable[..., Float[Array, "B L H D"]]
 """Called as attention(query, key, value, segment_ids=segment_ids); a query sees keys of its own segment."""
 
+Params = Any
+"""An nnx.State: a tree of a model's parameters."""
+
 
 def gather(parameter: nnx.Param, dtype: str) -> Float[Array, "..."]:
     """The parameter in `dtype`, whole but for the tensor axis: an all-gather over the FSDP axes.
@@ -33,7 +37,7 @@ def gather(parameter: nnx.Param, dtype: str) -> Float[Array, "..."]:
     """
     array = parameter[...]
     spec = jax.typeof(array).sharding.spec
-    whole = P(*(None if axis == FSDP else axis for axis in spec), reduced=set(FSDP))
+    whole = P(*(None if axis == FSDP else axis for axis in spec), reduced=frozenset(FSDP))
     return jax.reshard(array.astype(dtype), whole)
 
 
@@ -135,6 +139,6 @@ class Transformer(nnx.Module):
         return (self.embedding if self.config.tied else self.unembedding)[...].astype(self.config.dtype)
 
 
-def count_parameters(params: nnx.State) -> int:
+def count_parameters(params: Params) -> int:
     """Numbers in the (possibly abstract) parameters."""
     return sum(prod(leaf.shape) for leaf in jax.tree.leaves(params))

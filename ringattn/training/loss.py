@@ -24,8 +24,8 @@ def cross_entropy(
 
     Args:
       hidden: rows over the data axis, tokens over the context axis, in the compute dtype.
-      output: the output projection, V over the tensor axis and E over the FSDP axes, in the compute dtype; rows from `vocabulary` on are
-        padding and get no probability.
+      output: the output projection, V over the tensor axis and E over the FSDP axes, in the compute dtype; rows
+        from `vocabulary` on are padding and get no probability.
       targets: int32, each below `vocabulary`.
       weights: float32; weights that add up to 1 make the sum a weighted mean.
     """
@@ -54,10 +54,8 @@ def cross_entropy(
 def negative_log_likelihood(
     hidden: Float[Array, "B E"], output: Float[Array, "v E"], targets: Int[Array, " B"], vocabulary: int
 ) -> Float[Array, " B"]:
-    """-log p(target) in nats of a device's tokens, inside a shard_map, v rows of V on each device of the tensor axis."""
-    logits = jnp.einsum(
-        "be,ve->bv", hidden, output.astype(hidden.dtype), preferred_element_type=jnp.float32
-    )
+    """-log p(target) in nats, inside a shard_map where each device of the tensor axis has v rows of `output`."""
+    logits = jnp.einsum("be,ve->bv", hidden, output.astype(hidden.dtype), preferred_element_type=jnp.float32)
     first = lax.axis_index(TENSOR) * output.shape[0]
     ids = first + jnp.arange(output.shape[0], dtype=jnp.int32)
     logits = jnp.where((ids < vocabulary)[None, :], logits, -jnp.inf)

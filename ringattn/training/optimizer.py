@@ -7,15 +7,12 @@ from ringattn import config
 
 
 def learning_rate(c: config.Optimizer, steps: int) -> optax.Schedule:
-    """Update number (from 0) -> learning rate: up in a line to the peak, then down a cosine that ends at `steps`.
-
-    A warm-up longer than the run is cut short with it: the peak is then never reached.
-    """
+    """Updates done (from 0) -> learning rate: up in a line to the peak, then down a cosine that ends at `steps`."""
     return optax.warmup_cosine_decay_schedule(
-        init_value=c.learning_rate / (c.warmup_steps + 1),
+        init_value=c.learning_rate / (c.warmup_steps + 1),  # not 0: the first update is to do something
         peak_value=c.learning_rate,
         warmup_steps=c.warmup_steps,
-        decay_steps=max(steps, c.warmup_steps + 1),
+        decay_steps=steps,
         end_value=c.learning_rate * c.final_fraction,
     )
 

@@ -3,33 +3,42 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from ringattn.data import Batch
-from ringattn.model import Transformer
+from ringattn.model import Params, Transformer
 from ringattn.training.loss import cross_entropy
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """All that a run needs in order to go on: `step` counts the updates done."""
+    """All that a run needs in order to go on. Its leaves are arrays, or what stands for them in a tree of shapes."""
 
-    params: nnx.State
+    params: Params
     opt_state: Any
-    step: Int[Array, ""]
+    step: Any
+    """int32 scalar: the updates done."""
+
+
+class Metrics(NamedTuple):
+    """Of one update: the loss before it, in nats per token, the gradient's global norm before clipping, the rate."""
+
+    loss: Float[Array, ""]
+    grad_norm: Float[Array, ""]
+    learning_rate: Float[Array, ""]
 
 
 MakeModel = Callable[[], Transformer]
-TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Float[Array, ""]]]]
-EvalStep = Callable[[nnx.State, Batch], tuple[Float[Array, ""], Float[Array, ""]]]
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+EvalStep = Callable[[Params, Batch], tuple[Float[Array, ""], Float[Array, ""]]]
 
 
 def make_initial_state(make_model: MakeModel, optimizer: optax.GradientTransformation) -> Callable[[], TrainState]:
@@ -43,14 +52,15 @@ def make_initial_state(make_model: MakeModel, optimizer: optax.GradientTransform
     return initial_state
 
 
-def make_loss(make_model: MakeModel, vocabulary: int) -> Callable[[nnx.State, Batch], Float[Array, ""]]:
+def make_loss(make_model: MakeModel, vocabulary: int) -> Callable[[Params, Batch], Float[Array, ""]]:
     """Parameters and a batch [B, L] -> the sum of its weighted losses, in nats."""
     graphdef = nnx.graphdef(nnx.eval_shape(make_model))
 
-    def loss(params: nnx.State, batch: Batch) -> Float[Array, ""]:
+    def loss(params: Params, batch: Batch) -> Float[Array, ""]:
         model = nnx.merge(graphdef, params)
-        hidden = model(batch.tokens, batch.positions, batch.segment_ids)
-        return cross_entropy(hidden, model.output(), batch.targets, batch.weights, vocabulary)
+        tokens, targets, positions, segment_ids, weights = map(jnp.asarray, batch)
+        hidden = model(tokens, positions, segment_ids)
+        return cross_entropy(hidden, model.output(), targets, weights, vocabulary)
 
     return loss
 
@@ -78,10 +88,9 @@ def make_train_step(
         with jax.numpy_dtype_promotion("standard"):  # optax counts on it, where the project may be held to "strict"
             updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
             rate = jnp.asarray(schedule(state.step), jnp.float32)
-        params = optax.apply_updates(state.params, updates)
+        params: Any = optax.apply_updates(state.params, updates)
         norm = jnp.sqrt(sum(jnp.sum(leaf * leaf) for leaf in jax.tree.leaves(gradient)))
-        metrics = {"loss": loss, "grad_norm": norm, "learning_rate": rate}
-        return TrainState(params, opt_state, state.step + 1), metrics
+        return TrainState(params, opt_state, state.step + 1), Metrics(loss, norm, rate)
 
     return train_step
 
@@ -91,7 +100,7 @@ def make_eval_step(make_model: MakeModel, vocabulary: int) -> EvalStep:
     loss = make_loss(make_model, vocabulary)
 
     @jax.jit
-    def eval_step(params: nnx.State, batch: Batch):
+    def eval_step(params: Params, batch: Batch):
         return jnp.sum(lax.map(partial(loss, params), batch)), jnp.sum(batch.weights)
 
     return eval_step

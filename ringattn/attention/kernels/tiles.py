@@ -10,53 +10,53 @@ from jax import lax
 from ringattn.attention.kernels import Keys, Queries
 from ringattn.attention.mask import Mask, Tokens, extent, relate
 
-TILE = 512
-"""Tokens of a tile at most: its logits, of all heads, are the kernel's working memory."""
+TILE = 256
+"""Tokens of a tile at most."""
+LOGITS = 2**20
+"""Logits of a tile at most, over all heads, for which rows of the batch share a trip: the kernel's working memory."""
 
 
 class Pair(NamedTuple):
-    """One tile of queries and one of keys in one row of the batch, and how to reach them in whole arrays."""
+    """A tile of queries and one of keys, the same in some rows of the batch, and how to reach them in whole arrays."""
 
-    row: Any
+    first_row: Any
     first_query: Any
     first_key: Any
+    rows: int
     queries: int
     keys: int
 
     def q(self, x):
-        """The tile [G, R, queries, ...] of x [B, G, R, L, ...]."""
+        """The tile [rows, G, R, queries, ...] of x [B, G, R, L, ...]."""
         return self._tile(x, 3, self.first_query, self.queries)
 
     def k(self, x):
-        """The tile [G, keys, ...] of x [B, G, M, ...]."""
+        """The tile [rows, G, keys, ...] of x [B, G, M, ...]."""
         return self._tile(x, 2, self.first_key, self.keys)
 
     def put_q(self, x, tile):
         """x with that tile of queries replaced."""
-        return lax.dynamic_update_slice(x, tile[None], self._start(x, 3, self.first_query))
+        return lax.dynamic_update_slice(x, tile, self._start(x, 3, self.first_query))
 
     def put_k(self, x, tile):
         """x with that tile of keys replaced."""
-        return lax.dynamic_update_slice(x, tile[None], self._start(x, 2, self.first_key))
+        return lax.dynamic_update_slice(x, tile, self._start(x, 2, self.first_key))
 
     def tokens(self, queries: Queries, keys: Keys) -> tuple[Tokens, Tokens]:
-        """The tiles' tokens, [queries] and [keys]."""
-
-        def tile(x, first, size):
-            row = self.row if x.shape[0] > 1 else jnp.int32(0)
-            return lax.dynamic_slice(x, (row, first), (1, size))[0]
-
+        """The tiles' tokens, [rows or 1, queries] and [rows or 1, keys]."""
         return (
-            jax.tree.map(lambda x: tile(x, self.first_query, self.queries), queries.tokens),
-            jax.tree.map(lambda x: tile(x, self.first_key, self.keys), keys.tokens),
+            jax.tree.map(lambda x: self._tile(x, 1, self.first_query, self.queries), queries.tokens),
+            jax.tree.map(lambda x: self._tile(x, 1, self.first_key, self.keys), keys.tokens),
         )
 
     def _tile(self, x, dim, first, size):
-        sizes = (1, *x.shape[1:dim], size, *x.shape[dim + 1 :])
-        return lax.dynamic_slice(x, self._start(x, dim, first), sizes)[0]
+        rows = min(x.shape[0], self.rows)  # positions that a layout implies have one row for all
+        return lax.dynamic_slice(x, self._start(x, dim, first), (rows, *x.shape[1:dim], size, *x.shape[dim + 1 :]))
 
     def _start(self, x, dim, first):
-        return (self.row, *([jnp.int32(0)] * (dim - 1)), first, *([jnp.int32(0)] * (x.ndim - dim - 1)))
+        zero = jnp.int32(0)
+        row = zero if x.shape[0] == 1 else self.first_row
+        return (row, *([zero] * (dim - 1)), first, *([zero] * (x.ndim - dim - 1)))
 
 
 def visit(mask: Mask, queries: Queries, keys: Keys, trip: Callable[[Pair, Any, bool], Any], carry: Any) -> Any:
@@ -64,18 +64,20 @@ def visit(mask: Mask, queries: Queries, keys: Keys, trip: Callable[[Pair, Any, b
 
     `masked` is False for the pairs in which every query sees every key; they come first, in a loop of their own.
     """
-    (rows, _, _, length, _), keys_length = queries.query.shape, keys.key.shape[2]
+    (B, G, R, length, _), keys_length = queries.query.shape, keys.key.shape[2]
     size_q, size_k = tile_size(length), tile_size(keys_length)
-    shape = rows, length // size_q, keys_length // size_k
-    empty, full = relate(mask, _bounds(queries.tokens, size_q, 2), _bounds(keys.tokens, size_k, 1))
-    kind = jnp.broadcast_to(jnp.where(empty, 2, jnp.where(full, 0, 1)), shape).reshape(-1)
+    rows = _divisor(B, max(LOGITS // (G * R * size_q * size_k), 1))
+    shape = B // rows, length // size_q, keys_length // size_k
+    judged = relate(mask, _bounds(queries.tokens, size_q, 2), _bounds(keys.tokens, size_k, 1))
+    empty, full = (jnp.broadcast_to(x, (B, *shape[1:])).reshape(-1, rows, *shape[1:]).all(1) for x in judged)
+    kind = jnp.where(empty, 2, jnp.where(full, 0, 1)).reshape(-1)
     # One list for all rows: the pairs without a mask, then those with one, then the empty ones, never visited.
     order = jnp.argsort(kind, stable=True).astype(jnp.int32)
     unmasked, seen = (kind == 0).sum(dtype=jnp.int32), (kind < 2).sum(dtype=jnp.int32)
 
     def step(masked: bool, n: Any, carry: Any) -> Any:
         row, i, j = jnp.unravel_index(order[n], shape)
-        return trip(Pair(row, i * size_q, j * size_k, size_q, size_k), carry, masked)
+        return trip(Pair(row * rows, i * size_q, j * size_k, rows, size_q, size_k), carry, masked)
 
     carry = lax.fori_loop(jnp.zeros_like(seen), unmasked, lambda n, c: step(False, n, c), carry)
     return lax.fori_loop(unmasked, seen, lambda n, c: step(True, n, c), carry)
@@ -93,7 +95,7 @@ def tile_size(length: int) -> int:
     Half the length, because the two halves of a zigzag shard lie far apart: a tile across them would bound nothing.
     """
     part = length // 2 if length % 2 == 0 else length
-    return next(size for size in range(min(part, TILE), 0, -1) if part % size == 0)
+    return _divisor(part, TILE)
 
 
 def padded(queries: Queries, keys: Keys) -> tuple[Queries, Keys]:
@@ -123,3 +125,8 @@ def pad(x: Any, dim: int, to: int, value: int = 0) -> Any:
 def _tileable(length: int) -> int:
     part = length // 2 if length % 2 == 0 else length
     return length if tile_size(length) * 4 >= min(part, TILE) else -(-length // TILE) * TILE
+
+
+def _divisor(of: int, most: int) -> int:
+    """The greatest divisor up to `most`."""
+    return next(size for size in range(min(of, most), 0, -1) if of % size == 0)

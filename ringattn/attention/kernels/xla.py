@@ -7,22 +7,21 @@ Forward is online softmax; backward recomputes a tile's probabilities from lse (
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ringattn.attention.kernels import Gradients, Keys, Queries, Rule
+from ringattn.attention.kernels import Keys, OfKeys, OfQueries, Queries, Rule, Saved, accumulator, zeros
 from ringattn.attention.kernels.tiles import Pair, pad, padded, visit
 from ringattn.attention.mask import visible
-from ringattn.attention.softmax import Partial, normalise, shifted_exp, varying_like
+from ringattn.attention.softmax import Partial, normalise, shifted_exp
 
 
-def forward(rule: Rule, queries: Queries, keys: Keys, slopes: Any) -> Partial:
-    """Attention of all queries to these keys; see `ringattn.attention.kernels`."""
+def forward(rule: Rule, queries: Queries, keys: Keys, slopes: Any, before: Partial) -> Partial:
+    """Attention of all queries to these keys and those `before`; see `ringattn.attention.kernels`."""
     length = queries.query.shape[3]
     queries, keys = padded(queries, keys)
-    weighted = _zeros((*queries.query.shape[:-1], keys.value.shape[-1]), queries, keys, slopes)
-    total = _zeros(queries.query.shape[:-1], queries, keys, slopes)
+    weighted, peak = (pad(x, 3, queries.query.shape[3]) for x in before)
+    total = jnp.where(peak == -jnp.inf, 0.0, 1.0).astype(peak.dtype)
 
     def trip(at: Pair, carry, masked: bool):
         weighted, total, peak = carry
@@ -31,79 +30,72 @@ def forward(rule: Rule, queries: Queries, keys: Keys, slopes: Any) -> Partial:
         new = jnp.maximum(old, logits.max(-1))
         weights, decay = shifted_exp(logits, new[..., None]), shifted_exp(old, new)
         value = at.k(keys.value)
-        part = _dot("grqk,gkd->grqd", weights.astype(value.dtype), value)
+        part = _dot("bgrqk,bgkd->bgrqd", weights.astype(value.dtype), value)
         weighted = at.put_q(weighted, at.q(weighted) * decay[..., None] + part)
         total = at.put_q(total, at.q(total) * decay + weights.sum(-1))
         return weighted, total, at.put_q(peak, new)
 
-    weighted, total, peak = visit(rule.mask, queries, keys, trip, (weighted, total, total - jnp.inf))
+    weighted, total, peak = visit(rule.mask, queries, keys, trip, (weighted, total, peak))
     part = normalise(weighted, total, peak)
     return Partial(part.out[:, :, :, :length], part.lse[..., :length])
 
 
-def backward(rule: Rule, queries: Queries, keys: Keys, slopes: Any, lse: Any, delta: Any, d_out: Any) -> Gradients:
-    """Gradients of attention by these keys' part in it; see `ringattn.attention.kernels`."""
+def backward(
+    rule: Rule, queries: Queries, keys: Keys, slopes: Any, saved: Saved, before: OfQueries
+) -> tuple[OfQueries, OfKeys]:
+    """Gradients by these keys' part in attention, and those `before`; see `ringattn.attention.kernels`."""
     length, keys_length = queries.query.shape[3], keys.key.shape[2]
     queries, keys = padded(queries, keys)
-    lse, delta, d_out = (pad(x, 3, queries.query.shape[3]) for x in (lse, delta, d_out))
-    shapes = queries.query.shape, keys.key.shape, keys.value.shape, None if slopes is None else slopes.shape
-    start = Gradients(*(None if shape is None else _zeros(shape, queries, keys, slopes, d_out) for shape in shapes))
+    saved = Saved(*(pad(x, 3, queries.query.shape[3]) for x in saved))
+    start = before._replace(query=pad(before.query, 3, queries.query.shape[3]))
+    like = queries, keys, slopes
 
-    def trip(at: Pair, grads: Gradients, masked: bool):
+    def trip(at: Pair, carry, masked: bool):
+        of_queries, of_keys = carry
         logits, tangent = _logits(rule, queries, keys, slopes, at, masked)
-        query, key, value, d = at.q(queries.query), at.k(keys.key), at.k(keys.value), at.q(d_out)
-        weights = shifted_exp(logits, at.q(lse)[..., None])
-        d_value = _dot("grqk,grqd->gkd", weights.astype(d.dtype), d)
-        d_logits = weights * (_dot("grqd,gkd->grqk", d, value) - at.q(delta)[..., None])
+        query, key, value = at.q(queries.query), at.k(keys.key), at.k(keys.value)
+        lse, delta, d_out = at.q(saved.lse), at.q(saved.delta), at.q(saved.d_out)
+        weights = shifted_exp(logits, lse[..., None])
+        d_value = _dot("bgrqk,bgrqd->bgkd", weights.astype(d_out.dtype), d_out)
+        d_logits = weights * (_dot("bgrqd,bgkd->bgrqk", d_out, value) - delta[..., None])
+        d_slopes = of_queries.slopes
+        if slopes is not None:
+            d_slopes = d_slopes - (d_logits * _distance(queries, keys, at)).sum((0, -2, -1))
         d_scores = (d_logits * tangent).astype(query.dtype)
-        d_query = rule.scale * _dot("grqk,gkd->grqd", d_scores, key)
-        d_key = rule.scale * _dot("grqk,grqd->gkd", d_scores, query)
-        d_slopes = None if slopes is None else grads.slopes - (d_logits * _distance(queries, keys, at)).sum((-2, -1))
-        return Gradients(
-            at.put_q(grads.query, at.q(grads.query) + d_query),
-            at.put_k(grads.key, at.k(grads.key) + d_key),
-            at.put_k(grads.value, at.k(grads.value) + d_value),
-            d_slopes,
-        )
+        d_query = rule.scale * _dot("bgrqk,bgkd->bgrqd", d_scores, key)
+        d_key = rule.scale * _dot("bgrqk,bgrqd->bgkd", d_scores, query)
+        d_query = at.put_q(of_queries.query, at.q(of_queries.query) + d_query)
+        d_key = at.put_k(of_keys.key, at.k(of_keys.key) + d_key)
+        d_value = at.put_k(of_keys.value, at.k(of_keys.value) + d_value)
+        return OfQueries(d_query, d_slopes), OfKeys(d_key, d_value)
 
-    grads = visit(rule.mask, queries, keys, trip, start)
-    return grads._replace(
-        query=grads.query[:, :, :, :length], key=grads.key[:, :, :keys_length], value=grads.value[:, :, :keys_length]
-    )
+    empty = OfKeys(zeros(keys.key.shape, *like), zeros(keys.value.shape, *like))
+    of_queries, of_keys = visit(rule.mask, queries, keys, trip, (start, empty))
+    of_queries = of_queries._replace(query=of_queries.query[:, :, :, :length])
+    return of_queries, OfKeys(*(x[:, :, :keys_length] for x in of_keys))
 
 
 def _logits(rule: Rule, queries: Queries, keys: Keys, slopes: Any, at: Pair, masked: bool) -> tuple[Any, Any]:
-    """The tile's logits [G, R, queries, keys], -inf where unseen, and their derivative by scale * q.k."""
-    logits, tangent = rule.scale * _dot("grqd,gkd->grqk", at.q(queries.query), at.k(keys.key)), 1.0
+    """The tile's logits [rows, G, R, queries, keys], -inf where unseen, and their derivative by scale * q.k."""
+    logits, tangent = rule.scale * _dot("bgrqd,bgkd->bgrqk", at.q(queries.query), at.k(keys.key)), 1.0
     if rule.soft_cap is not None:
         bent = jnp.tanh(logits / rule.soft_cap)
         logits, tangent = rule.soft_cap * bent, 1.0 - jnp.square(bent)
     if slopes is not None:
-        logits = logits - slopes[..., None, None].astype(logits.dtype) * _distance(queries, keys, at)
+        logits = logits - slopes[None, ..., None, None].astype(logits.dtype) * _distance(queries, keys, at)
     if masked:
-        logits = jnp.where(visible(rule.mask, *at.tokens(queries, keys))[None, None], logits, -jnp.inf)
+        logits = jnp.where(visible(rule.mask, *at.tokens(queries, keys))[:, None, None], logits, -jnp.inf)
     return logits, tangent
 
 
 def _distance(queries: Queries, keys: Keys, at: Pair) -> Any:
-    """|p_i - p_j| [1, 1, queries, keys] of a tile, for ALiBi (arXiv 2108.12409)."""
+    """|p_i - p_j| [rows or 1, 1, 1, queries, keys] of a tile, for ALiBi (arXiv 2108.12409)."""
     q, k = at.tokens(queries, keys)
-    distance = jnp.abs(q.positions[:, None] - k.positions[None, :])
-    return distance.astype(accumulator(queries.query.dtype))[None, None]
+    distance = jnp.abs(q.positions[:, :, None] - k.positions[:, None, :])
+    return distance.astype(accumulator(queries.query.dtype))[:, None, None]
 
 
 def _dot(equation: str, a: Any, b: Any) -> Any:
     """einsum that accumulates in float32 (float64 for float64); float32 inputs are not rounded on any device."""
     precision = lax.Precision.DEFAULT if a.dtype == jnp.bfloat16 else lax.Precision.HIGHEST
     return jnp.einsum(equation, a, b, precision=precision, preferred_element_type=accumulator(a.dtype))
-
-
-def accumulator(dtype: Any) -> Any:
-    """The type in which what is made from `dtype` is summed."""
-    return jnp.promote_types(dtype, jnp.float32)
-
-
-def _zeros(shape: tuple[int, ...], *like: Any) -> Any:
-    """Zeros to accumulate into, varying over the mesh as whatever is accumulated."""
-    leaves = jax.tree.leaves(like)
-    return varying_like(jnp.zeros(shape, accumulator(leaves[0].dtype)), *leaves)

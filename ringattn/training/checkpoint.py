@@ -1,0 +1,120 @@
+"""Checkpoints of a run: written behind the run's back, and checked when read, on whatever mesh.
+
+Orbax writes a checkpoint under another name and renames it when all is there, so a process killed while it writes
+does no harm. It does not notice a byte that the disk has changed: each array's sum is kept beside it.
+"""
+
+import os
+from itertools import count
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from ringattn.training.step import TrainState
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """The steps of the finished checkpoints in `folder`, the newest first; none if there is no such folder."""
+    names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+    return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
+
+
+class Checkpoints:
+    """Writes and reads `folder`/<step>/, keeping the newest `keep`; leaving the context awaits the last write."""
+
+    def __init__(self, folder: Path, keep: int):
+        self._folder = folder.absolute()
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        self._manager = ocp.CheckpointManager(self._folder, options=options)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._manager.close()
+
+    def save(self, state: TrainState) -> None:
+        """Begins to write `state`, which may be donated at once. Raises what made the write before it fail."""
+        step, arrays = int(state.step), _named(state)
+        facts = {"shapes": _shapes(arrays), "sums": _sums(arrays)}
+        args = ocp.args.Composite(state=ocp.args.StandardSave(arrays), facts=ocp.args.JsonSave(facts))
+        self._manager.save(step, args=args, force=True)
+
+    def restore(self, like: TrainState) -> tuple[TrainState, list[str]]:
+        """The newest undamaged state, and a line about each damaged one that was passed over.
+
+        `like` is abstract and says by its shardings how the arrays are to lie. What is passed over is renamed to
+        `damaged-<step>`, so that the run may write that step again. Raises ValueError if the newest checkpoint is
+        of another model, or if none can be read.
+        """
+        damaged: dict[int, str] = {}
+        target = _named(like)
+        for step in saved_steps(self._folder):
+            try:
+                facts = self._manager.restore(step, args=ocp.args.Composite(facts=ocp.args.JsonRestore()))["facts"]
+                arrays = self._read(step, target, facts["sums"]) if facts["shapes"] == _shapes(target) else None
+            except Exception as error:  # whatever a damaged file makes its reader raise
+                damaged[step] = f"checkpoint {step} is damaged, going back: {_first_line(error)}"
+                continue
+            if arrays is None:
+                raise ValueError(f"{self._folder / str(step)} is of another model: {_difference(facts, target)}")
+            self._set_aside(list(damaged))
+            return jax.tree.unflatten(jax.tree.structure(like), list(arrays.values())), list(damaged.values())
+        reasons = "; ".join(damaged.values())
+        raise ValueError(f"no readable checkpoint in {self._folder} ({reasons}): start anew under another --name")
+
+    def _read(self, step: int, target: dict[str, Any], sums: dict[str, int]) -> dict[str, jax.Array]:
+        arrays = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target)))["state"]
+        found = _sums({name: arrays[name] for name in target})
+        changed = [name for name in target if found[name] != sums[name]]
+        if changed:
+            raise ValueError(f"{changed[0]} is not what was written")
+        return {name: arrays[name] for name in target}
+
+    def _set_aside(self, steps: list[int]) -> None:
+        if jax.process_index() == 0:
+            for step in steps:
+                names = (f"damaged-{step}" + f"-{again}" * bool(again) for again in count())
+                free = next(name for name in names if not (self._folder / name).exists())
+                os.replace(self._folder / str(step), self._folder / free)
+        self._manager.reload()
+
+
+def _named(state: TrainState) -> dict[str, Any]:
+    """The leaves in the order of the tree, each under its path, such as 'params.layers.0.attention.key.value'."""
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def _shapes(arrays: dict[str, Any]) -> dict[str, list[int]]:
+    return {name: list(array.shape) for name, array in arrays.items()}
+
+
+@jax.jit
+def _bit_sums(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    def bits(array: jax.Array) -> jax.Array:
+        unsigned = jnp.dtype(f"uint{8 * array.dtype.itemsize}")
+        return jax.lax.bitcast_convert_type(array, unsigned).astype(jnp.uint32)
+
+    return {name: jnp.sum(bits(array), dtype=jnp.uint32) for name, array in arrays.items()}
+
+
+def _sums(arrays: dict[str, jax.Array]) -> dict[str, int]:
+    """Each array's bit patterns added up modulo 2**32: the same on every mesh, and one changed byte changes it."""
+    return {name: int(value) for name, value in jax.device_get(_bit_sums(arrays)).items()}
+
+
+def _difference(facts: dict[str, Any], target: dict[str, Any]) -> str:
+    """The first array that differs, and what to do about it."""
+    there, wanted = facts["shapes"], _shapes(target)
+    name = next(name for name in [*wanted, *there] if there.get(name) != wanted.get(name))
+    cure = "restore the config's model and data sections, or start anew under another --name"
+    return f"{name} is {there.get(name, 'missing')} there and {wanted.get(name, 'missing')} here: {cure}"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

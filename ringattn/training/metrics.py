@@ -1,0 +1,211 @@
+"""What a run says and leaves behind: progress on the screen, metrics.jsonl, environment.json, a plot of the loss."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ringattn import config
+from ringattn.hardware import PEAK_FLOPS
+from ringattn.training.step import Metrics
+
+
+class MetricsFile:
+    """metrics.jsonl: one JSON object a line, on disk as soon as it is written, by the first process alone."""
+
+    def __init__(self, path: Path, after: int):
+        """Opens `path` to go on after step `after`: rows beyond it, of a run that was cut off, are cut away."""
+        kept = [row for row in read_rows(path) if row["step"] <= after]
+        self._file = None
+        if jax.process_index() == 0:
+            unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+            unfinished.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+            os.replace(unfinished, path)
+            self._file = path.open("a", encoding="utf-8")
+
+    def __enter__(self) -> "MetricsFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def write(self, row: dict[str, Any]) -> None:
+        if self._file is not None:
+            self._file.write(json.dumps(row, allow_nan=False) + "\n")
+            self._file.flush()
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl, none if there is no file; a last line that was never finished is left out."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+class Screen:
+    """A live line on a terminal, plain lines elsewhere; only the first process speaks."""
+
+    def __init__(self, steps: int, done: int):
+        self._console = Console(quiet=jax.process_index() != 0, highlight=False, soft_wrap=True)
+        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+        self._live = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
+        self._task = self._live.add_task("", total=steps, completed=done)
+        self._steps, self._begin = steps, (done, time.monotonic())
+
+    def __enter__(self) -> "Screen":
+        self._live.start()
+        self._begin = self._begin[0], time.monotonic()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
+
+    def say(self, text: str) -> None:
+        self._console.print(text, markup=False)
+
+    def show(self, row: dict[str, Any]) -> None:
+        """Progress at a logged step: the live line, or a plain one."""
+        step, speed = row["step"], f"loss {row['loss']:.4f}  {row['tokens_per_second']:,.0f} tokens/s"
+        if self._console.is_terminal:
+            self._live.update(self._task, completed=step, description=speed)
+            return
+        done, since = self._begin
+        left = (time.monotonic() - since) / (step - done) * (self._steps - step)
+        self.say(f"step {step}/{self._steps}  {speed}  {left / 60:.1f} min left")
+
+
+class Recorder:
+    """Reads each step's metrics when the next step is already on its way, so that the device never waits."""
+
+    def __init__(self, file: MetricsFile, screen: Screen, every: int, tokens: int, ideal_seconds: float | None):
+        """Rows come every `every` steps of `tokens` tokens; `ideal_seconds` is a step's time at the devices' peak."""
+        self._file, self._screen, self._every, self._tokens, self._ideal = file, screen, every, tokens, ideal_seconds
+        self._pending: tuple[int, Metrics] | None = None
+        self._seconds, self._steps, self._mark = 0.0, 0, time.monotonic()
+
+    def step(self, step: int, metrics: Metrics) -> None:
+        """Takes the metrics of `step`, which may not be there yet, and settles those of the step before."""
+        earlier, self._pending = self._pending, (step, metrics)
+        self._settle(earlier)
+
+    def settle(self) -> None:
+        """Waits for the last step and settles it. Raises ValueError if loss or gradient are no longer finite."""
+        earlier, self._pending = self._pending, None
+        self._settle(earlier)
+
+    def restart_clock(self) -> None:
+        """Leaves out of the speed what was done since the last step was settled."""
+        self._mark = time.monotonic()
+
+    def evaluation(self, step: int, values: dict[str, float]) -> str:
+        """Writes and says the validation loss after `step`; returns it in words."""
+        self._file.write({"step": step} | values)
+        bits = values.get("eval/bits_per_byte")
+        text = f"validation loss {values['eval/loss']:.4f} nats per token"
+        text += "" if bits is None else f", {bits:.4f} bits per byte"
+        self._screen.say(f"step {step}: {text}")
+        return text
+
+    def _settle(self, earlier: tuple[int, Metrics] | None) -> None:
+        if earlier is None:
+            return
+        step, metrics = earlier
+        values = {name: float(value) for name, value in metrics._asdict().items()}
+        now = time.monotonic()
+        self._seconds, self._steps, self._mark = self._seconds + now - self._mark, self._steps + 1, now
+        broken = [name for name, value in values.items() if not math.isfinite(value)]
+        if broken:
+            raise ValueError(
+                f"{broken[0]} became {values[broken[0]]} at step {step}; the checkpoints are from before: "
+                "lower --optimizer.learning_rate or raise --optimizer.warmup_steps"
+            )
+        if step == 1 or step % self._every == 0:
+            row = {"step": step} | values | self._speed(step)
+            self._file.write(row)
+            self._screen.show(row)
+            self._seconds, self._steps = 0.0, 0
+
+    def _speed(self, step: int) -> dict[str, Any]:
+        seconds = self._seconds / self._steps
+        return {
+            "tokens": step * self._tokens,
+            "tokens_per_second": self._tokens / seconds,
+            "step_seconds": seconds,
+            "mfu": None if self._ideal is None else self._ideal / seconds,
+            "peak_bytes": peak_bytes(),
+        }
+
+
+def ideal_seconds(c: config.Config, parameters: int) -> float | None:
+    """How long a step's useful FLOPs take at the peak of all devices; None if their peak is not known.
+
+    Useful are 6 a parameter and token, and attention's, each row taken as one causal document within the window.
+    Recomputation does not count, nor does the lookup of an embedding that has no part in the output.
+    """
+    peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
+    if peak is None:
+        return None
+    length, heads_dim = c.data.seq_len, c.model.heads * c.model.head_dim
+    left = length if c.attention.window is None else min(c.attention.window + 1, length)
+    seen = left * (2 * length - left + 1) / (2 * length)  # keys that a query sees, on average
+    a_token = 6 * parameters + 12 * c.model.layers * heads_dim * seen
+    return a_token * c.train.batch_size * length / (peak * jax.device_count())
+
+
+def peak_bytes() -> int | None:
+    """The most memory that one of this process's devices has held; None where the backend does not count."""
+    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
+    known = [peak for peak in peaks if peak is not None]
+    return max(known) if known else None
+
+
+def environment() -> dict[str, Any]:
+    """What a result may depend on beyond the config: versions, devices, the commit of the source."""
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    device = jax.devices()[0]
+    return {
+        "python": ".".join(map(str, sys.version_info[:3])),
+        "packages": {name: version(name) for name in packages},
+        "devices": {"platform": device.platform, "kind": device.device_kind, "count": jax.device_count()},
+        "processes": jax.process_count(),
+        "git": git_commit(),
+    }
+
+
+def git_commit() -> str | None:
+    """The commit of the checkout that holds this file, '-dirty' behind it if something is changed; None outside."""
+    command = ("git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*")
+    try:
+        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:  # no git on this machine
+        return None
+    return found.stdout.strip() or None
+
+
+def plot_loss(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draws training and validation loss over the steps as a PNG, if matplotlib is installed (extra `plots`)."""
+    if find_spec("matplotlib") is None:
+        return
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for key, label in (("loss", "training"), ("eval/loss", "validation")):
+        points = [(row["step"], row[key]) for row in rows if key in row]
+        axes.plot(*zip(*points, strict=True), label=label, marker="." if key.startswith("eval") else None)
+    axes.set(xlabel="step", ylabel="loss (nats per token)")
+    axes.legend()
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,121 @@
+"""Draws the ring: python -m ringattn.visualize notebooks/images/ring.svg [--devices 4] [--layout contiguous]
+
+Left the devices, each with the queries that stay and the keys and values that go round; right who holds which shard
+at which hop, and which part of the sequence its queries have seen by then. It is all computed, nothing is painted.
+"""
+
+import argparse
+from itertools import accumulate
+from math import asin, cos, degrees, pi, sin
+from pathlib import Path
+
+from ringattn.layout import LAYOUTS, order
+
+# Okabe and Ito's, which colour-blind people tell apart; black text is legible on all of them.
+COLOURS = ("#E69F00", "#56B4E9", "#2CB58A", "#CC79A7", "#F0E442", "#7A9BE0", "#E8804A", "#B0B0B0")
+DEVICE, GAP, CELL, LABEL, TOP = 46, 44, (96, 54), 80, 54  # a device's radius, an arrow's length, a cell, in pixels
+
+
+def visitors(devices: int) -> list[list[int]]:
+    """[device][hop]: whose K/V shard a device holds at hop 0 (its own), 1, ..., devices - 1."""
+    return [[(device - hop) % devices for hop in range(devices)] for device in range(devices)]
+
+
+def owners(devices: int, layout: str) -> list[int]:
+    """The device that holds each of 2 * devices tokens, by position: the finest sequence that every layout takes."""
+    held = order(layout, 2 * devices, devices).reshape(devices, 2).tolist()
+    owner = {position: device for device, positions in enumerate(held) for position in positions}
+    return [owner[position] for position in range(2 * devices)]
+
+
+def draw(devices: int = 4, layout: str = "contiguous") -> str:
+    """The picture as SVG, on a background of its own. Raises ValueError for a ring or a layout it cannot draw."""
+    if not 3 <= devices <= len(COLOURS):
+        raise ValueError(f"devices={devices} must be from 3 to {len(COLOURS)}, for so many colours there are: use 4")
+    sequence = owners(devices, layout)
+    radius = max(106.0, (2 * DEVICE + GAP) / 2 / sin(pi / devices))
+    grid = 2 * (radius + DEVICE) + 60 + LABEL
+    width = grid + devices * (CELL[0] + 8) + 16
+    height = max(TOP + devices * (CELL[1] + 8) + 40, 2 * (radius + DEVICE) + 32)
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" role="img" '
+        'font-family="system-ui, -apple-system, Helvetica, Arial, sans-serif" font-size="15" text-anchor="middle">',
+        f"<title>Ring attention on {devices} devices: queries stay, keys and values go round</title>",
+        f'<rect width="{width:.0f}" height="{height:.0f}" rx="10" fill="#FFFFFF"/>',
+        *_ring(devices, DEVICE + radius + 16, height / 2, radius),
+        *_schedule(devices, sequence, grid),
+        "</svg>",
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def _ring(devices: int, x: float, y: float, radius: float) -> list[str]:
+    """The devices around (x, y), clockwise from the top, and what each sends to the next."""
+    parts = [_text(x, y - 4, "K/V go round,"), _text(x, y + 18, "queries stay")]
+    clear = 2 * asin((DEVICE + 15) / 2 / radius)  # the angle that a device takes, with some air
+    for device in range(devices):
+        angle, colour = 2 * pi * device / devices - pi / 2, COLOURS[device]
+        here_x, here_y = x + radius * cos(angle), y + radius * sin(angle)
+        begin, end = angle + clear, angle + 2 * pi / devices - clear
+        tip_x, tip_y = x + radius * cos(end), y + radius * sin(end)
+        parts += [
+            f'<path d="M{x + radius * cos(begin):.1f},{y + radius * sin(begin):.1f} '
+            f'A{radius:.1f},{radius:.1f} 0 0 1 {tip_x:.1f},{tip_y:.1f}" fill="none" stroke="{colour}" '
+            'stroke-width="6"/>',
+            f'<path d="M-6,-11 L10,0 L-6,11 Z" fill="{colour}" '
+            f'transform="translate({tip_x:.1f} {tip_y:.1f}) rotate({degrees(end) + 90:.1f})"/>',
+            f'<circle cx="{here_x:.1f}" cy="{here_y:.1f}" r="{DEVICE}" fill="#F6F8FA" stroke="#57606A"/>',
+            _text(here_x, here_y - 20, f"device {device}", size=14),
+            _text(here_x, here_y + 1, f"queries {device}", size=14),
+            _rect(here_x - 30, here_y + 9, 60, 23, colour),
+            _text(here_x, here_y + 26, f"K/V {device}"),
+        ]
+    return parts
+
+
+def _schedule(devices: int, sequence: list[int], left: float) -> list[str]:
+    """A row a device, a column a hop: the shard that is there, and the sequence as far as it has been seen."""
+    width, high = CELL
+    parts = [
+        _text(left + hop * (width + 8) + width / 2, TOP - 14, f"hop {hop}" if hop else "at home")
+        for hop in range(devices)
+    ]
+    slot = (width - 12) / len(sequence)
+    for device, row in enumerate(visitors(devices)):
+        top = TOP + device * (high + 8)
+        parts.append(_text(left - LABEL / 2 - 4, top + high / 2 + 5, f"device {device}"))
+        for hop, seen in enumerate(accumulate([[home] for home in row])):
+            x = left + hop * (width + 8)
+            parts += [
+                _rect(x, top, width, high, "#FFFFFF", ' stroke="#57606A"'),
+                _rect(x + 6, top + 6, width - 12, 25, COLOURS[row[hop]]),
+                _text(x + width / 2, top + 24, f"K/V {row[hop]}"),
+            ]
+            for place, owner in enumerate(sequence):
+                fill = COLOURS[owner] if owner in seen else "#E4E7EB"
+                parts.append(_rect(x + 6 + place * slot, top + 37, slot, 11, fill, ' rx="0"'))
+    middle = left + devices * (width + 8) / 2 - 4
+    note = "the bar: which keys of the sequence its queries have seen"
+    return [*parts, _text(middle - LABEL / 2, TOP + devices * (high + 8) + 20, note, size=14)]
+
+
+def _rect(x: float, y: float, width: float, height: float, fill: str, more: str = ' rx="4"') -> str:
+    return f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" fill="{fill}"{more}/>'
+
+
+def _text(x: float, y: float, words: str, size: int = 15) -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" fill="#1F2328">{words}</text>'
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Draws the ring as SVG.")
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--devices", type=int, default=4, choices=range(3, len(COLOURS) + 1))
+    parser.add_argument("--layout", default="contiguous", choices=LAYOUTS)
+    asked = parser.parse_args()
+    asked.file.parent.mkdir(parents=True, exist_ok=True)
+    asked.file.write_text(draw(asked.devices, asked.layout), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""Eight simulated devices, strict promotion, checked types: all set before JAX and ringattn are imported."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+FORCED = "--xla_force_host_platform_device_count"
+if FORCED not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FORCED}=8".strip()
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import pytest
+from jaxtyping import install_import_hook
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+# All but the config: it holds no arrays, and says itself, in a user's words, what is mistyped.
+rooms = {path.stem for path in (Path(__file__).parents[1] / "ringattn").iterdir()} - {
+    "config",
+    "__init__",
+    "__pycache__",
+}
+install_import_hook([f"ringattn.{room}" for room in sorted(rooms)], "beartype.beartype")
+
+
+@pytest.fixture
+def make_mesh() -> Callable[..., jax.sharding.Mesh]:
+    """make_mesh(data=1, context=1, tensor=1): the project's explicit mesh over the first devices there are."""
+
+    def make(data: int = 1, context: int = 1, tensor: int = 1) -> jax.sharding.Mesh:
+        devices = jax.devices()[: data * context * tensor]
+        types = (jax.sharding.AxisType.Explicit,) * 3
+        return jax.make_mesh((data, context, tensor), ("data", "context", "tensor"), types, devices=devices)
+
+    return make

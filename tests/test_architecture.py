@@ -1,0 +1,132 @@
+"""The house keeps its shape: which way imports point, how big things are, what is not used."""
+
+import ast
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TOP = {"pyproject.toml", "README.md", "LICENSE", "CONTRIBUTING.md"}
+TOP |= {"ringattn", "configs", "scripts", "tests", "notebooks"}
+
+# What each room of ringattn/ may import of the others.
+BELOW = {"config", "mesh", "layout", "hardware"}
+ROOMS = {
+    "__init__": {"attention", "layout"},
+    "config": set(),
+    "layout": set(),
+    "hardware": set(),
+    "mesh": {"config", "layout"},
+    "attention": {"layout", "hardware"},
+    "model": BELOW,  # it receives attention as a function
+    "data": BELOW,
+    "training": BELOW | {"attention", "model", "data"},
+    "generation": BELOW | {"attention", "model", "data"},
+    "evaluation": BELOW | {"attention", "model", "data"},
+    "planning": BELOW | {"attention", "model", "data"},
+}
+MANY_PARAMETERS = {
+    "attention",
+    "shard_attention",
+    "flax_attention",
+    "dense_attention",
+}  # the public signature, its options by keyword
+# Of other libraries, and what our own names must not say: it has meant a tile, a shard, a layer and a segment.
+FOREIGN = r"block_until_ready|BlockSpec|BlockSizes|block_(q|kv|k|size)\w*"
+
+SOURCES = sorted((ROOT / "ringattn").rglob("*.py"))
+OURS = SOURCES + sorted((ROOT / "scripts").glob("*.py")) + sorted((ROOT / "configs").glob("*.py"))
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def room(path: Path) -> str:
+    """The first part below ringattn/: a folder, or a file without its ending."""
+    return path.relative_to(ROOT / "ringattn").parts[0].removesuffix(".py")
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Full names of all that a file imports."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name(path)}:{node.lineno} imports relatively"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def calls(path: Path) -> Iterator[tuple[str, int, int]]:
+    """Name, number of arguments and line of each call of a plain name."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            yield node.func.id, len(node.args), node.lineno
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name)
+def test_imports_point_one_way(path):
+    own = room(path)
+    public = {each.split(".")[-1]: each.split(".")[1] for each in imported(ROOT / "ringattn" / "__init__.py")}
+    ours = [each.split(".")[1] for each in imported(path) if each.startswith("ringattn.")]
+    assert {public.get(each, each) for each in ours} <= ROOMS[own] | {own}
+    if own not in ("mesh", "attention", "config"):
+        strings = [node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)]
+        assert not {"context", "tensor"} & {text for text in strings if isinstance(text, str)}, "mesh.py names the axes"
+
+
+def test_configs_import_the_config_and_one_another_alone():
+    neighbours = {path.stem for path in (ROOT / "configs").glob("*.py")}
+    for path in (ROOT / "configs").glob("*.py"):
+        for each in imported(path):
+            assert each.startswith("ringattn.config") or each.split(".")[0] in {"dataclasses", *neighbours}, name(path)
+
+
+@pytest.mark.parametrize("path", OURS, ids=name)
+def test_files_and_functions_are_small(path):
+    lines = len(path.read_text().splitlines())
+    folder = path.relative_to(ROOT).parts[:2]
+    limit = {"scripts": 60, "configs": 40}.get(folder[0], 200 if folder[1] == "attention" else 300)
+    assert lines <= limit
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            size = (node.end_lineno or 0) - node.lineno + 1
+            assert size <= 50 or node.name in MANY_PARAMETERS, f"{node.name} has {size} lines"
+            parameters = len(node.args.posonlyargs + node.args.args + node.args.kwonlyargs)
+            assert parameters <= 8 or node.name in MANY_PARAMETERS, f"{node.name} has {parameters} parameters"
+
+
+@pytest.mark.parametrize("path", OURS, ids=name)
+def test_what_is_not_used(path):
+    text = path.read_text()
+    assert path.stem not in {"utils", "util", "helpers", "common", "manager", "factory", "misc"}
+    for function, arguments, line in calls(path):
+        assert function not in {"hasattr", "eval", "exec", "__import__"}, f"line {line}"
+        assert function != "getattr" or arguments == 2, f"line {line}: getattr with a default"
+    assert not {"pickle", "dill", "yaml"} & {each.split(".")[0] for each in imported(path)}
+    found = re.search(r"(?i)block", re.sub(FOREIGN, "", text))
+    assert found is None, (
+        f"line {text[: found.start()].count(chr(10)) + 1 if found else 0}: say tile, shard, layer, segment"
+    )
+    assert not re.search(r"\bTODO\b|\bFIXME\b|\bXXX\b", text)
+
+
+def test_the_top_level_holds_nothing_else():
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
+    )
+    if listed.returncode:
+        pytest.skip("no git checkout")
+    top = {line.split("/")[0] for line in listed.stdout.splitlines()}
+    assert {each for each in top if not each.startswith(".")} <= TOP
+
+
+def test_a_test_file_a_module():
+    """Every test file is named after a module, or is one of those that cut across."""
+    across = {"equivalence", "laws", "meshes", "resume", "multiprocess", "scripts", "notebooks", "architecture"}
+    modules = {path.stem for path in SOURCES} | {room(path) for path in SOURCES}
+    for path in (ROOT / "tests").glob("test_*.py"):
+        assert path.stem.removeprefix("test_") in modules | across, name(path)

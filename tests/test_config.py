@@ -1,0 +1,241 @@
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ringattn import config
+from ringattn.config import Config, Mesh, Model, Train
+
+BASE = "from ringattn.config import *\nconfig = Config(name='base', model=Model(layers=2), mesh=Mesh(simulate=8))\n"
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    path = tmp_path / "base.py"
+    path.write_text(BASE)
+    return path
+
+
+def refusal(capsys, argv: list[str]) -> str:
+    """The message with which `parse` ends the process: one line, no frame, status 2."""
+    with pytest.raises(SystemExit) as stop:
+        config.parse(argv, "A test.")
+    assert stop.value.code == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("error: ")
+    assert said.err.count("\n") == 1
+    return said.err.removeprefix("error: ").rstrip("\n")
+
+
+def test_a_file_is_read_and_overridden(base):
+    argv = ["--config", str(base), "--model.head_dim", "64", "--model.tied", "False", "--optimizer.learning_rate=1"]
+    parsed = config.parse([*argv, "--attention.window", "7", "--mesh.data", "-1", "--mesh.context", "2"], "A test.")
+    assert parsed.name == "base"
+    assert parsed.model == Model(layers=2, head_dim=64, tied=False)
+    assert parsed.mesh == Mesh(simulate=8, data=-1, context=2)
+    assert parsed.attention.window == 7
+    assert parsed.optimizer.learning_rate == 1.0
+    assert type(parsed.optimizer.learning_rate) is float
+    assert parsed.train == Train()
+    again = config.parse(["--config", str(base), "--attention.window", "None"], "A test.")
+    assert again.attention.window is None
+
+
+def test_a_file_may_edit_its_neighbour(tmp_path, base):
+    for folder, layers in ((tmp_path, 2), (tmp_path / "other", 5)):
+        folder.mkdir(exist_ok=True)
+        (folder / "base.py").write_text(BASE.replace("layers=2", f"layers={layers}"))
+        child = folder / "child.py"
+        child.write_text(
+            "import dataclasses\nfrom base import config\nconfig = dataclasses.replace(config, name='c')\n"
+        )
+        assert config.read(child) == Config(name="c", model=Model(layers=layers), mesh=Mesh(simulate=8))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["--optimizer.learning_rat", "1"],
+            "unknown '--optimizer.learning_rat': did you mean '--optimizer.learning_rate'?",
+        ),
+        (["--learning_rate", "1"], "unknown '--learning_rate': did you mean '--optimizer.learning_rate'?"),
+        (["--xyzzy", "1"], "unknown '--xyzzy': --help lists all fields"),
+        (["--optimizer.learning_rate", "fast"], "--optimizer.learning_rate fast must be a finite number"),
+        (["--optimizer.learning_rate", "nan"], "--optimizer.learning_rate nan must be a finite number"),
+        (["--train.steps", "1.5"], "--train.steps 1.5 must be an integer"),
+        (["--attention.window", "1.5"], "--attention.window 1.5 must be an integer or None"),
+        (["--attention.layout", "x"], "--attention.layout x must be one of 'contiguous', 'striped', 'zigzag'"),
+        (["--model.tied", "1"], "--model.tied 1 must be True or False"),
+        (["--train.steps"], "--train.steps needs a value: an integer"),
+        (["--train.steps", "--train.seed", "1"], "--train.steps needs a value: an integer"),
+        (["train.steps", "3"], "unexpected 'train.steps': write --section.field VALUE"),
+        (["--model.heads", "9"], "model.heads=9 must be a multiple of model.kv_heads=4: use 8 or 12"),
+        (["--name", "../x"], "name='../x' must be a plain folder name: letters, digits and . _ + = -, such as 'run-2'"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_message(capsys, base, words, message):
+    assert refusal(capsys, ["--config", str(base), *words]) == message
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "config = Config(\n  model=Model(layerz=2))",
+            "{path}, line 3: unknown 'model.layerz': did you mean 'model.layers'?",
+        ),
+        ("config = Config(modle=Model())", "{path}, line 2: unknown 'modle': did you mean 'model'?"),
+        ("config = Config(train=Train(steps='9'))", "{path}, line 2: train.steps='9' must be an integer"),
+        ("config = Config(train=Train(steps=True))", "{path}, line 2: train.steps=True must be an integer"),
+        ("config = Config(train=9)", "{path}, line 2: train=9 must be a section Train(...)"),
+        ("config = Config(", "{path}, line 2: '(' was never closed"),
+        ("1 / 0", "{path}, line 2: ZeroDivisionError: division by zero"),
+        ("", "{path} defines no `config`: it must say `config = Config(...)`, of ringattn.config"),
+        ("config = 3", "{path} defines `config` as int: it must say `config = Config(...)`, of ringattn.config"),
+    ],
+)
+def test_a_mistake_in_a_file_is_one_message(capsys, tmp_path, text, message):
+    path = tmp_path / "mistaken.py"
+    path.write_text(f"from ringattn.config import *\n{text}\n")
+    assert refusal(capsys, ["--config", str(path)]) == message.format(path=path)
+
+
+def test_a_mistake_in_a_neighbour_is_found_there(capsys, tmp_path):
+    (tmp_path / "neighbour.py").write_text("from ringattn.config import *\n\nconfig = Config(nme='x')\n")
+    (tmp_path / "child.py").write_text("from neighbour import config\n")
+    message = refusal(capsys, ["--config", str(tmp_path / "child.py")])
+    assert message == f"{tmp_path / 'neighbour.py'}, line 3: unknown 'nme': did you mean 'name'?"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"model": {"layerz": 2}}', "unknown 'model.layerz': did you mean 'model.layers'?"),
+        ('{"modle": {}}', "unknown 'modle': did you mean 'model'?"),
+        ('{"train": {"steps": 1.0}}', "train.steps=1.0 must be an integer"),
+        ('{"optimizer": {"clip_norm": Infinity}}', "optimizer.clip_norm=inf must be a finite number"),
+        ('{"train": 5}', "train=5 must be a JSON object"),
+        ("[]", "the config=[] must be a JSON object"),
+        ('{"train"', "Expecting ':' delimiter: line 1 column 9 (char 8)"),
+    ],
+)
+def test_a_mistake_in_json_is_one_message(capsys, tmp_path, text, message):
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    assert refusal(capsys, ["--config", str(path)]) == f"{path}: {message}"
+
+
+def test_a_config_must_be_named_and_exist(capsys, base):
+    assert refusal(capsys, []) == "no config given: name a file, such as --config configs/quickstart.py"
+    assert refusal(capsys, ["--config", "nowhere.py"]) == "no config file nowhere.py"
+    near = base.with_name("bsae.py")
+    assert refusal(capsys, ["--config", str(near)]) == f"no config file {near}: did you mean {base}?"
+    other = base.rename(base.with_suffix(".txt"))
+    assert refusal(capsys, ["--config", str(other)]) == f"config file {other} must end in .py or .json"
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "message"),
+    [
+        (Model, {"layers": 0}, "model.layers=0 must be at least 1"),
+        (Model, {"head_dim": 33}, "model.head_dim=33 must be even.*use 32 or 34"),
+        (Model, {"rope_theta": 0}, "model.rope_theta=0.0 must be positive"),
+        (config.Data, {"validation": 1}, "data.validation=1.0 must be between 0 and 1"),
+        (config.Data, {"path": ""}, "data.path='' must be a file"),
+        (Mesh, {"context": 0}, "mesh.context=0 must be at least 1, or -1"),
+        (Mesh, {"data": -1}, "mesh.data=-1 and mesh.context=-1: only one.*set --mesh.data 1"),
+        (Mesh, {"simulate": -1}, "mesh.simulate=-1 must be at least 0"),
+        (config.Attention, {"window": -1}, "attention.window=-1 must be at least 0, or None"),
+        (config.Optimizer, {"beta2": 1}, "optimizer.beta2=1.0 must be at least 0 and less than 1"),
+        (config.Optimizer, {"final_fraction": 1.5}, "optimizer.final_fraction=1.5 must be between 0 and 1"),
+        (Train, {"batch_size": 6, "accumulate": 4}, "train.batch_size=6 .*train.accumulate=4: use 4 or 8"),
+        (config.Evaluate, {"every": 0}, "evaluate.every=0 must be at least 1"),
+        (config.Checkpoint, {"keep": 0}, "checkpoint.keep=0 must be at least 1"),
+        (config.Log, {"directory": ""}, "log.directory='' must be a folder"),
+        (Config, {"resume": "maybe"}, "resume='maybe' must be one of 'never', 'auto', 'must'"),
+    ],
+)
+def test_a_section_checks_itself(section, values, message):
+    with pytest.raises(ValueError, match=message):
+        section(**values)
+
+
+def test_help_lists_every_field_with_the_files_defaults(capsys, base):
+    for words, layers in ((["--help"], 4), (["--config", str(base), "-h"], 2)):
+        with pytest.raises(SystemExit) as stop:
+            config.parse(words, "A test.")
+        assert stop.value.code == 0
+        said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+        assert f"--model.layers INT Number of transformer layers. (default: {layers})" in said
+        assert "--config FILE" in said
+        for section in dataclasses.fields(Config):
+            if dataclasses.is_dataclass(section.type):
+                assert all(f"--{section.name}.{each.name} " in said for each in dataclasses.fields(section.type))
+
+
+@given(
+    rate=st.floats(1e-30, 1e30),
+    steps=st.integers(21, 2**60),
+    window=st.none() | st.integers(0, 2**40),
+    path=st.text(st.characters(exclude_categories=["Cs"]), min_size=1),
+)
+def test_what_is_saved_loads_equal(tmp_path_factory, rate, steps, window, path):
+    run = Config(
+        optimizer=config.Optimizer(learning_rate=rate),
+        train=Train(steps=steps),
+        attention=config.Attention(window=window),
+        data=config.Data(path=path),
+    )
+    folder = tmp_path_factory.mktemp("run")
+    config.save(run, folder / "config.json")
+    assert config.load(folder / "config.json") == run
+    assert [each.name for each in folder.iterdir()] == ["config.json"]
+
+
+def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "config.json"
+    config.save(Config(name="old"), path)
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("no space")))
+    with pytest.raises(OSError, match="no space"):
+        config.save(Config(name="new"), path)
+    assert config.load(path).name == "old"
+
+
+def test_the_saved_config_holds_every_value(tmp_path):
+    config.save(Config(), tmp_path / "config.json")
+    assert json.loads((tmp_path / "config.json").read_text()) == dataclasses.asdict(Config())
+
+
+def test_summary_shows_what_differs():
+    run = Config(name="long", model=Model(dim=512, layers=9), train=Train(steps=999))
+    assert config.summary(run).splitlines() == [
+        "config long (where it differs from the defaults)",
+        "  model      layers=9  dim=512",
+        "  train      steps=999",
+    ]
+
+
+def test_reported_errors_reports_mistakes_and_leaves_faults_alone(capsys):
+    with pytest.raises(SystemExit) as stop, config.reported_errors():
+        raise ValueError("seq_len=3: use 4")
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: seq_len=3: use 4\n"
+    with pytest.raises(RuntimeError, match="fault"), config.reported_errors():
+        raise RuntimeError("fault")
+
+
+def test_a_mistake_ends_a_script_with_status_2_and_no_traceback(base):
+    code = "import sys; from ringattn import config; config.parse(sys.argv[1:], 'A test.')"
+    command = [sys.executable, "-c", code, "--config", str(base), "--mesh.contxt", "3"]
+    environ = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(command, capture_output=True, text=True, env=environ, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr == "error: unknown '--mesh.contxt': did you mean '--mesh.context'?\n"

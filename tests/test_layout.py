@@ -1,0 +1,86 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ringattn.layout import LAYOUTS, check_length, order, permute, shard_positions, unpermute
+
+
+def held_by(layout: str, shard: int, shards: int, length: int) -> list[int]:
+    """The definition, token by token: which positions a shard holds."""
+    if layout == "contiguous":
+        return [position for position in range(length) if position // (length // shards) == shard]
+    if layout == "striped":
+        return [position for position in range(length) if position % shards == shard]
+    piece = length // (2 * shards)
+    return [position for position in range(length) if position // piece in (shard, 2 * shards - 1 - shard)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shards", [1, 2, 3, 5, 8])
+def test_shards_hold_what_the_definition_says(layout, shards):
+    length = 6 * shards
+    for shard in range(shards):
+        positions = shard_positions(layout, shard, shards, length // shards)
+        assert positions.dtype == np.int32
+        assert positions.tolist() == held_by(layout, shard, shards, length)
+        traced = jax.jit(lambda index: shard_positions(layout, index, shards, length // shards))(jnp.int32(shard))
+        assert traced.dtype == jnp.int32
+        np.testing.assert_array_equal(traced, positions)
+    together = np.concatenate([shard_positions(layout, shard, shards, length // shards) for shard in range(shards)])
+    np.testing.assert_array_equal(order(layout, length, shards), together)
+
+
+@given(
+    layout=st.sampled_from(LAYOUTS),
+    shards=st.integers(1, 9),
+    pieces=st.integers(1, 4),
+    dim=st.integers(0, 2),
+    array=st.sampled_from([np.asarray, jnp.asarray]),
+)
+def test_unpermute_is_the_exact_inverse(layout, shards, pieces, dim, array):
+    shape = [2, 3, 2]
+    shape[dim] = 2 * shards * pieces
+    x = array(np.arange(np.prod(shape), dtype=np.int32).reshape(shape))
+    lying = permute(x, layout, shards, dim)
+    assert lying.dtype == x.dtype
+    np.testing.assert_array_equal(lying, np.take(np.asarray(x), order(layout, shape[dim], shards), axis=dim))
+    np.testing.assert_array_equal(unpermute(lying, layout, shards, dim), x)
+    np.testing.assert_array_equal(permute(unpermute(x, layout, shards, dim), layout, shards, dim), x)
+
+
+@pytest.mark.parametrize("shards", [2, 3, 8])
+def test_causal_work_is_even_in_zigzag_and_nearly_in_striped(shards):
+    local = 24
+
+    def worst_over_mean(layout: str) -> float:
+        work = [np.sum(shard_positions(layout, shard, shards, local) + 1) for shard in range(shards)]
+        return max(work) / np.mean(work)
+
+    assert worst_over_mean("zigzag") == 1
+    assert worst_over_mean("striped") < 1.05
+    assert worst_over_mean("contiguous") > 1.45
+
+
+@pytest.mark.parametrize(
+    ("length", "layout", "shards", "message"),
+    [
+        (4097, "zigzag", 8, r"data.seq_len=4097 must be a positive multiple of 2 \* context = 16 .*use 4096 or 4112$"),
+        (24, "zigzag", 8, "=24 .*use 16 or 32, or layout='contiguous'"),
+        (10, "striped", 4, "=10 .* context = 4 .*use 8 or 12"),
+        (3, "contiguous", 4, "=3 .*use 4$"),
+        (0, "contiguous", 4, "=0 .*use 4$"),
+        (8, "spiral", 4, "layout='spiral' is none of 'contiguous', 'striped', 'zigzag'"),
+    ],
+)
+def test_a_length_that_does_not_fit_is_refused_with_one_that_does(length, layout, shards, message):
+    with pytest.raises(ValueError, match=message):
+        check_length(length, layout, shards, "data.seq_len")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_permute_refuses_a_length_that_does_not_fit(layout):
+    with pytest.raises(ValueError, match="positive multiple"):
+        permute(np.zeros((1, 7), np.float32), layout, 4)

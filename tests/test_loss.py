@@ -1,0 +1,93 @@
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax import P
+
+from ringattn.mesh import ACTIVATIONS, FSDP, TENSOR, TOKENS, place
+from ringattn.training import loss as loss_module
+from ringattn.training.loss import cross_entropy
+
+ROWS, DIM, VOCABULARY, PADDED = 2, 16, 70, 128
+
+
+@pytest.fixture
+def arrays():
+    """Hidden states, output projection, targets and weights of two rows of 96 tokens."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    hidden = jax.random.normal(keys[0], (ROWS, 96, DIM))
+    output = jax.random.normal(keys[1], (PADDED, DIM))
+    targets = jax.random.randint(keys[2], (ROWS, 96), 0, VOCABULARY)
+    weights = jax.random.uniform(keys[3], (ROWS, 96)).at[0, :20].set(0.0)
+    return tuple(map(np.asarray, (hidden, output, targets, weights)))
+
+
+def on_mesh(mesh, arrays):
+    specs = (ACTIVATIONS, P(TENSOR, FSDP), TOKENS, TOKENS)
+    return [place(array, mesh, spec) for array, spec in zip(arrays, specs, strict=True)]
+
+
+def plain(hidden, output, targets, weights):
+    """All logits at once, padding left out."""
+    logits = jnp.einsum("ble,ve->blv", hidden, output[:VOCABULARY], preferred_element_type=jnp.float32)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        return jnp.sum(weights * optax.softmax_cross_entropy_with_integer_labels(logits, targets))
+
+
+def value_and_gradients(function, arrays):
+    value, gradients = jax.jit(jax.value_and_grad(function, argnums=(0, 1, 3)))(*arrays)
+    return jax.device_get((value, gradients))
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 8)], ids=str)
+@pytest.mark.parametrize("chunk", [512, 32, 7])
+def test_agrees_with_all_logits_at_once(arrays, make_mesh, monkeypatch, sizes, chunk):
+    monkeypatch.setattr(loss_module, "CHUNK", chunk)
+    value, gradients = value_and_gradients(plain, arrays)
+    mesh = make_mesh(*sizes)
+    with jax.set_mesh(mesh):
+        ours = partial(cross_entropy, vocabulary=VOCABULARY)
+        found, found_gradients = value_and_gradients(ours, on_mesh(mesh, arrays))
+    np.testing.assert_allclose(found, value, rtol=2e-6)
+    for one, other in zip(found_gradients, gradients, strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5)
+    assert not found_gradients[1][VOCABULARY:].any()
+
+
+def test_large_logits_neither_overflow_nor_lose_the_rest(arrays, make_mesh):
+    hidden, output, targets, weights = arrays
+    mesh = make_mesh(context=2, tensor=2)
+    with jax.set_mesh(mesh):
+        scaled = on_mesh(mesh, (hidden * 1000, output, targets, weights))
+        value, gradients = value_and_gradients(partial(cross_entropy, vocabulary=VOCABULARY), scaled)
+    np.testing.assert_allclose(value, plain(hidden * 1000, output, targets, weights), rtol=1e-5)
+    assert all(np.isfinite(gradient).all() for gradient in gradients)
+
+
+def test_bfloat16_has_float32_logits(arrays, make_mesh):
+    hidden, output, targets, weights = arrays
+    narrow = (jnp.bfloat16(hidden), jnp.bfloat16(output), targets, weights)
+    mesh = make_mesh(context=4)
+    with jax.set_mesh(mesh):
+        placed = on_mesh(mesh, map(np.asarray, narrow))
+        value = cross_entropy(*placed, vocabulary=VOCABULARY)
+    assert value.dtype == jnp.float32
+    np.testing.assert_allclose(value, plain(*narrow), rtol=1e-5)
+
+
+def test_never_holds_a_rows_logits(make_mesh):
+    mesh = make_mesh()
+
+    def memory(length):
+        arrays = (np.zeros((1, length, DIM), np.float32), np.zeros((8192, DIM), np.float32))
+        arrays += (np.zeros((1, length), np.int32), np.zeros((1, length), np.float32))
+        gradient = jax.jit(jax.grad(partial(cross_entropy, vocabulary=8192), argnums=(0, 1)))
+        analysis = gradient.lower(*on_mesh(mesh, arrays)).compile().memory_analysis()
+        assert analysis is not None
+        return analysis.temp_size_in_bytes
+
+    with jax.set_mesh(mesh):
+        assert memory(8192) - memory(4096) < 4096 * 8192  # bytes: a quarter of what the added logits would take

@@ -1,0 +1,56 @@
+"""One seed gives one run: the loss of every step is the same on every mesh, and in however many parts."""
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from ringattn import config
+from ringattn.training.loop import prepare
+
+STEPS = 20
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """A folder of short documents, so that a row holds several."""
+    folder = tmp_path_factory.mktemp("text")
+    words = ["ring", "keys", "values", "round", "device", "queries", "shard", "hop", "segment", "row"]
+    rng = np.random.default_rng(0)
+    for number in range(60):
+        (folder / f"{number}.txt").write_text(" ".join(rng.choice(words, rng.integers(5, 60))))
+    return folder
+
+
+def losses(text, mesh, **train) -> np.ndarray:
+    """Loss and gradient norm of each step, of a run on `mesh`."""
+    c = config.Config(
+        model=config.Model(layers=2, dim=32, heads=4, kv_heads=2, head_dim=8, feed_forward=64),
+        data=config.Data(path=str(text), seq_len=64, validation=0.2),
+        optimizer=config.Optimizer(warmup_steps=4),
+        train=replace(config.Train(steps=STEPS, batch_size=8), **train),
+    )
+    with jax.set_mesh(mesh):
+        run = prepare(c, mesh)
+        state, rows = run.initial_state(), []
+        for step in range(STEPS):
+            state, metrics = run.train_step(state, run.on_devices(run.rows.batch(step)))
+            rows.append([float(metrics.loss), float(metrics.grad_norm)])
+    return np.array(rows)
+
+
+@pytest.fixture(scope="module")
+def alone(text):
+    types = (jax.sharding.AxisType.Explicit,) * 3
+    return losses(text, jax.make_mesh((1, 1, 1), ("data", "context", "tensor"), types, devices=jax.devices()[:1]))
+
+
+@pytest.mark.parametrize("sizes", [(1, 2, 1), (1, 4, 1), (1, 8, 1), (2, 4, 1), (2, 2, 2)], ids=str)
+def test_every_step_is_the_same_on_every_mesh(text, alone, make_mesh, sizes):
+    assert alone[-1, 0] < 0.8 * alone[0, 0]  # it learns, so that a wrong gradient would show
+    np.testing.assert_allclose(losses(text, make_mesh(*sizes)), alone, rtol=1e-4)
+
+
+def test_every_step_is_the_same_in_any_number_of_parts(text, alone, make_mesh):
+    np.testing.assert_allclose(losses(text, make_mesh(1, 2, 1), accumulate=4), alone, rtol=1e-4)

@@ -1,0 +1,49 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ringattn import config
+from ringattn.training.optimizer import learning_rate, optimizer
+
+SECTION = config.Optimizer(learning_rate=0.01, warmup_steps=10, final_fraction=0.2, weight_decay=0.5, clip_norm=1.0)
+
+
+@pytest.fixture(autouse=True)
+def lax_promotion():
+    """As in the train step: optax counts on it."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def updated(params, gradient, section=SECTION, steps=100):
+    transformation = optimizer(section, steps)
+    updates, _ = transformation.update(gradient, transformation.init(params), params)
+    return jax.tree.map(np.asarray, updates)
+
+
+def test_rate_rises_in_a_line_then_falls_along_a_cosine():
+    rate = learning_rate(SECTION, 110)
+    rates = np.array([np.asarray(rate(step)) for step in range(111)])
+    np.testing.assert_allclose(np.diff(rates[:11]), (0.01 - 0.01 / 11) / 10, rtol=1e-3)
+    assert rates[0] == pytest.approx(0.01 / 11)
+    assert rates[10] == rates.max() == pytest.approx(0.01)
+    assert rates[60] == pytest.approx((0.01 + 0.002) / 2)
+    assert rates[110] == pytest.approx(0.002)
+
+
+def test_only_matrices_decay():
+    params = {"matrix": jnp.ones((2, 2)), "scale": jnp.ones(2)}
+    updates = updated(params, jax.tree.map(jnp.zeros_like, params))
+    np.testing.assert_allclose(updates["matrix"], -0.01 / 11 * 0.5, rtol=1e-5)
+    np.testing.assert_array_equal(updates["scale"], 0)
+
+
+def test_gradients_are_clipped_to_the_global_norm():
+    params = {"a": jnp.zeros((2, 2)), "b": jnp.zeros(3)}
+    first = {"a": jnp.full((2, 2), 30.0), "b": jnp.full(3, 40.0)}
+    transformation = optimizer(SECTION, 100)
+    _, state = transformation.update(first, transformation.init(params), params)
+    moments = [leaf for leaf in jax.tree.leaves(state) if leaf.shape == (3,)]
+    norm = np.sqrt(4 * 30.0**2 + 3 * 40.0**2)
+    np.testing.assert_allclose(moments[0], (1 - SECTION.beta1) * 40.0 / norm, rtol=1e-5)
