@@ -1,9 +1,9 @@
 """A bigger model on all three mesh axes: 2 x 2 devices share rows and parameters, 2 share heads and feed-forward.
 
-python scripts/train.py --config configs/fsdp_tensor.py
+    python scripts/train.py --config configs/fsdp_tensor.py
 
-13 million parameters in bfloat16 compute, an output projection of its own, every batch in two parts. Eight simulated
-devices show that it works; processors are slow at bfloat16. On eight accelerators add --mesh.simulate 0.
+13 million parameters in bfloat16 compute, an output projection of its own, every batch in two parts. On processors,
+which are slow at bfloat16, --train.steps 20 is enough to see that it works; on eight accelerators --mesh.simulate 0.
 """
 
 from ringattn.config import Checkpoint, Config, Data, Log, Mesh, Model, Optimizer, Train

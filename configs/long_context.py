@@ -1,10 +1,10 @@
 """Rows of 16,384 bytes over a ring of 8 simulated devices: eight times the quickstart's context.
 
-python scripts/train.py --config configs/long_context.py
+    python scripts/train.py --config configs/long_context.py
 
-A device holds as many tokens as two of the quickstart's eight-device rows hold together. Expect steps that take
-longer than the quickstart's, for attention's work grows with the square of the row. rope_theta is raised, so that
-positions thousands of bytes apart still turn the slow pairs of a head by different angles.
+Each device holds 2,048 tokens, a whole row of the quickstart's. Expect longer steps, for attention's work grows with
+the square of the row. rope_theta is raised, so that positions thousands of bytes apart still turn a head's slow pairs
+by different angles.
 """
 
 from dataclasses import replace

@@ -1,17 +1,21 @@
-"""A small transformer on real text, by a ring of 8 simulated devices.
+"""A small transformer on real text, by a ring of 8 simulated devices: no download, no accelerator.
 
-python scripts/train.py --config configs/quickstart.py
+    python scripts/train.py --config configs/quickstart.py
+
+Expect two to four minutes on two CPU cores, and a validation loss near 2.0 nats a byte (untrained: 5.6).
 """
 
-from ringattn.config import Checkpoint, Config, Data, Evaluate, Mesh, Model, Optimizer, Train
+from ringattn.config import Attention, Checkpoint, Config, Data, Evaluate, Log, Mesh, Model, Optimizer, Train
 
 config = Config(
     name="quickstart",
-    model=Model(layers=4, dim=128, heads=4, kv_heads=2, head_dim=32, feed_forward=384),
+    model=Model(layers=3, dim=128, heads=2, kv_heads=1, head_dim=32, feed_forward=384),
     data=Data(path="stdlib", seq_len=2048),
     mesh=Mesh(data=-1, context=8, simulate=8),
+    attention=Attention(layout="zigzag", strategy="ring"),
     optimizer=Optimizer(learning_rate=3e-3, warmup_steps=20),
-    train=Train(steps=200, batch_size=4),
-    evaluate=Evaluate(every=50, batches=4),
-    checkpoint=Checkpoint(every=50),
+    train=Train(steps=600, batch_size=2),
+    evaluate=Evaluate(every=100, batches=8),
+    checkpoint=Checkpoint(every=100),
+    log=Log(every=10),
 )

@@ -1,9 +1,9 @@
 """The quickstart with a sliding window: a token sees itself and the 256 tokens before it.
 
-python scripts/train.py --config configs/window.py
+    python scripts/train.py --config configs/window.py
 
 A device holds 256 tokens of a row of 2,048, so in the contiguous layout no window reaches further than one device
-back: K/V make one hop instead of seven. Expect somewhat cheaper steps, and a loss near the quickstart's.
+back: K/V make one hop instead of seven. How far its loss lies above the quickstart's is what the farther past is worth.
 """
 
 from dataclasses import replace

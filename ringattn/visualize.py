@@ -13,7 +13,8 @@ from ringattn.layout import LAYOUTS, order
 
 # Okabe and Ito's, which colour-blind people tell apart; black text is legible on all of them.
 COLOURS = ("#E69F00", "#56B4E9", "#2CB58A", "#CC79A7", "#F0E442", "#7A9BE0", "#E8804A", "#B0B0B0")
-DEVICE, GAP, CELL, LABEL, TOP = 46, 44, (96, 54), 80, 54  # a device's radius, an arrow's length, a cell, in pixels
+# In pixels: a device's radius, an arrow's length, a cell, the rows' labels, what lies above the rows.
+DEVICE, GAP, CELL, LABEL, TOP = 46.0, 44.0, (96.0, 54.0), 80.0, 54.0
 
 
 def visitors(devices: int) -> list[list[int]]:
@@ -64,10 +65,10 @@ def _ring(devices: int, x: float, y: float, radius: float) -> list[str]:
             'stroke-width="6"/>',
             f'<path d="M-6,-11 L10,0 L-6,11 Z" fill="{colour}" '
             f'transform="translate({tip_x:.1f} {tip_y:.1f}) rotate({degrees(end) + 90:.1f})"/>',
-            f'<circle cx="{here_x:.1f}" cy="{here_y:.1f}" r="{DEVICE}" fill="#F6F8FA" stroke="#57606A"/>',
+            f'<circle cx="{here_x:.1f}" cy="{here_y:.1f}" r="{DEVICE:.0f}" fill="#F6F8FA" stroke="#57606A"/>',
             _text(here_x, here_y - 20, f"device {device}", size=14),
             _text(here_x, here_y + 1, f"queries {device}", size=14),
-            _rect(here_x - 30, here_y + 9, 60, 23, colour),
+            _rect(here_x - 30, here_y + 9, 60.0, 23.0, colour),
             _text(here_x, here_y + 26, f"K/V {device}"),
         ]
     return parts
@@ -88,12 +89,12 @@ def _schedule(devices: int, sequence: list[int], left: float) -> list[str]:
             x = left + hop * (width + 8)
             parts += [
                 _rect(x, top, width, high, "#FFFFFF", ' stroke="#57606A"'),
-                _rect(x + 6, top + 6, width - 12, 25, COLOURS[row[hop]]),
+                _rect(x + 6, top + 6, width - 12, 25.0, COLOURS[row[hop]]),
                 _text(x + width / 2, top + 24, f"K/V {row[hop]}"),
             ]
             for place, owner in enumerate(sequence):
                 fill = COLOURS[owner] if owner in seen else "#E4E7EB"
-                parts.append(_rect(x + 6 + place * slot, top + 37, slot, 11, fill, ' rx="0"'))
+                parts.append(_rect(x + 6 + place * slot, top + 37, slot, 11.0, fill, ' rx="0"'))
     middle = left + devices * (width + 8) / 2 - 4
     note = "the bar: which keys of the sequence its queries have seen"
     return [*parts, _text(middle - LABEL / 2, TOP + devices * (high + 8) + 20, note, size=14)]

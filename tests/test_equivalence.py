@@ -6,259 +6,31 @@ compares random cases, prints the worst of each class, and leaves with status 1 
 """
 
 import argparse
-import itertools
-import math
 import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
-from typing import Any
 
-import conftest  # noqa: F401  as a command, too: eight devices and strict promotion before JAX starts
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import Arrays, Program, compare, draw_arrays, draw_program, flat, oracle, relative_error, subject
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.sharding import AxisType
 
-from ringattn import Mask, attention, permute
-from ringattn.attention.dense import dense_attention
-from ringattn.layout import LAYOUTS, order
+from ringattn import Mask, permute
+from ringattn.layout import LAYOUTS
 
-AXES = ("context",), ("context_outer", "context")
 DRAWS = 8
 """Random cases that share one compiled program."""
 
 
-@dataclass(frozen=True)
-class Program:
-    """What is compiled: shapes, mesh, and everything static. Of ring, two sizes are (outer, inner)."""
-
-    length: int = 64
-    heads: tuple[int, int] = (4, 2)
-    dims: tuple[int, int] = (8, 8)
-    batch: int = 2
-    layout: str = "contiguous"
-    strategy: str = "ring"
-    ring: tuple[int, ...] = (4,)
-    others: tuple[int, int] = (1, 1)  # devices of the data and of the tensor axis
-    explicit: bool = True
-    mask: Mask = Mask()
-    extras: frozenset[str] = frozenset()  # which of segment_ids, span_ids, positions, sinks, slopes are given
-    scale: float | None = None
-    soft_cap: float | None = None
-    dtype: str = "float32"
-
-    @property
-    def shards(self) -> int:
-        return math.prod(self.ring)
-
-    @property
-    def rule(self) -> dict[str, Any]:
-        return {"mask": self.mask, "scale": self.scale, "soft_cap": self.soft_cap}
-
-    @property
-    def kind(self) -> str:
-        """The class whose worst case is told."""
-        loose = " cap+sinks" if self.soft_cap is not None and "sinks" in self.extras else ""
-        return f"{'nested ' * (len(self.ring) > 1)}{self.strategy} {self.dtype}{loose}"
-
-
-def draw_program(source: random.Random) -> Program:
-    """Any program that `attention` can run on eight devices, small enough for a dense oracle."""
-    strategy = source.choice(["ring"] * 3 + ["nested", "gather", "ulysses", "usp"])
-    outer_inner = [(2, 2), (2, 3), (3, 2), (2, 4), (4, 2), (1, 3), (4, 1)]
-    two = strategy in ("nested", "usp") or (strategy != "ring" and source.random() < 0.2)
-    ring = source.choice(outer_inner) if two else (source.randint(1, 8),)
-    room = 8 // math.prod(ring)
-    others = source.choice([(d, t) for d in (1, 2) for t in (1, 2) if d * t <= room] + [(1, 1)] * 2)
-    layout = source.choice(LAYOUTS)
-    unit = math.prod(ring) * (2 if layout == "zigzag" else 1)
-    split = others[1] * {"ulysses": math.prod(ring), "usp": ring[-1]}.get(strategy, 1)
-    groups, shared = split * source.choice([1, 1, 2, 3] if split == 1 else [1]), source.choice([1, 2, 3, 4])
-    batch = others[0] * source.choice([1, 2]) if others[0] == 1 else others[0]
-    most = min(1024, int((2**23 / (batch * groups * shared)) ** 0.5))  # what the oracle's logits may take
-    length = unit * int(2 ** source.uniform(0, math.log2(most // unit)))
-    depth = source.choice([4, 8, 16, 32])
-
-    def upto(n: int) -> int:
-        return int(2 ** source.uniform(0, math.log2(n + 1))) - source.choice([0, 1])
-
-    window = source.choice([None, None, upto(length), (upto(length), upto(length))])
-    extras = {"segment_ids": 0.45, "span_ids": 0.2, "positions": 0.2, "sinks": 0.3, "slopes": 0.3}
-    return Program(
-        length=length,
-        heads=(groups * shared, groups),
-        dims=(depth, source.choice([depth, depth, 12])),
-        batch=batch,
-        layout=layout,
-        strategy="ring" if strategy == "nested" else strategy,
-        ring=ring,
-        others=others,
-        explicit=source.random() < 0.5,
-        mask=Mask(source.random() < 0.7, window, source.choice([None] * 4 + [1 + upto(length)])),
-        extras=frozenset(name for name, chance in extras.items() if source.random() < chance),
-        scale=source.choice([None, None, 0.3]),
-        soft_cap=source.choice([None, None, 2.0, 30.0]),
-        dtype=source.choice(["float32", "float32", "bfloat16"]),
-    )
-
-
-def draw_arrays(program: Program, seed: int) -> dict[str, np.ndarray]:
-    """Inputs and the output's cotangent d_out, as they lie in the program's layout."""
-    rng, (H, G), (D, Dv) = np.random.default_rng(seed), program.heads, program.dims
-    shapes = {"query": (H, D), "key": (G, D), "value": (G, Dv), "d_out": (H, Dv)}
-    arrays = {name: rng.standard_normal((program.batch, program.length, *last)) for name, last in shapes.items()}
-    arrays = {name: x.astype(jnp.dtype(program.dtype)) for name, x in arrays.items()}
-    sinks, slopes = rng.standard_normal(H), 2.0 ** -rng.uniform(1, 8, H)
-    natural = _draw_tokens(rng, program.batch, program.length)
-    tokens = {name: permute(x, program.layout, program.shards) for name, x in natural.items()}
-    if "segment_ids" not in program.extras:
-        tokens["positions"] = rng.integers(0, program.length, (program.batch, program.length), np.int32)
-    given = tokens | {"sinks": sinks.astype(np.float32), "slopes": slopes.astype(np.float32)}
-    return arrays | {name: given[name] for name in sorted(program.extras)}
-
-
-def _draw_tokens(rng: np.random.Generator, batch: int, length: int) -> dict[str, np.ndarray]:
-    """Packed documents with padding of several kinds and positions that restart, and spans, in natural order."""
-    segments = np.sort(rng.integers(0, rng.integers(1, 7), (batch, length), np.int32), axis=1)
-    kind = rng.integers(5)
-    if kind == 1:  # the end of each row is padding
-        segments = np.where(np.arange(length) < rng.integers(0, length + 1, (batch, 1)), segments, -1)
-    elif kind == 2 and batch > 1:  # a whole row is
-        segments[rng.integers(batch)] = -7
-    elif kind == 3:  # anything anywhere
-        segments = rng.integers(-1, 3, (batch, length), np.int32)
-    starts = np.diff(segments, axis=1, prepend=np.int32(-9)) != 0
-    first = np.maximum.accumulate(np.where(starts, np.arange(length, dtype=np.int32), 0), axis=1)
-    spans = np.sort(rng.integers(0, 9, (batch, length), np.int32), axis=1)
-    return {
-        "segment_ids": segments.astype(np.int32),
-        "positions": (np.arange(length) - first).astype(np.int32),
-        "span_ids": np.where(spans % 2 == 0, spans, -1).astype(np.int32),
-    }
-
-
-FLOATS = ("query", "key", "value", "sinks", "slopes")
-Arrays = dict[str, Any]
-
-
-def with_gradients(attend: Callable) -> Callable[[Arrays], tuple[Any, Arrays]]:
-    """arrays -> (out, gradients), compiled."""
-
-    def both(arrays: Arrays) -> tuple[Any, Arrays]:
-        tokens = {name: x for name, x in arrays.items() if name not in (*FLOATS, "d_out")}
-        out, pull = jax.vjp(lambda floats: attend(**floats, **tokens), {n: arrays[n] for n in FLOATS if n in arrays})
-        return out, pull(arrays["d_out"])[0]
-
-    return jax.jit(both)
-
-
-@lru_cache(maxsize=4)
-def subject(program: Program) -> Callable[[Arrays], tuple[Any, Arrays]]:
-    """What is judged: `attention` on the program's mesh."""
-    names = AXES[len(program.ring) - 1]
-    axis = names if len(names) > 1 else names[0]
-    sizes = program.others[0], *program.ring, program.others[1]
-    kinds = (AxisType.Explicit if program.explicit else AxisType.Auto,) * len(sizes)
-    mesh = jax.make_mesh(sizes, ("data", *names, "tensor"), kinds, devices=jax.devices()[: math.prod(sizes)])
-    spec = jax.P("data", axis, "tensor")
-    how = {"layout": program.layout, "strategy": program.strategy, "axis": axis}
-    run = with_gradients(lambda **x: attention(**x, **program.rule, **how, spec=None if program.explicit else spec))
-    specs = {1: jax.P("tensor"), 2: jax.P("data", axis), 4: spec}
-
-    def place_and_run(arrays: Arrays) -> tuple[Any, Arrays]:
-        with jax.set_mesh(mesh):
-            return run({n: jax.device_put(x, jax.NamedSharding(mesh, specs[x.ndim])) for n, x in arrays.items()})
-
-    return place_and_run
-
-
-@lru_cache(maxsize=4)
-def oracle(program: Program) -> Callable[[Arrays], tuple[Any, Arrays]]:
-    """Dense attention in float64."""
-    run = with_gradients(lambda **x: dense_attention(**x, **program.rule))
-
-    def widen_and_run(arrays: Arrays) -> tuple[Any, Arrays]:
-        with jax.enable_x64(True):
-            return run({n: x if x.dtype == np.int32 else x.astype(np.float64) for n, x in arrays.items()})
-
-    return widen_and_run
-
-
-@jax.custom_vjp
-def rounds_gradient(x: Any) -> Any:
-    """x, whose cotangent is rounded to bfloat16: as it is where it enters a bfloat16 product."""
-    return x
-
-
-rounds_gradient.defvjp(lambda x: (x, None), lambda _, d: (d.astype(jnp.bfloat16).astype(jnp.float32),))
-
-
-@lru_cache(maxsize=4)
-def rival(program: Program) -> Callable[[Arrays], tuple[Any, Arrays]]:
-    """Dense attention with bfloat16 products and float32 softmax: what others compute, whose error is the yardstick."""
-    (H, G), D, L = program.heads, program.dims[0], program.length
-    rule = program.rule | {"scale": D**-0.5 if program.scale is None else program.scale}
-
-    def attend(query, key, value, **rest):
-        query, key, value = (x.astype(jnp.float32) for x in (query, key, value))
-        key, value = (jnp.repeat(x, H // G, axis=2) for x in (key, value))
-        logits = rounds_gradient(jnp.einsum("blhd,bmhd->blhm", query, key))
-        # With the identity as key, the oracle takes logits for queries; with it as value, it gives the weights.
-        identity = jnp.broadcast_to(jnp.eye(L)[None, :, None, :], (program.batch, L, H, L))
-        weights = dense_attention(logits, identity, identity, **rest, **rule).astype(jnp.bfloat16)
-        return jnp.einsum("blhm,bmhd->blhd", weights.astype(jnp.float32), value).astype(jnp.bfloat16)
-
-    return with_gradients(attend)
-
-
-def compare(program: Program, arrays: Arrays) -> dict[str, tuple[float, float]]:
-    """(error, what is allowed) of the output and each gradient; inf where anything is wrong beyond rounding."""
-    dense = dict(arrays)
-    dense.setdefault("positions", np.tile(order(program.layout, program.length, program.shards), (program.batch, 1)))
-    exact, found = (_flat(*run) for run in (oracle(program)(dense), subject(program)(arrays)))
-    errors = {name: _error(name, found, exact) for name in exact}
-    # A token that sees nothing, or is seen by nothing, must give exactly 0, not nearly.
-    blind, unseen = (~exact[name].any((-2, -1)) for name in ("out", "value"))
-    for name, nothing in (("out", blind), ("query", blind), ("key", unseen), ("value", unseen)):
-        if found[name][nothing].any():
-            errors[name] = math.inf
-    if program.dtype == "float32":
-        loose = 5 if program.soft_cap is not None and "sinks" in program.extras else 1
-        return {name: (error, loose * (2e-6 if name == "out" else 2e-5)) for name, error in errors.items()}
-    usual = _flat(*rival(program)(dense))
-    yardstick = {name: _error(name, usual, exact) for name in exact}
-    # A gradient of few tokens may by chance be good to many digits, and sums over all of them often are: no yardstick.
-    least = max(yardstick[name] for name in ("query", "key", "value"))
-    factor = {"out": 2.0, "sinks": 4.0, "slopes": 4.0}
-    return {
-        name: (error, factor.get(name, 2.0) * max(yardstick[name], 0.0 if name == "out" else least))
-        for name, error in errors.items()
-    }
-
-
-def _flat(out: Any, gradients: Arrays) -> dict[str, np.ndarray]:
-    return {name: np.asarray(x).astype(np.float64) for name, x in {"out": out, **gradients}.items()}
-
-
-def _error(name: str, found: dict[str, np.ndarray], exact: dict[str, np.ndarray]) -> float:
-    """Norm of the difference over the norm of the exact; inf if not finite."""
-    difference = float(np.linalg.norm(found[name] - exact[name]))
-    size = float(np.linalg.norm(exact[name]))
-    if name in ("query", "key"):
-        # They are differences of terms of the value gradient's size: nothing is left of them where keys are few.
-        size = max(size, 0.1 * float(np.linalg.norm(exact["value"])))
-    return difference / max(size, 1e-30) if math.isfinite(difference) else math.inf
-
-
 def check(program: Program, seed: int) -> None:
-    wrong = {name: pair for name, pair in compare(program, draw_arrays(program, seed)).items() if not pair[0] <= pair[1]}
+    wrong = {
+        name: pair for name, pair in compare(program, draw_arrays(program, seed)).items() if not pair[0] <= pair[1]
+    }
     assert not wrong, f"(error, allowed) {wrong} in {program}"
 
 
@@ -317,7 +89,7 @@ def long_case(packed: bool, window: int | None) -> tuple[Arrays, Arrays]:
     parts = []
     for head, group in ((h, h // 4) for h in range(8)):
         one = {n: x[:, :, [group if n in ("key", "value") else head]] for n, x in arrays.items() if x.ndim == 4}
-        parts.append(_flat(*oracle(replace(program, heads=(1, 1)))(arrays | one)))
+        parts.append(flat(*oracle(replace(program, heads=(1, 1)))(arrays | one)))
     exact = {name: np.concatenate([part[name] for part in parts], axis=2) for name in parts[0]}
     for name in ("key", "value"):
         exact[name] = exact[name].reshape(1, 4096, 2, 4, 64).sum(3)
@@ -327,16 +99,20 @@ def long_case(packed: bool, window: int | None) -> tuple[Arrays, Arrays]:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     ("packed", "window"),
-    [(False, None), (True, 300), pytest.param(True, None, marks=pytest.mark.slow)]
-    + [pytest.param(False, 300, marks=pytest.mark.slow)],
+    [
+        (False, None),
+        (True, 300),
+        pytest.param(True, None, marks=pytest.mark.slow),
+        pytest.param(False, 300, marks=pytest.mark.slow),
+    ],
 )
 def test_long_rows(layout, packed, window):
     arrays, exact = long_case(packed, window)
     extras = PACKED if packed else frozenset()
     program = Program(4096, (8, 2), (64, 64), 1, layout, ring=(8,), mask=Mask(window=window), extras=extras)
-    found = _flat(*subject(program)({name: permute(x, layout, 8) for name, x in arrays.items()}))
+    found = flat(*subject(program)({name: permute(x, layout, 8) for name, x in arrays.items()}))
     exact = {name: permute(x, layout, 8) for name, x in exact.items()}
-    errors = {name: _error(name, found, exact) for name in exact}
+    errors = {name: relative_error(name, found, exact) for name in exact}
     assert errors.pop("out") <= 2e-6
     assert max(errors.values()) <= 2e-5
 
@@ -354,7 +130,9 @@ def judge(cases: int, seed: int, only: Sequence[int]) -> bool:
             error, allowed = result[name]
             share = error / max(allowed, 1e-30)
             told = f"{name} {error:.1e} of {allowed:.1e}, program {number}, draw {draw}: {program}"
-            count.update(cases=1, failed=int(not share <= 1), masked_rows=int((arrays.get("segment_ids", np.zeros(1)) < 0).any()))
+            count.update(
+                cases=1, failed=int(not share <= 1), masked_rows=int((arrays.get("segment_ids", np.zeros(1)) < 0).any())
+            )
             restricted = program.mask.window is not None or program.extras & {"segment_ids", "span_ids"}
             count.update(restricted=int(bool(restricted)))
             if not share <= 1:
@@ -365,10 +143,8 @@ def judge(cases: int, seed: int, only: Sequence[int]) -> bool:
     print("\nworst of each class, as a share of what is allowed:")
     for kind, (share, told) in sorted(worst.items()):
         print(f"{share:6.3f}  {kind}: {told}")
-    print(
-        f"\n{count['cases']} cases in {time.time() - start:.0f} s: {count['restricted']} with segments, spans or windows, "
-        f"{count['masked_rows']} with fully masked rows, {count['failed']} out of tolerance"
-    )
+    print(f"\n{count['cases']} cases in {time.time() - start:.0f} s: {count['failed']} out of tolerance;", end=" ")
+    print(f"{count['restricted']} with segments, spans or windows, {count['masked_rows']} with fully masked rows")
     return not count["failed"]
 
 

@@ -68,6 +68,13 @@ def test_split_that_cannot_be_made_is_refused():
             split(numbered(3), share)
 
 
+def test_rows_of_one_document_do_not_follow_one_another():
+    loader = Loader(concatenate([np.arange(4096, dtype=np.int32)], boundary=9999), 16, 4, seed=0)
+    starts = stream(loader, 64)[:, 0]
+    assert len(set(starts.tolist())) == 256
+    assert np.mean(np.diff(starts) == 16) < 0.05
+
+
 def test_batch_is_a_function_of_seed_and_step(corpus: Corpus):
     loader = Loader(corpus, 16, 3, seed=7)
     batches = [loader.batch(step) for step in range(60)]

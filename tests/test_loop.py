@@ -21,8 +21,8 @@ def base(tmp_path_factory):
     """A run of seconds on all eight devices."""
     folder = tmp_path_factory.mktemp("loop")
     rng = np.random.default_rng(0)
-    for number in range(8):
-        (folder / f"{number}.txt").write_bytes(rng.integers(97, 107, 600, dtype=np.uint8).tobytes())
+    for number in range(100):
+        (folder / f"{number}.txt").write_bytes(rng.integers(97, 107, 50, dtype=np.uint8).tobytes())
     return config.Config(
         name="small",
         model=config.Model(layers=1, dim=16, heads=2, kv_heads=1, head_dim=8, feed_forward=32),

@@ -20,7 +20,7 @@ def sees(mask: Mask, i: int, j: int, segments: tuple[int, int] = (0, 0), spans: 
         return False
     if mask.causal and j > i and not (spans[0] == spans[1] and spans[0] >= 0):
         return False
-    if left is not None and j < i - left or right is not None and j > i + right:
+    if (left is not None and j < i - left) or (right is not None and j > i + right):
         return False
     return mask.chunk is None or i // mask.chunk == j // mask.chunk
 
@@ -84,7 +84,11 @@ def test_relate_is_exact_for_the_tiles_of_a_packed_row(mask, sizes, lengths):
 
 @settings(deadline=None, max_examples=150)
 @given(
-    mask=MASKS, layout=st.sampled_from(LAYOUTS), members=st.integers(1, 6), group=st.integers(1, 3), half=st.integers(1, 4)
+    mask=MASKS,
+    layout=st.sampled_from(LAYOUTS),
+    members=st.integers(1, 6),
+    group=st.integers(1, 3),
+    half=st.integers(1, 4),
 )
 def test_needed_hops_against_all_pairs_of_tokens(mask, layout, members, group, half):
     shards, local = members * group, 2 * half
@@ -103,7 +107,9 @@ def test_needed_hops_against_all_pairs_of_tokens(mask, layout, members, group, h
         assert needed == exact
 
 
-@pytest.mark.parametrize(("left", "hops"), [(0, 0), (1, 1), (511, 1), (512, 1), (513, 2), (1000, 2), (1024, 2), (1025, 3)])
+@pytest.mark.parametrize(
+    ("left", "hops"), [(0, 0), (1, 1), (511, 1), (512, 1), (513, 2), (1000, 2), (1024, 2), (1025, 3)]
+)
 def test_a_causal_window_needs_as_many_hops_as_shards_it_reaches(left, hops):
     assert needed_hops(Mask(window=(left, 0)), "contiguous", 8, 512) == set(range(1, hops + 1))
     assert needed_hops(Mask(window=left), "contiguous", 8, 512) == set(range(1, hops + 1))

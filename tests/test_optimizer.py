@@ -47,3 +47,9 @@ def test_gradients_are_clipped_to_the_global_norm():
     moments = [leaf for leaf in jax.tree.leaves(state) if leaf.shape == (3,)]
     norm = np.sqrt(4 * 30.0**2 + 3 * 40.0**2)
     np.testing.assert_allclose(moments[0], (1 - SECTION.beta1) * 40.0 / norm, rtol=1e-5)
+
+
+def test_a_run_may_end_within_its_warm_up():
+    rate = learning_rate(SECTION, 5)
+    assert [float(rate(step)) for step in range(5)] == sorted(float(rate(step)) for step in range(5))
+    assert 0 < float(rate(4)) < 0.01

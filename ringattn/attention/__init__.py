@@ -72,9 +72,9 @@ def attention(
     axes = _names(axis)
     _check_mesh(mesh, axes, strategy)
     choose_kernel(kernel)
-    check_length(query.shape[1], layout, _size(mesh, axes), "query's length L")
     tokens = {"segment_ids": segment_ids, "span_ids": span_ids, "positions": positions}
     _check_arrays(query, key, value, tokens, {"sinks": sinks, "slopes": slopes})
+    check_length(query.shape[1], layout, _size(mesh, axes), "query's length L")
     if soft_cap is not None and soft_cap <= 0:
         raise ValueError(f"soft_cap={soft_cap} must be positive; None for no cap")
     spec = _resolve_spec(query, spec, mesh, axes, key.shape[2])

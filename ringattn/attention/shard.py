@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from einops import rearrange
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
@@ -20,7 +19,7 @@ from ringattn.attention.kernels import Keys, Queries, Rule, Saved, no_gradients,
 from ringattn.attention.local import choose_kernel
 from ringattn.attention.mask import Mask, Tokens
 from ringattn.attention.ring import Ring
-from ringattn.attention.softmax import varying_like, with_sink
+from ringattn.attention.softmax import shifted_exp, varying_like, with_sink
 from ringattn.layout import shard_positions
 
 STRATEGIES = ("ring", "gather", "ulysses", "usp")
@@ -112,7 +111,7 @@ def _backward(strategy: Any, rule: Rule, saved: Any, d_out: Any) -> Any:
     d_slopes = None if slopes is None else of_queries.slopes.astype(slopes.dtype)
     d_sinks = None
     if sinks is not None:
-        d_sinks = -(jnp.exp(sinks[None, ..., None].astype(lse.dtype) - lse) * delta).sum((0, 3)).astype(sinks.dtype)
+        d_sinks = -(shifted_exp(sinks[None, ..., None].astype(lse.dtype), lse) * delta).sum((0, 3)).astype(sinks.dtype)
     return Queries(d_query, none), Keys(d_key, d_value, none), d_slopes, d_sinks
 
 

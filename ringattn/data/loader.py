@@ -47,8 +47,8 @@ def _cut(document: Document, share: float) -> tuple[list[Document], list[Documen
 class Loader:
     """Deals out the packed rows of `corpus`, epoch after epoch, `batch_size` rows a step, `seq_len` tokens a row.
 
-    Epoch e's documents come in an order drawn from (seed, e). The rows that an epoch's end leaves are followed, in
-    the same batch, by the next epoch's first. Raises ValueError, calling the text `name`, if it has less than a
+    Epoch e's documents, and then its rows, come in an order drawn from (seed, e). The rows that an epoch's end
+    leaves are followed, in the same batch, by the next epoch's first. Raises ValueError, calling the text `name`, if it has less than a
     batch of rows, or if `seed` is negative.
     """
 
@@ -72,13 +72,19 @@ class Loader:
     def batch(self, step: int) -> Batch:
         """The batch of `step` (from 0): each array [batch_size, seq_len], equal for equal (seed, step)."""
         epochs, rows = np.divmod(step * self._batch_size + np.arange(self._batch_size), self.rows_per_epoch)
-        parts = [self._epoch(int(epoch)).rows(rows[epochs == epoch]) for epoch in np.unique(epochs)]
+        parts = []
+        for epoch in np.unique(epochs):
+            packed, order = self._epoch(int(epoch))
+            parts.append(packed.rows(order[rows[epochs == epoch]]))
         return Batch(*map(np.concatenate, zip(*parts, strict=True)))
 
-    def _pack(self, epoch: int) -> PackedRows:
+    def _pack(self, epoch: int) -> tuple[PackedRows, np.ndarray]:
+        """The epoch's rows, and the order in which they are dealt: a batch is not the pages of one long document."""
         # Raw bits, since NumPy may change from one version to the next what a Generator makes of them.
-        bits = np.random.PCG64([self._seed, epoch]).random_raw(self._corpus.offsets.size - 1)
-        return PackedRows(self._corpus, self._seq_len, np.argsort(bits, kind="stable"))
+        bits = np.random.PCG64([self._seed, epoch])
+        counts = self._corpus.offsets.size - 1, self.rows_per_epoch
+        documents, rows = (np.argsort(bits.random_raw(count), kind="stable") for count in counts)
+        return PackedRows(self._corpus, self._seq_len, documents), rows
 
 
 def _check_rows(tokens: int, seq_len: int, batch_size: int, name: str) -> None:

@@ -13,8 +13,9 @@ from types import FrameType
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
-from jax import P
+from jax import Array, P
 
 from ringattn import Mask, attention, config, permute
 from ringattn.data import Batch, Loader, Tokenizer, load, prefetch
@@ -23,6 +24,7 @@ from ringattn.model import Params, Transformer, count_parameters
 from ringattn.training.checkpoint import Checkpoints, saved_steps
 from ringattn.training.metrics import MetricsFile, Recorder, Screen, environment, ideal_seconds, plot_loss, read_rows
 from ringattn.training.optimizer import learning_rate, optimizer
+from ringattn.training.samples import NEW, PROMPT, NextLogits, as_text, continue_rows, make_next_logits
 from ringattn.training.step import (
     EvalStep,
     TrainState,
@@ -48,6 +50,7 @@ class Run:
     initial_state: Callable[[], TrainState]
     train_step: TrainStep
     eval_step: EvalStep
+    next_logits: NextLogits
 
     def on_devices(self, batch: Batch) -> Batch:
         """A host's batch [B, L] in the layout's order, as arrays [parts, B / parts, L] spread over the mesh."""
@@ -59,14 +62,27 @@ class Run:
         """Loss over held-out rows, always the same, in nats per token and in bits per byte of text."""
         there = self.held_out.rows_per_epoch // self.config.train.batch_size
         count = min(self.config.evaluate.batches, there)
-        # Spread over the text: neighbouring rows are often of one long document.
-        batches = [self.held_out.batch(number * there // count) for number in range(count)]
+        batches = [self.held_out.batch(number) for number in range(count)]
         # All are on their way before the first is read.
         sums = [self.eval_step(params, self.on_devices(batch)) for batch in batches]
         nats, weight = (sum(map(float, numbers)) for numbers in zip(*sums, strict=True))
         text = sum(self.tokenizer.byte_length(batch.targets[batch.weights > 0]) for batch in batches)
         bits = {"eval/bits_per_byte": nats / math.log(2) / text} if text else {}
         return {"eval/loss": nats / weight} | bits
+
+    def samples(self, params: Params) -> str:
+        """The beginnings of a few held-out rows, and how the model goes on."""
+        layout, shards = self.config.attention.layout, self.mesh.shape[CONTEXT]
+
+        def next_logits(rows: Batch, here: np.ndarray) -> Array:
+            arrays = rows.tokens, rows.positions, rows.segment_ids, here
+            return self.next_logits(params, *place([permute(x, layout, shards) for x in arrays], self.mesh, TOKENS))
+
+        unit = 2 * shards  # fits every layout
+        length = min(-(-(PROMPT + NEW) // unit) * unit, self.config.data.seq_len)
+        prompt = length * PROMPT // (PROMPT + NEW)
+        rows = Batch(*(x[:, :length] for x in self.held_out.batch(0)))
+        return as_text(continue_rows(rows, prompt, self.config.train.seed, next_logits), prompt, self.tokenizer)
 
 
 def train(c: config.Config) -> int:
@@ -101,9 +117,12 @@ def train(c: config.Config) -> int:
             Checkpoints(folder / "checkpoints", c.checkpoint.keep) as checkpoints,
             stopped_by_signal(screen) as stop,
         ):
-            status, result = advance(run, state, screen, file, checkpoints, stop)
-        if status == 0 and jax.process_index() == 0:
-            plot_loss(read_rows(folder / "metrics.jsonl"), folder / "plots" / "loss.png")
+            status, state, result = advance(run, state, screen, file, checkpoints, stop)
+        if status == 0:
+            samples = run.samples(state.params)
+            if jax.process_index() == 0:
+                (folder / "samples.txt").write_text(samples, encoding="utf-8")
+                plot_loss(read_rows(folder / "metrics.jsonl"), folder / "plots" / "loss.png")
         screen.say(f"{result}; run folder {folder}")
         return status
 
@@ -155,6 +174,7 @@ def prepare(c: config.Config, mesh: jax.sharding.Mesh) -> Run:
         initial_state=make_initial_state(make_model, update),
         train_step=make_train_step(make_model, tokenizer.size, update, schedule),
         eval_step=make_eval_step(make_model, tokenizer.size),
+        next_logits=make_next_logits(make_model, tokenizer.size),
     )
 
 
@@ -176,36 +196,6 @@ def describe(run: Run, state: TrainState) -> Iterator[str]:
     numbers = f"{count_parameters(state.params):,} parameters, {c.train.batch_size * c.data.seq_len:,} tokens a step"
     yield f"{devices.size} {devices.flat[0].device_kind} devices, mesh {mesh}, {numbers}"
     yield config.summary(c)
-
-
-def advance(
-    run: Run, state: TrainState, screen: Screen, file: MetricsFile, checkpoints: Checkpoints, stop: "Stop"
-) -> tuple[int, str]:
-    """The steps that are left: the exit status, and what came of them in words."""
-    c, begin, began = run.config, int(state.step), time.monotonic()
-    train_step = run.train_step.lower(state, run.on_devices(run.rows.batch(begin))).compile()
-    screen.say(f"compiled in {time.monotonic() - began:.1f} s")
-    ideal = ideal_seconds(c, count_parameters(state.params))
-    recorder = Recorder(file, screen, c.log.every, c.train.batch_size * c.data.seq_len, ideal)
-    result = ""
-    with screen, closing(prefetch(run.rows, begin, c.train.steps)) as batches:
-        for step, batch in enumerate(batches, begin + 1):
-            state, metrics = train_step(state, run.on_devices(batch))
-            recorder.step(step, metrics)
-            last, signal_number = step == c.train.steps, stop.number
-            to_evaluate = last or step % c.evaluate.every == 0
-            to_save = last or signal_number > 0 or step % c.checkpoint.every == 0
-            if to_evaluate or to_save:
-                recorder.settle()
-            if to_evaluate:
-                result = recorder.evaluation(step, run.evaluate(state.params))
-            if to_save:
-                checkpoints.save(state)
-            if to_evaluate or to_save:
-                recorder.restart_clock()
-            if signal_number and not last:
-                return 128 + signal_number, f"stopped by {signal.Signals(signal_number).name} after step {step}, saved"
-    return 0, result
 
 
 @dataclass
@@ -233,3 +223,34 @@ def stopped_by_signal(screen: Screen) -> Iterator[Stop]:
         yield stop
     finally:
         put_back()
+
+
+def advance(
+    run: Run, state: TrainState, screen: Screen, file: MetricsFile, checkpoints: Checkpoints, stop: Stop
+) -> tuple[int, TrainState, str]:
+    """The steps that are left: the exit status, the state they end in, and what came of them in words."""
+    c, begin, began = run.config, int(state.step), time.monotonic()
+    train_step = run.train_step.lower(state, run.on_devices(run.rows.batch(begin))).compile()
+    screen.say(f"compiled in {time.monotonic() - began:.1f} s")
+    ideal = ideal_seconds(c, count_parameters(state.params))
+    recorder = Recorder(file, screen, c.log.every, c.train.batch_size * c.data.seq_len, ideal)
+    result = ""
+    with screen, closing(prefetch(run.rows, begin, c.train.steps)) as batches:
+        for step, batch in enumerate(batches, begin + 1):
+            state, metrics = train_step(state, run.on_devices(batch))
+            recorder.step(step, metrics)
+            last, signal_number = step == c.train.steps, stop.number
+            to_evaluate = last or step % c.evaluate.every == 0
+            to_save = last or signal_number > 0 or step % c.checkpoint.every == 0
+            if to_evaluate or to_save:
+                recorder.settle()
+            if to_evaluate:
+                result = recorder.evaluation(step, run.evaluate(state.params))
+            if to_save:
+                checkpoints.save(state)
+            if to_evaluate or to_save:
+                recorder.restart_clock()
+            if signal_number and not last:
+                stopped = f"stopped by {signal.Signals(signal_number).name} after step {step}, saved"
+                return 128 + signal_number, state, stopped
+    return 0, state, result

@@ -12,7 +12,7 @@ def learning_rate(c: config.Optimizer, steps: int) -> optax.Schedule:
         init_value=c.learning_rate / (c.warmup_steps + 1),  # not 0: the first update is to do something
         peak_value=c.learning_rate,
         warmup_steps=c.warmup_steps,
-        decay_steps=steps,
+        decay_steps=max(steps, c.warmup_steps + 1),  # a run that ends within the warm-up has no decay
         end_value=c.learning_rate * c.final_fraction,
     )
 
