@@ -5,7 +5,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import conftest  # noqa: F401  in a command, too: eight devices and strict promotion before JAX starts
 import jax
@@ -69,7 +69,7 @@ def draw_program(source: random.Random) -> Program:
     groups, shared = split * source.choice([1, 1, 2, 3] if split == 1 else [1]), source.choice([1, 2, 3, 4])
     batch = others[0] * source.choice([1, 2]) if others[0] == 1 else others[0]
     most = min(1024, int((2**23 / (batch * groups * shared)) ** 0.5))  # what the oracle's logits may take
-    length = unit * int(2 ** source.uniform(0, math.log2(most // unit)))
+    length = unit * max(-(-8 // unit), int(2 ** source.uniform(0, math.log2(most // unit))))
     depth = source.choice([4, 8, 16, 32])
 
     def upto(n: int) -> int:
@@ -204,40 +204,61 @@ def rival(program: Program) -> Callable[[Arrays], tuple[Any, Arrays]]:
     return with_gradients(attend)
 
 
-def compare(program: Program, arrays: Arrays) -> dict[str, tuple[float, float]]:
-    """(error, what is allowed) of the output and each gradient; inf where anything is wrong beyond rounding."""
+class Measured(NamedTuple):
+    """Norms of one case's output or gradient: of its difference from the exact, of the exact, of the rival's error."""
+
+    difference: float
+    size: float
+    usual: float
+
+
+def measure(program: Program, arrays: Arrays) -> dict[str, Measured]:
+    """Runs one case; the difference is inf where anything is wrong beyond rounding."""
     dense = dict(arrays)
     dense.setdefault("positions", np.tile(order(program.layout, program.length, program.shards), (program.batch, 1)))
     exact, found = (flat(*run) for run in (oracle(program)(dense), subject(program)(arrays)))
-    errors = {name: relative_error(name, found, exact) for name in exact}
+    usual = flat(*rival(program)(dense)) if program.dtype == "bfloat16" else exact
+    result = {name: Measured(*norms(name, found, exact), norms(name, usual, exact)[0]) for name in exact}
     # A token that sees nothing, or is seen by nothing, must give exactly 0, not nearly.
     blind, unseen = (~exact[name].any((-2, -1)) for name in ("out", "value"))
     for name, nothing in (("out", blind), ("query", blind), ("key", unseen), ("value", unseen)):
         if found[name][nothing].any():
-            errors[name] = math.inf
-    if program.dtype == "float32":
-        loose = 5 if program.soft_cap is not None and "sinks" in program.extras else 1
-        return {name: (error, loose * (2e-6 if name == "out" else 2e-5)) for name, error in errors.items()}
-    usual = flat(*rival(program)(dense))
-    yardstick = {name: relative_error(name, usual, exact) for name in exact}
-    # A gradient of few tokens may by chance be good to many digits, and sums over all of them often are: no yardstick.
-    least = max(yardstick[name] for name in ("query", "key", "value"))
-    factor = {"out": 2.0, "sinks": 4.0, "slopes": 4.0}
-    return {
-        name: (error, factor.get(name, 2.0) * max(yardstick[name], 0.0 if name == "out" else least))
-        for name, error in errors.items()
-    }
+            result[name] = result[name]._replace(difference=math.inf)
+    return result
+
+
+def judge(program: Program, cases: list[dict[str, Measured]]) -> dict[str, tuple[float, float]]:
+    """(error, what is allowed) of the output and each gradient, both relative, over several cases of one program.
+
+    In float32 the error is the worst case's. One number a head, a sum over all tokens, may by chance be next to
+    nothing, and so may a bfloat16 error: these are taken over all cases together.
+    """
+    loose = 5 if program.soft_cap is not None and "sinks" in program.extras else 1
+    result = {}
+    for name in cases[0]:
+        difference, size, usual = zip(*(case[name] for case in cases), strict=True)
+        together = math.hypot(*difference) / max(math.hypot(*size), 1e-30)
+        worst = max(d / max(n, 1e-30) for d, n in zip(difference, size, strict=True))
+        if program.dtype == "float32":
+            error = together if name in ("sinks", "slopes") else worst
+            result[name] = error, loose * (2e-6 if name == "out" else 2e-5)
+            continue
+        yardstick = max(math.hypot(*usual) / max(math.hypot(*size), 1e-30), 2.0**-10)  # half a rounding to bfloat16
+        # Twice what is usual; for these sums, in which the output's own rounding does not average out, twice again.
+        result[name] = together, (4 if name in ("sinks", "slopes") else 2) * yardstick
+    return result
 
 
 def flat(out: Any, gradients: Arrays) -> dict[str, np.ndarray]:
+    """Output and gradients by name, as float64."""
     return {name: np.asarray(x).astype(np.float64) for name, x in {"out": out, **gradients}.items()}
 
 
-def relative_error(name: str, found: dict[str, np.ndarray], exact: dict[str, np.ndarray]) -> float:
-    """Norm of the difference over the norm of the exact; inf if not finite."""
+def norms(name: str, found: dict[str, np.ndarray], exact: dict[str, np.ndarray]) -> tuple[float, float]:
+    """Norm of the difference, inf if not finite, and of the exact."""
     difference = float(np.linalg.norm(found[name] - exact[name]))
     size = float(np.linalg.norm(exact[name]))
     if name in ("query", "key"):
         # They are differences of terms of the value gradient's size: nothing is left of them where keys are few.
         size = max(size, 0.1 * float(np.linalg.norm(exact["value"])))
-    return difference / max(size, 1e-30) if math.isfinite(difference) else math.inf
+    return difference if math.isfinite(difference) else math.inf, size

@@ -1,6 +1,8 @@
 """One seed gives one run: the loss of every step is the same on every mesh, and in however many parts."""
 
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -57,3 +59,29 @@ def test_every_step_is_the_same_on_every_mesh(text, alone, make_mesh, sizes):
 
 def test_every_step_is_the_same_in_any_number_of_parts(text, alone, make_mesh):
     np.testing.assert_allclose(losses(text, make_mesh(1, 2, 1), accumulate=4), alone, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_ring_of_simulated_devices_costs_little_over_one(make_mesh, capsys):
+    """The quickstart's step on its 8 devices and on one, in turn: `pytest -m slow -s -k costs_little` shows both."""
+    c = config.read(Path(__file__).parents[1] / "configs" / "quickstart.py")
+    meshes = {"8 devices": make_mesh(context=8), "1 device": make_mesh()}
+    runs, seconds = {}, {name: [] for name in meshes}
+    for name, mesh in meshes.items():
+        with jax.set_mesh(mesh):
+            run = prepare(c, mesh)
+            runs[name] = run, run.initial_state()
+    for step in range(12):
+        for name, mesh in meshes.items():
+            run, state = runs[name]
+            with jax.set_mesh(mesh):
+                batch = run.on_devices(run.rows.batch(step))
+                began = time.perf_counter()
+                state, _ = jax.block_until_ready(run.train_step(state, batch))
+                seconds[name].append(time.perf_counter() - began)
+            runs[name] = run, state
+    medians = {name: float(np.median(taken[2:])) for name, taken in seconds.items()}  # the first two compile
+    ratio = medians["8 devices"] / medians["1 device"]
+    with capsys.disabled():
+        print("", *(f"{name}: {taken:.3f} s a step" for name, taken in medians.items()), f"ratio {ratio:.2f}", sep="\n")
+    assert ratio <= 2

@@ -51,5 +51,5 @@ def test_gradients_are_clipped_to_the_global_norm():
 
 def test_a_run_may_end_within_its_warm_up():
     rate = learning_rate(SECTION, 5)
-    assert [float(rate(step)) for step in range(5)] == sorted(float(rate(step)) for step in range(5))
-    assert 0 < float(rate(4)) < 0.01
+    rates = np.array([np.asarray(rate(step)) for step in range(5)])
+    np.testing.assert_allclose(np.diff(rates), (0.01 - 0.01 / 11) / 10, rtol=1e-3)

@@ -48,8 +48,8 @@ class Loader:
     """Deals out the packed rows of `corpus`, epoch after epoch, `batch_size` rows a step, `seq_len` tokens a row.
 
     Epoch e's documents, and then its rows, come in an order drawn from (seed, e). The rows that an epoch's end
-    leaves are followed, in the same batch, by the next epoch's first. Raises ValueError, calling the text `name`, if it has less than a
-    batch of rows, or if `seed` is negative.
+    leaves are followed, in the same batch, by the next epoch's first. Raises ValueError, calling the text `name`, if
+    it has less than a batch of rows, or if `seed` is negative.
     """
 
     def __init__(self, corpus: Corpus, seq_len: int, batch_size: int, seed: int, name: str = "training"):

@@ -7,11 +7,11 @@ import subprocess
 import sys
 import time
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import jax
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -195,11 +195,7 @@ def git_commit() -> str | None:
 
 
 def plot_loss(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draws training and validation loss over the steps as a PNG, if matplotlib is installed (extra `plots`)."""
-    if find_spec("matplotlib") is None:
-        return
-    from matplotlib.figure import Figure
-
+    """Draws training and validation loss over the steps as a PNG."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for key, label in (("loss", "training"), ("eval/loss", "validation")):
