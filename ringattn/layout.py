@@ -44,6 +44,7 @@ def pieces(layout: str, shard: Any, shards: int, local: int) -> list[Piece]:
         return [Piece(shard * local, 1, local)]
     if layout == "striped":
         return [Piece(shard, shards, local)]
+    assert layout == "zigzag", layout  # check_length has seen to it
     half = local // 2
     return [Piece(shard * half, 1, half), Piece((2 * shards - 1 - shard) * half, 1, half)]
 

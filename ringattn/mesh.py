@@ -24,6 +24,9 @@ ACTIVATIONS = P(DATA, CONTEXT, None)
 HEADS = P(DATA, CONTEXT, TENSOR, None)
 """Of queries, keys and values [B, L, H, D]."""
 
+VOCABULARY_MULTIPLE = 128
+"""Vocabulary tables are padded to a multiple of it, so that they divide over the tensor axis."""
+
 FORCED = "--xla_force_host_platform_device_count"
 
 
@@ -54,8 +57,8 @@ def resolve(section: config.Mesh, devices: int) -> dict[str, int]:
     if over or (rest != 1 and len(fixed) == len(wanted)):
         asked = " x ".join(f"{name}={size}" for name, size in wanted.items())
         cures = [_nearest(fixed, devices)]
-        if FORCED not in os.environ.get("XLA_FLAGS", ""):
-            cures.append(f"--mesh.simulate {math.prod(fixed.values())}")
+        if not section.simulate and FORCED not in os.environ.get("XLA_FLAGS", ""):
+            cures.append(f"--mesh.simulate {math.prod(fixed.values())} for simulated CPU devices")
         raise ValueError(f"mesh {asked} does not fit {devices} device{'s' * (devices > 1)}: use {', or '.join(cures)}")
     return {name: rest if size == -1 else size for name, size in wanted.items()}
 
@@ -80,6 +83,10 @@ def check(run: config.Config, mesh: jax.sharding.Mesh) -> None:
     rows = ("mesh.data * train.accumulate", data * run.train.accumulate)
     _check_multiple("train.batch_size", run.train.batch_size, *rows)
     _check_multiple("model.dim", run.model.dim, "mesh.data * mesh.context", data * context)
+    if VOCABULARY_MULTIPLE % tensor:
+        least = max(size for size in range(1, tensor) if VOCABULARY_MULTIPLE % size == 0)
+        rule = f"must divide {VOCABULARY_MULTIPLE}, the multiple to which the vocabulary is padded"
+        raise ValueError(f"mesh.tensor={tensor} {rule}: use {least}")
     for name in ("heads", "kv_heads", "feed_forward"):
         _check_multiple(f"model.{name}", vars(run.model)[name], "mesh.tensor", tensor)
 

@@ -10,8 +10,8 @@ if FORCED not in os.environ.get("XLA_FLAGS", ""):
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
+import jaxtyping
 import pytest
-from jaxtyping import install_import_hook
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -21,7 +21,7 @@ rooms = {path.stem for path in (Path(__file__).parents[1] / "ringattn").iterdir(
     "__init__",
     "__pycache__",
 }
-install_import_hook([f"ringattn.{room}" for room in sorted(rooms)], "beartype.beartype")
+jaxtyping.install_import_hook([f"ringattn.{room}" for room in sorted(rooms)], "beartype.beartype")
 
 
 @pytest.fixture
@@ -34,3 +34,11 @@ def make_mesh() -> Callable[..., jax.sharding.Mesh]:
         return jax.make_mesh((data, context, tensor), ("data", "context", "tensor"), types, devices=devices)
 
     return make
+
+
+@pytest.fixture
+def unchecked():
+    """Without the types that tests check, so that a wrong argument meets the message that users meet."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 from jax.sharding import AxisType
@@ -170,14 +169,6 @@ def test_in_float64_all_is_float64():
     np.testing.assert_allclose(out, exact, atol=1e-13)
 
 
-@pytest.fixture
-def unchecked():
-    """Without the types that tests check, so that a wrong argument meets the message that users meet."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
-
-
 def zeros(*shape: int, dtype: Any = jnp.float32) -> jax.Array:
     return jnp.zeros(shape, dtype)
 
@@ -257,3 +248,53 @@ def test_inside_a_shard_map_the_error_names_the_function_for_it(make_mesh):
         f = jax.shard_map(lambda x: attention(**x), in_specs=(specs,), out_specs=SPEC)
         with pytest.raises(ValueError, match=r"'context' is manual here.* call ringattn\.shard_attention"):
             f(given)
+
+
+@pytest.mark.parametrize("strategy", ["ring", "gather"])
+def test_nothing_of_what_lies_in_padding_comes_out(make_mesh, strategy):
+    x = arrays()
+    padding = np.asarray(x["segment_ids"]) < 0
+    assert padding.any()
+    spoilt = {
+        name: jnp.asarray(np.where(padding[:, :, None, None], np.nan, x[name])) for name in ("query", "key", "value")
+    }
+    with jax.set_mesh(mesh := make_mesh(context=2)):
+
+        @jax.jit
+        def out_and_gradient(x, ids):
+            out, back = jax.vjp(lambda x: attention(**x, segment_ids=ids, strategy=strategy), x)
+            return out, back(jnp.where(ids[:, :, None, None] < 0, jnp.nan, jnp.ones_like(out)))[0]
+
+        results = []
+        for given in (x, x | spoilt):
+            given = place(mesh, given, SPEC)
+            ids = given.pop("segment_ids")
+            results.append(out_and_gradient(given, ids))
+    jax.tree.map(np.testing.assert_array_equal, *results)
+    for gradient in results[0][1].values():
+        assert not np.asarray(gradient)[padding].any()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"strategy": "ulyses"}, "strategy='ulyses' is none of 'ring', 'gather'"),
+        ({"layout": "Contiguous"}, "layout='Contiguous' is none of 'contiguous'"),
+        ({"soft_cap": 0.0}, "soft_cap=0.0 must be positive"),
+        ({"strategy": "usp"}, r"strategy='usp' needs axis=\(outer, inner\)"),
+        ({"layout": "zigzag", "odd": True}, r"=62 must be a positive multiple of 2 \* context = 4 .* use 60 or 64"),
+        ({"sinks": jnp.ones(3)}, r"sinks must be float \(4,\), one per query head, not float32 \(3,\)"),
+    ],
+)
+def test_shard_attention_refuses_as_attention_does(make_mesh, wrong, message, unchecked):
+    x = arrays()
+    odd = {name: each[:, : L - 2] for name, each in x.items()} if wrong.pop("odd", False) else x
+    with jax.set_mesh(mesh := make_mesh(context=2)):
+        given = place(mesh, odd, SPEC)
+        ids = given.pop("segment_ids")
+        specs = jax.tree.map(lambda _: SPEC, given)
+        run = jax.shard_map(
+            lambda x, i: shard_attention(**x, segment_ids=i, **wrong), in_specs=(specs, SPEC), out_specs=SPEC
+        )
+        with pytest.raises(ValueError, match=message):
+            run(given, ids)

@@ -150,3 +150,11 @@ def test_the_state_may_be_donated_while_it_is_written(tmp_path, mesh):
     found, notes = restored(tmp_path, mesh)
     assert notes == []
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), expected)
+
+
+def test_what_is_not_finite_is_not_saved(folder, mesh):
+    broken = jax.tree.map(lambda x: x / 0 if x.dtype == jnp.float32 else x, state(mesh, 8))
+    lower = r"is not finite after step 8, which is not saved: lower --optimizer"
+    with Checkpoints(folder, 2) as checkpoints, pytest.raises(ValueError, match=lower):
+        checkpoints.save(broken)
+    assert saved_steps(folder) == [6, 4]

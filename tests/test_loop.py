@@ -75,6 +75,14 @@ def test_the_same_again_has_nothing_to_do(base, finished, capsys):
     assert (finished / "metrics.jsonl").read_text() == before
 
 
+def test_a_run_cut_off_after_its_last_step_is_completed(base, finished):
+    for name in ("samples.txt", "plots/loss.png"):
+        (finished / name).unlink()
+    assert train(base) == 0
+    assert (finished / "samples.txt").read_text().startswith("=== 1: given")
+    assert (finished / "plots" / "loss.png").is_file()
+
+
 def test_goes_on_with_more_steps(base, finished, capsys):
     more = replace(base, train=replace(base.train, steps=8))
     assert train(more) == 0
@@ -98,6 +106,19 @@ def test_refuses_what_does_not_go_with_the_run(base, finished, change, message):
         train(change(base))
 
 
+def test_refuses_to_go_on_with_other_text(base, finished, tmp_path):
+    data = json.loads((finished / "data.json").read_text())
+    (finished / "data.json").write_text(json.dumps(data | {"training": "0" * 16}))
+    with pytest.raises(ValueError, match=r"the text of .* is not what the run in .* put the text back as it was"):
+        train(base)
+    (finished / "data.json").write_text(json.dumps(data))
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_with_a_cure(base):
+    with pytest.raises(ValueError, match=r"cannot write to /proc/none/small .*: choose another --log.directory"):
+        train(replace(base, log=replace(base.log, directory="/proc/none")))
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_leaves(base, monkeypatch, capsys, number):
     c = replace(base, name=f"stopped-{number.name}", train=replace(base.train, steps=50))
@@ -117,7 +138,7 @@ def test_a_signal_saves_and_leaves(base, monkeypatch, capsys, number):
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(base):
     c = replace(base, name="diverged", optimizer=replace(base.optimizer, learning_rate=1e38))
-    with pytest.raises(ValueError, match=r"became nan at step \d; .* lower --optimizer.learning_rate"):
+    with pytest.raises(ValueError, match=r"(became nan|is not finite) .*step \d.*: lower --optimizer.learning_rate"):
         train(c)
     assert saved_steps(folder_of(c) / "checkpoints") == []
 

@@ -1,3 +1,5 @@
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -130,11 +132,30 @@ def test_chunks_that_do_not_cross_shards_need_no_hops():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"window": -1}, "window=-1 must be an int >= 0"),
-        ({"window": (3, -2)}, r"window=\(3, -2\) must be .* two of them, \(left, right\)"),
-        ({"chunk": 0}, "chunk=0 must be positive; None for no chunks"),
+        ({"window": -1}, "window=-1 must be an int from 0 to"),
+        ({"window": (3, -2)}, r"window=\(3, -2\) must be .* or two, \(left, right\)"),
+        ({"chunk": 0}, "chunk=0 must be from 1 to .*; None for no chunks"),
     ],
 )
 def test_a_mask_that_means_nothing_is_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         Mask(**wrong)
+
+
+def test_a_window_of_any_size_and_positions_of_any_size_do_not_wrap():
+    far = Tokens(jnp.asarray([[2**31 - 3, 2**31 - 2]], jnp.int32))
+    near = Tokens(jnp.asarray([[0, 1]], jnp.int32))
+    for tokens in (far, near):
+        for mask in (Mask(causal=False, window=2**31 - 2), Mask(causal=False, window=(5, 2**31 - 2))):
+            assert np.asarray(visible(mask, tokens, tokens)).all()
+            empty, full = relate(mask, extent(tokens), extent(tokens))
+            assert (bool(empty.all()), bool(full.all())) == (False, True)
+    with pytest.raises(ValueError, match="window=2147483648 must be an int from 0 to 2147483646"):
+        Mask(window=2**31)
+
+
+def test_a_mask_of_other_ints_is_the_same_mask(unchecked):
+    given: Any = np.int64(5)
+    pair: Any = [5, 0]
+    assert Mask(window=given) == Mask(window=5)
+    assert hash(Mask(window=pair)) == hash(Mask(window=(5, 0)))

@@ -116,8 +116,10 @@ def test_a_mesh_that_does_not_fit_is_refused_with_one_that_does(monkeypatch, siz
     mesh.resolve(config.Mesh(**cured), devices)
     monkeypatch.delenv("XLA_FLAGS")
     simulated = abs(section.data * section.context * section.tensor)
-    with pytest.raises(ValueError, match=f"use {cure}, or --mesh.simulate {simulated}$"):
+    with pytest.raises(ValueError, match=f"use {cure}, or --mesh.simulate {simulated} for simulated CPU devices$"):
         mesh.resolve(section, devices)
+    with pytest.raises(ValueError, match=f"use {cure}$"):  # the number of simulated devices was chosen
+        mesh.resolve(config.Mesh(**sizes, simulate=devices), devices)
 
 
 def test_the_mesh_is_explicit_and_has_every_axis():

@@ -55,7 +55,7 @@ def exact(rule: Rule, queries: Queries, keys: Keys, d_out: Any, slopes: Any) -> 
 def found(rule: Rule, queries: Queries, keys: Keys, d_out: Any, slopes: Any) -> list[np.ndarray]:
     def both(queries, keys, d_out, slopes):
         part = xla.forward(rule, queries, keys, slopes, nothing(queries, keys, slopes))
-        saved = Saved(part.lse, (d_out * part.out).sum(-1), d_out)
+        saved = Saved(part.lse, (d_out.astype(part.out.dtype) * part.out).sum(-1), d_out)
         of_queries, of_keys = xla.backward(rule, queries, keys, slopes, saved, no_gradients(queries, keys, slopes))
         return part.out, of_queries.query, of_keys.key, of_keys.value, of_queries.slopes
 
@@ -114,6 +114,17 @@ def test_what_came_before_is_added_to(first, second, monkeypatch):
 
     found = [np.asarray(x) for x in in_two_steps(queries, keys, d_out)]
     assert_close(found, exact(rule, queries, keys, d_out, slopes))
+
+
+def test_results_of_bfloat16_are_not_rounded_before_they_are_merged():
+    queries, keys, d_out = inputs(16, 16)
+    queries = queries._replace(query=queries.query.astype(jnp.bfloat16))
+    keys = keys._replace(key=keys.key.astype(jnp.bfloat16), value=keys.value.astype(jnp.bfloat16))
+    part = jax.jit(lambda q, k: xla.forward(Rule(Mask(), 0.3), q, k, None, nothing(q, k, None)))(queries, keys)
+    gradients = found(Rule(Mask(), 0.3), queries, keys, d_out.astype(jnp.bfloat16), None)
+    for x in (*part, *gradients):
+        assert x.dtype == jnp.float32
+        assert (jnp.asarray(x).astype(jnp.bfloat16).astype(jnp.float32) != x).mean() > 0.5
 
 
 def test_a_query_that_sees_nothing_leaves_what_came_before():

@@ -7,13 +7,12 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import AxisType
 from jaxtyping import Array, Float, Int
 
-from ringattn.attention.local import choose_kernel
+from ringattn.attention.checks import axis_names, check_arrays, check_settings
 from ringattn.attention.mask import Mask
-from ringattn.attention.shard import STRATEGIES, shard_attention
+from ringattn.attention.shard import shard_attention
 from ringattn.layout import check_length
 
 __all__ = ["Mask", "attention", "shard_attention"]
@@ -69,14 +68,12 @@ def attention(
       ValueError: if the arguments do not fit each other or the mesh; it names both values and a cure.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    axes = _names(axis)
-    _check_mesh(mesh, axes, strategy)
-    choose_kernel(kernel)
+    axes = axis_names(axis)
+    _check_mesh(mesh, axes)
     tokens = {"segment_ids": segment_ids, "span_ids": span_ids, "positions": positions}
-    _check_arrays(query, key, value, tokens, {"sinks": sinks, "slopes": slopes})
+    check_arrays(query, key, value, tokens, {"sinks": sinks, "slopes": slopes})
+    check_settings(strategy, axes, kernel, soft_cap)
     check_length(query.shape[1], layout, _size(mesh, axes), "query's length L")
-    if soft_cap is not None and soft_cap <= 0:
-        raise ValueError(f"soft_cap={soft_cap} must be positive; None for no cap")
     spec = _resolve_spec(query, spec, mesh, axes, key.shape[2])
     settings = {"mask": mask, "layout": layout, "strategy": strategy, "scale": scale, "soft_cap": soft_cap}
     settings |= {"kernel": kernel, "axis": axes[0] if len(axes) == 1 else axes}
@@ -106,15 +103,15 @@ def _resolve_spec(query: Any, spec: jax.P | None, mesh: Any, axes: tuple[str, ..
         batch, _, heads, *_ = (*entries, None, None, None)
         spec = jax.P(batch, over, heads)
     batch, length, heads, depth = (*spec, *([None] * (4 - len(spec))))
-    if _names(length) != axes:
+    if axis_names(length) != axes:
         raise ValueError(f"spec={spec} puts the sequence over {length!r}, but axis={over!r}: they must agree")
     if depth is not None:
         raise ValueError(f"spec={spec} shards the head dim over {depth!r}; attention needs it whole: give None there")
-    missing = [name for entry in (batch, heads) for name in _names(entry) if name not in mesh.axis_names]
+    missing = [name for entry in (batch, heads) for name in axis_names(entry) if name not in mesh.axis_names]
     if missing:
         raise ValueError(f"spec={spec} names {missing[0]!r}, but the mesh has the axes {mesh.axis_names}")
     for what, size, entry in (("B", query.shape[0], batch), ("G", kv_heads, heads)):
-        count = _size(mesh, _names(entry))
+        count = _size(mesh, axis_names(entry))
         if size % count:
             raise ValueError(
                 f"{what}={size} does not split over the {count} devices of {entry!r}: use a multiple of {count}"
@@ -122,9 +119,7 @@ def _resolve_spec(query: Any, spec: jax.P | None, mesh: Any, axes: tuple[str, ..
     return jax.P(batch, over, heads, None)
 
 
-def _check_mesh(mesh: Any, axes: tuple[str, ...], strategy: str) -> None:
-    if strategy not in STRATEGIES:
-        raise ValueError(f"strategy={strategy!r} is none of {', '.join(map(repr, STRATEGIES))}")
+def _check_mesh(mesh: Any, axes: tuple[str, ...]) -> None:
     if mesh.empty:
         raise ValueError("no mesh is set: first call jax.set_mesh(jax.make_mesh((jax.device_count(),), ('context',)))")
     for name in axes:
@@ -132,41 +127,10 @@ def _check_mesh(mesh: Any, axes: tuple[str, ...], strategy: str) -> None:
             raise ValueError(f"axis={name!r} is not in the mesh, whose axes are {mesh.axis_names}: give one of them")
         if mesh.axis_types[mesh.axis_names.index(name)] == AxisType.Manual:
             raise ValueError(f"axis={name!r} is manual here, inside a shard_map: call ringattn.shard_attention instead")
-    if len(axes) > 2 or len(set(axes)) < len(axes):
-        raise ValueError(f"axis={axes} must be one mesh axis or two different ones, (outer, inner)")
-    if strategy == "usp" and len(axes) == 1:
-        raise ValueError(
-            f"strategy='usp' needs axis=(outer, inner), not {axes[0]!r}; 'ring' and 'ulysses' need one axis"
-        )
-
-
-def _check_arrays(query: Any, key: Any, value: Any, tokens: dict[str, Any], per_head: dict[str, Any]) -> None:
-    if query.ndim != 4 or key.ndim != 4 or value.ndim != 4:
-        raise ValueError(f"query, key, value must be [B, L, heads, D], not {query.shape}, {key.shape}, {value.shape}")
-    (B, L, H, D), G = query.shape, key.shape[2]
-    if key.shape != (B, L, G, D) or value.shape[:3] != (B, L, G):
-        raise ValueError(
-            f"query {query.shape}, key {key.shape}, value {value.shape} must agree in B and L, key also in D"
-        )
-    if G == 0 or H % G:
-        raise ValueError(f"H={H} query heads must be a multiple of G={G} K/V heads: use H={max(H // max(G, 1), 1) * G}")
-    if not (query.dtype == key.dtype == value.dtype and jnp.issubdtype(query.dtype, jnp.floating)):
-        raise ValueError(f"query, key, value must be of one float dtype, not {query.dtype}, {key.dtype}, {value.dtype}")
-    for name, x in tokens.items():
-        if x is not None and (x.shape != (B, L) or x.dtype != jnp.int32):
-            raise ValueError(f"{name} must be int32 {(B, L)}, [B, L] of query, not {x.dtype} {x.shape}")
-    for name, x in per_head.items():
-        if x is not None and (x.shape != (H,) or not jnp.issubdtype(x.dtype, jnp.floating)):
-            raise ValueError(f"{name} must be float ({H},), one per query head, not {x.dtype} {x.shape}")
 
 
 def _explicit(mesh: Any) -> bool:
     return all(kind == AxisType.Explicit for kind in mesh.axis_types)
-
-
-def _names(entry: Any) -> tuple[str, ...]:
-    """The mesh axes that an entry of a spec names."""
-    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
 def _size(mesh: Any, axes: tuple[str, ...]) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 
 from ringattn.layout import pieces
 
-NO_ID = np.int32(np.iinfo(np.int32).max)
+NO_ID = int(np.iinfo(np.int32).max)
 
 
 @dataclass(frozen=True)
@@ -34,25 +34,30 @@ class Mask:
     chunk: int | None = None
 
     def __post_init__(self):
-        sides = (self.window, self.window) if isinstance(self.window, int) else self.window
-        if sides is not None and (len(sides) != 2 or min(sides) < 0):
-            raise ValueError(f"window={self.window} must be an int >= 0 or two of them, (left, right)")
-        if self.chunk is not None and self.chunk <= 0:
-            raise ValueError(f"chunk={self.chunk} must be positive; None for no chunks")
+        sides = () if self.window is None else np.ravel(self.window).tolist()
+        if len(sides) > 2 or not all(isinstance(side, int) and 0 <= side < NO_ID for side in sides):
+            raise ValueError(f"window={self.window} must be an int from 0 to {NO_ID - 1}, or two, (left, right)")
+        if sides:  # plain ints, whatever kind was given: a mask is hashed
+            object.__setattr__(self, "window", sides[0] if len(sides) == 1 else tuple(sides))
+        if self.chunk is not None and not 0 < self.chunk <= NO_ID:
+            raise ValueError(f"chunk={self.chunk} must be from 1 to {NO_ID}; None for no chunks")
 
     @property
     def left(self) -> int | None:
         """Tokens a query sees before its own; None: all."""
-        return self.window if self.window is None or isinstance(self.window, int) else self.window[0]
+        return self.window[0] if isinstance(self.window, tuple) else self.window
 
     @property
     def right(self) -> int | None:
         """Tokens a query sees after its own, causality aside; None: all."""
-        return self.window if self.window is None or isinstance(self.window, int) else self.window[1]
+        return self.window[1] if isinstance(self.window, tuple) else self.window
 
 
 class Tokens(NamedTuple):
-    """What a mask asks of tokens: int32 [rows or 1, L] each. Negative segments are padding, negative spans none."""
+    """What a mask asks of tokens: int32 [rows or 1, L] each. Negative segments are padding, negative spans none.
+
+    Positions lie within 2**31 of each other, so that their differences are int32, too.
+    """
 
     positions: Any
     segments: Any = None
@@ -67,9 +72,9 @@ def visible(mask: Mask, queries: Tokens, keys: Tokens) -> Any:
         span = queries.spans[..., :, None]
         seen |= (span == keys.spans[..., None, :]) & (span >= 0)
     if mask.left is not None:
-        seen &= j >= i - mask.left
+        seen &= i - j <= mask.left
     if mask.right is not None:
-        seen &= j <= i + mask.right
+        seen &= j - i <= mask.right
     if mask.chunk is not None:
         seen &= i // mask.chunk == j // mask.chunk
     if queries.segments is not None:
@@ -93,7 +98,7 @@ def extent(tokens: Tokens) -> Extent:
     def ids(x):
         if x is None:
             return None
-        return jnp.where(x < 0, NO_ID, x).min(-1), x.max(-1), (x < 0).any(-1)
+        return jnp.where(x < 0, jnp.int32(NO_ID), x).min(-1), x.max(-1), (x < 0).any(-1)
 
     positions = tokens.positions
     return Extent(positions.min(-1), positions.max(-1), ids(tokens.segments), ids(tokens.spans))
@@ -111,9 +116,9 @@ def relate(mask: Mask, q: Extent, k: Extent) -> tuple[Any, Any]:
             future &= (q.spans[1] < k.spans[0]) | (k.spans[1] < q.spans[0])
         empty, full = empty | future, full & past
     if mask.left is not None:
-        empty, full = empty | (k.last < q.first - mask.left), full & (k.first >= q.last - mask.left)
+        empty, full = empty | (q.first - k.last > mask.left), full & (q.last - k.first <= mask.left)
     if mask.right is not None:
-        empty, full = empty | (k.first > q.last + mask.right), full & (k.last <= q.first + mask.right)
+        empty, full = empty | (k.first - q.last > mask.right), full & (k.last - q.first <= mask.right)
     if mask.chunk is not None:
         q_low, q_high, k_low, k_high = (x // mask.chunk for x in (q.first, q.last, k.first, k.last))
         empty |= (q_low > k_high) | (k_low > q_high)

@@ -8,11 +8,13 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from einops import rearrange
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from ringattn.attention.checks import axis_names, check_arrays, check_settings
 from ringattn.attention.exchange import exchange
 from ringattn.attention.gather import Gather
 from ringattn.attention.kernels import Keys, Queries, Rule, Saved, no_gradients, nothing
@@ -20,9 +22,7 @@ from ringattn.attention.local import choose_kernel
 from ringattn.attention.mask import Mask, Tokens
 from ringattn.attention.ring import Ring
 from ringattn.attention.softmax import shifted_exp, varying_like, with_sink
-from ringattn.layout import shard_positions
-
-STRATEGIES = ("ring", "gather", "ulysses", "usp")
+from ringattn.layout import check_length, shard_positions
 
 
 def shard_attention(
@@ -50,11 +50,17 @@ def shard_attention(
     Raises:
       ValueError: if the arguments do not fit each other.
     """
+    ids = {"segment_ids": segment_ids, "span_ids": span_ids, "positions": positions}
+    check_arrays(query, key, value, ids, {"sinks": sinks, "slopes": slopes})
+    check_settings(strategy, axis_names(axis), kernel, soft_cap)
     shards, local, groups = lax.axis_size(axis), query.shape[1], key.shape[2]
+    check_length(local * shards, layout, shards, "the sequence length of all shards")
     implied = None if positions is not None else layout
     if positions is None:
         positions = shard_positions(layout, lax.axis_index(axis), shards, local)[None]
     tokens = Tokens(positions, segment_ids, span_ids)
+    if segment_ids is not None:  # whatever lies in padding, even NaN, is not to be multiplied with a weight of 0
+        query, key, value = (_without_padding(x, segment_ids) for x in (query, key, value))
     rule = Rule(mask, query.shape[-1] ** -0.5 if scale is None else scale, soft_cap)
     # All marked as varying alike, so that what is summed over devices in the gradient is left to JAX.
     arrays = query, key, value, slopes, sinks, tokens
@@ -63,7 +69,13 @@ def shard_attention(
     keys = Keys(rearrange(key, "B L G D -> B G L D"), rearrange(value, "B L G D -> B G L D"), tokens)
     per_head = [None if x is None else x.reshape(groups, -1) for x in (slopes, sinks)]
     attend = _strategy(strategy, axis, implied, choose_kernel(kernel), rule)
-    return rearrange(attend(queries, keys, *per_head), "B G R L D -> B L (G R) D")
+    out = rearrange(attend(queries, keys, *per_head), "B G R L D -> B L (G R) D")
+    return out if segment_ids is None else _without_padding(out, segment_ids)
+
+
+def _without_padding(x: Float[Array, "B L H D"], segment_ids: Int[Array, "B L"]) -> Float[Array, "B L H D"]:
+    """x with 0 at padding; so is its gradient."""
+    return jnp.where((segment_ids >= 0)[:, :, None, None], x, jnp.zeros((), x.dtype))
 
 
 def _strategy(strategy: str, axis: Any, implied: str | None, kernel: Any, rule: Rule) -> Any:

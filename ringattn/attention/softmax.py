@@ -1,8 +1,8 @@
 """The algebra that makes a ring exact: softmax over some of the keys, and how two such results join.
 
 Attention over a set of keys is known by two numbers a query: the normalised output and the log of the sum of
-exponentials. Results over disjoint sets of keys `merge` in any order (associative, commutative), with `empty` as
-identity (online softmax: Milakov and Gimelshein, arXiv 1805.02867). Everything is float32, or float64 under x64.
+exponentials. Results over disjoint sets of keys `merge` in any order (associative, commutative), with `kernels.nothing`
+as identity (online softmax: Milakov and Gimelshein, arXiv 1805.02867). Everything is float32, or float64 under x64.
 """
 
 from typing import NamedTuple

@@ -20,14 +20,17 @@ def split(documents: Sequence[Document], share: float) -> tuple[list[Document], 
     """Documents for training and for validation, about `share` of them held out, at least one on either side.
 
     Who is held out depends on the contents alone: no seed moves it, and equal documents stay on one side. Of a text
-    that is all one document, its end is held out. Raises ValueError if `share` is not between 0 and 1.
+    that is all one document, its end is held out. Raises ValueError if `share` is not between 0 and 1, or if
+    there are several documents, but all the same.
     """
     if not 0 < share < 1:
         raise ValueError(f"data.validation={share} must lie between 0 and 1: use 0.05 to hold out a twentieth")
     digests = [hashlib.sha256(document.content).digest() for document in documents]
     ranked = sorted(set(digests))
-    if len(ranked) == 1:
+    if len(documents) == 1:
         return _cut(documents[0], share)
+    if len(ranked) == 1:
+        raise ValueError(f"all {len(documents)} documents are the same text: leave one, or add others to data.path")
     held = set(ranked[: min(max(round(share * len(ranked)), 1), len(ranked) - 1)])
     pairs = list(zip(documents, digests, strict=True))
     return [one for one, digest in pairs if digest not in held], [one for one, digest in pairs if digest in held]
@@ -61,13 +64,12 @@ class Loader:
         self._epoch = lru_cache(maxsize=2)(self._pack)  # a batch touches two epochs at most
 
     @property
-    def tokens_per_epoch(self) -> int:
-        """Tokens that an epoch's rows hold, boundaries among them."""
-        return self.rows_per_epoch * self._seq_len
-
-    def epochs(self, step: int) -> float:
-        """How often the whole text has been dealt out after `step` steps."""
-        return step * self._batch_size / self.rows_per_epoch
+    def fingerprint(self) -> str:
+        """What stands for the text: 16 hexadecimal digits that change with any token or document's end."""
+        digest = hashlib.sha256()
+        for array in self._corpus:
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()[:16]
 
     def batch(self, step: int) -> Batch:
         """The batch of `step` (from 0): each array [batch_size, seq_len], equal for equal (seed, step)."""

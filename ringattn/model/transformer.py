@@ -16,11 +16,10 @@ from jax import P
 from jaxtyping import Array, Float, Int
 
 from ringattn import config
-from ringattn.mesh import ACTIVATIONS, FSDP, TENSOR
+from ringattn.mesh import ACTIVATIONS, FSDP, TENSOR, VOCABULARY_MULTIPLE
 from ringattn.model.rope import rotate, rotations
 
 EPSILON = 1e-6
-VOCABULARY_MULTIPLE = 128
 
 AttentionFunction = Callable[..., Float[Array, "B L H D"]]
 """Called as attention(query, key, value, segment_ids=segment_ids); a query sees keys of its own segment."""

@@ -38,8 +38,15 @@ class Checkpoints:
         self._manager.close()
 
     def save(self, state: TrainState) -> None:
-        """Begins to write `state`, which may be donated at once. Raises what made the write before it fail."""
+        """Begins to write `state`, which may be donated at once. Raises what made the write before it fail.
+
+        Raises ValueError, and writes nothing, if `state` is no longer finite: no run could go on from it.
+        """
         step, arrays = int(state.step), _named(state)
+        broken = [name for name, finite in jax.device_get(_finite(arrays)).items() if not finite]
+        if broken:
+            cure = "lower --optimizer.learning_rate and start anew under another --name"
+            raise ValueError(f"{broken[0]} is not finite after step {step}, which is not saved: {cure}")
         facts = {"shapes": _shapes(arrays), "sums": _sums(arrays)}
         args = ocp.args.Composite(state=ocp.args.StandardSave(arrays), facts=ocp.args.JsonSave(facts))
         self._manager.save(step, args=args, force=True)
@@ -57,6 +64,8 @@ class Checkpoints:
             try:
                 facts = self._manager.restore(step, args=ocp.args.Composite(facts=ocp.args.JsonRestore()))["facts"]
                 arrays = self._read(step, target, facts["sums"]) if facts["shapes"] == _shapes(target) else None
+            except (MemoryError, PermissionError):  # not the file's fault
+                raise
             except Exception as error:  # whatever a damaged file makes its reader raise
                 damaged[step] = f"checkpoint {step} is damaged, going back: {_first_line(error)}"
                 continue
@@ -92,6 +101,11 @@ def _named(state: TrainState) -> dict[str, Any]:
 
 def _shapes(arrays: dict[str, Any]) -> dict[str, list[int]]:
     return {name: list(array.shape) for name, array in arrays.items()}
+
+
+@jax.jit
+def _finite(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {name: jnp.isfinite(array).all() for name, array in arrays.items()}
 
 
 @jax.jit

@@ -6,7 +6,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -70,6 +70,10 @@ class Run:
         bits = {"eval/bits_per_byte": nats / math.log(2) / text} if text else {}
         return {"eval/loss": nats / weight} | bits
 
+    def fingerprints(self) -> dict[str, str]:
+        """What stands for all tokens of training and of validation."""
+        return {"training": self.rows.fingerprint, "validation": self.held_out.fingerprint}
+
     def samples(self, params: Params) -> str:
         """The beginnings of a few held-out rows, and how the model goes on."""
         layout, shards = self.config.attention.layout, self.mesh.shape[CONTEXT]
@@ -80,7 +84,7 @@ class Run:
 
         unit = 2 * shards  # fits every layout
         length = min(-(-(PROMPT + NEW) // unit) * unit, self.config.data.seq_len)
-        prompt = length * PROMPT // (PROMPT + NEW)
+        prompt = max(length * PROMPT // (PROMPT + NEW), 1)
         rows = Batch(*(x[:, :length] for x in self.held_out.batch(0)))
         return as_text(continue_rows(rows, prompt, self.config.train.seed, next_logits), prompt, self.tokenizer)
 
@@ -104,27 +108,46 @@ def train(c: config.Config) -> int:
         for line in [*describe(run, state), *notes]:
             screen.say(line)
         if done >= c.train.steps:
+            if not (folder / "plots" / "loss.png").is_file():  # it was cut off after its last step
+                finish(run, state, folder)
             screen.say(f"nothing to do: {folder} is at step {done} of {c.train.steps}; to go on raise --train.steps")
             return 0
         if done:
             screen.say(f"going on from step {done} of {folder}")
-        folder.mkdir(parents=True, exist_ok=True)
-        if jax.process_index() == 0:
-            config.save(c, folder / "config.json")
-            (folder / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n", encoding="utf-8")
+        describe_to(folder, run)
         with (
+            stopped_by_signal(screen) as stop,  # outermost: the first signal lets the last checkpoint be written
             MetricsFile(folder / "metrics.jsonl", after=done) as file,
             Checkpoints(folder / "checkpoints", c.checkpoint.keep) as checkpoints,
-            stopped_by_signal(screen) as stop,
         ):
             status, state, result = advance(run, state, screen, file, checkpoints, stop)
         if status == 0:
-            samples = run.samples(state.params)
-            if jax.process_index() == 0:
-                (folder / "samples.txt").write_text(samples, encoding="utf-8")
-                plot_loss(read_rows(folder / "metrics.jsonl"), folder / "plots" / "loss.png")
+            finish(run, state, folder)
         screen.say(f"{result}; run folder {folder}")
         return status
+
+
+def finish(run: Run, state: TrainState, folder: Path) -> None:
+    """What a run leaves once it has done all its steps."""
+    samples = run.samples(state.params)
+    if jax.process_index() == 0:
+        (folder / "samples.txt").write_text(samples, encoding="utf-8")
+        plot_loss(read_rows(folder / "metrics.jsonl"), folder / "plots" / "loss.png")
+
+
+def describe_to(folder: Path, run: Run) -> None:
+    """Writes what the run is and what it runs on, so that it can be repeated and gone on with."""
+    if jax.process_index() > 0:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Whether it resumes is said of a start, not of the run.
+        config.save(replace(run.config, resume="auto"), folder / "config.json")
+        files = {"environment.json": environment(), "data.json": run.fingerprints()}
+        for name, content in files.items():
+            (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"cannot write to {folder} ({error.strerror}): choose another --log.directory") from None
 
 
 def check_resumable(c: config.Config, folder: Path) -> bool:
@@ -179,7 +202,14 @@ def prepare(c: config.Config, mesh: jax.sharding.Mesh) -> Run:
 
 
 def restore(run: Run, folder: Path) -> tuple[TrainState, list[str]]:
-    """The newest good checkpoint's state on the run's mesh, and a line about each damaged one."""
+    """The newest good checkpoint's state on the run's mesh, and a line about each damaged one.
+
+    Raises ValueError if the text is not what the run was trained on.
+    """
+    path = folder / "data.json"
+    if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != run.fingerprints():
+        cure = "put the text back as it was, or start anew under another --name"
+        raise ValueError(f"the text of {run.config.data.path!r} is not what the run in {folder} was trained on: {cure}")
 
     def placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         spec = P() if leaf.sharding is None else leaf.sharding.spec
@@ -232,7 +262,8 @@ def advance(
     c, begin, began = run.config, int(state.step), time.monotonic()
     train_step = run.train_step.lower(state, run.on_devices(run.rows.batch(begin))).compile()
     screen.say(f"compiled in {time.monotonic() - began:.1f} s")
-    ideal = ideal_seconds(c, count_parameters(state.params))
+    looked_up = 0 if c.model.tied else state.params["embedding"][...].size
+    ideal = ideal_seconds(c, count_parameters(state.params) - looked_up)
     recorder = Recorder(file, screen, c.log.every, c.train.batch_size * c.data.seq_len, ideal)
     result = ""
     with screen, closing(prefetch(run.rows, begin, c.train.steps)) as batches:
@@ -247,6 +278,7 @@ def advance(
             if to_evaluate:
                 result = recorder.evaluation(step, run.evaluate(state.params))
             if to_save:
+                file.sync()
                 checkpoints.save(state)
             if to_evaluate or to_save:
                 recorder.restart_clock()

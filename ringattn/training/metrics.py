@@ -45,13 +45,21 @@ class MetricsFile:
             self._file.write(json.dumps(row, allow_nan=False) + "\n")
             self._file.flush()
 
+    def sync(self) -> None:
+        """Has the rows written so far on the disk, so that even a power cut leaves them to a checkpoint that does."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl, none if there is no file; a last line that was never finished is left out."""
     if not path.is_file():
         return []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    try:
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} holds a damaged line ({error}): mend or remove it, or use another --name") from None
 
 
 class Screen:
@@ -110,7 +118,9 @@ class Recorder:
         self._mark = time.monotonic()
 
     def evaluation(self, step: int, values: dict[str, float]) -> str:
-        """Writes and says the validation loss after `step`; returns it in words."""
+        """Writes and says the validation loss after `step`; returns it in words. Raises ValueError if not finite."""
+        if not all(map(math.isfinite, values.values())):
+            raise ValueError(f"the validation loss is {values['eval/loss']} after step {step}: lower the learning rate")
         self._file.write({"step": step} | values)
         bits = values.get("eval/bits_per_byte")
         text = f"validation loss {values['eval/loss']:.4f} nats per token"
@@ -128,8 +138,8 @@ class Recorder:
         broken = [name for name, value in values.items() if not math.isfinite(value)]
         if broken:
             raise ValueError(
-                f"{broken[0]} became {values[broken[0]]} at step {step}; the checkpoints are from before: "
-                "lower --optimizer.learning_rate or raise --optimizer.warmup_steps"
+                f"{broken[0]} became {values[broken[0]]} at step {step}: lower --optimizer.learning_rate and go on "
+                "from the last checkpoint, or start anew under another --name"
             )
         if step == 1 or step % self._every == 0:
             row = {"step": step} | values | self._speed(step)

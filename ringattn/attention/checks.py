@@ -1,0 +1,49 @@
+"""What attention's arguments must be, globally and inside a shard_map alike; a ValueError says what is wrong."""
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from ringattn.attention.local import choose_kernel
+
+STRATEGIES = ("ring", "gather", "ulysses", "usp")
+
+
+def axis_names(entry: Any) -> tuple[str, ...]:
+    """The mesh axes that an `axis`, or an entry of a spec, names."""
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def check_settings(strategy: str, axes: tuple[str, ...], kernel: str, soft_cap: float | None) -> None:
+    """Raises ValueError on an unknown strategy or kernel, on axes that do not suit it, on a cap that caps nothing."""
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy={strategy!r} is none of {', '.join(map(repr, STRATEGIES))}")
+    choose_kernel(kernel)
+    if not 1 <= len(axes) <= 2 or len(set(axes)) < len(axes):
+        raise ValueError(f"axis={axes} must be one mesh axis or two different ones, (outer, inner)")
+    if strategy == "usp" and len(axes) == 1:
+        cure = "'ring' and 'ulysses' need one axis"
+        raise ValueError(f"strategy='usp' needs axis=(outer, inner), not {axes[0]!r}; {cure}")
+    if soft_cap is not None and soft_cap <= 0:
+        raise ValueError(f"soft_cap={soft_cap} must be positive; None for no cap")
+
+
+def check_arrays(query: Any, key: Any, value: Any, tokens: dict[str, Any], per_head: dict[str, Any]) -> None:
+    """Raises ValueError, with both values and a cure, where shapes or dtypes do not fit each other."""
+    if query.ndim != 4 or key.ndim != 4 or value.ndim != 4:
+        raise ValueError(f"query, key, value must be [B, L, heads, D], not {query.shape}, {key.shape}, {value.shape}")
+    (B, L, H, D), G = query.shape, key.shape[2]
+    if key.shape != (B, L, G, D) or value.shape[:3] != (B, L, G):
+        raise ValueError(
+            f"query {query.shape}, key {key.shape}, value {value.shape} must agree in B and L, key also in D"
+        )
+    if G == 0 or H % G:
+        raise ValueError(f"H={H} query heads must be a multiple of G={G} K/V heads: use H={max(H // max(G, 1), 1) * G}")
+    if not (query.dtype == key.dtype == value.dtype and jnp.issubdtype(query.dtype, jnp.floating)):
+        raise ValueError(f"query, key, value must be of one float dtype, not {query.dtype}, {key.dtype}, {value.dtype}")
+    for name, x in tokens.items():
+        if x is not None and (x.shape != (B, L) or x.dtype != jnp.int32):
+            raise ValueError(f"{name} must be int32 {(B, L)}, [B, L] of query, not {x.dtype} {x.shape}")
+    for name, x in per_head.items():
+        if x is not None and (x.shape != (H,) or not jnp.issubdtype(x.dtype, jnp.floating)):
+            raise ValueError(f"{name} must be float ({H},), one per query head, not {x.dtype} {x.shape}")
