@@ -1,19 +1,40 @@
-"""What chips can do. No arrays.
+"""What chips can do, per device as JAX counts them, by JAX's `device_kind`. No arrays.
 
-Dense bf16 FLOP/s without sparsity, per device as JAX counts them, from the makers' data sheets:
-https://cloud.google.com/tpu/docs/system-architecture-tpu-vm and https://www.nvidia.com/en-us/data-center/.
+Sources: TPUs, https://docs.cloud.google.com/tpu/docs/v5e and its neighbours v3, v4, v5p, v6e, tpu7x, and for what a
+link really carries https://jax-ml.github.io/scaling-book/tpus (about a tenth below Google's nominal figure); NVIDIA,
+the data sheets at https://www.nvidia.com/en-us/data-center/ (h100, h200, hgx, a100, l4, tesla-t4), memory as the
+driver reports it.
 """
 
-PEAK_FLOPS: dict[str, float] = {
-    "TPU v3": 61.5e12,  # half a chip: JAX sees its two cores
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
-    "Tesla T4": 65e12,  # float16: it has no native bf16
+from typing import NamedTuple
+
+
+class Chip(NamedTuple):
+    """A device of JAX's; half a chip of TPU v3 and TPU7x, whose two devices share the chip's links."""
+
+    flops: float
+    """Dense bfloat16 FLOP/s, without sparsity."""
+    memory: float
+    """Bytes of HBM."""
+    memory_bandwidth: float
+    """Bytes/s of HBM."""
+    link_bandwidth: float
+    """Bytes/s, one way, to one neighbour: an ICI link, NVLink, or PCIe where there is no other."""
+
+
+CHIPS: dict[str, Chip] = {
+    "TPU v3": Chip(61.5e12, 16 * 2**30, 450e9, 70e9),
+    "TPU v4": Chip(275e12, 32 * 2**30, 1200e9, 45e9),
+    "TPU v5 lite": Chip(197e12, 16 * 2**30, 819e9, 45e9),
+    "TPU v5": Chip(459e12, 95 * 2**30, 2765e9, 90e9),
+    "TPU v6 lite": Chip(918e12, 32 * 2**30, 1638e9, 90e9),
+    "TPU7x": Chip(1153.5e12, 96 * 2**30, 3690e9, 90e9),
+    "Tesla T4": Chip(65e12, 15 * 2**30, 320e9, 15.75e9),  # float16: it has no native bfloat16
+    "NVIDIA L4": Chip(121e12, 24e9, 300e9, 31.5e9),
+    "NVIDIA A100-SXM4-40GB": Chip(312e12, 42.3e9, 1555e9, 300e9),
+    "NVIDIA A100-SXM4-80GB": Chip(312e12, 85.1e9, 2039e9, 300e9),
+    "NVIDIA H100 80GB HBM3": Chip(989.4e12, 84.9e9, 3352e9, 450e9),
+    "NVIDIA H200": Chip(989.4e12, 141e9, 4800e9, 450e9),
+    "NVIDIA B200": Chip(2250e12, 191.5e9, 8000e9, 900e9),
 }
-"""By `device_kind`; a chip that is not here has no known peak."""
+"""A chip that is not here has no known figures. Those of NVIDIA were not read off a device."""

@@ -2,11 +2,12 @@
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any
 
 import jax
+import numpy as np
 from jax import P
 
 from ringattn import config
@@ -45,8 +46,60 @@ def start(section: config.Mesh) -> jax.sharding.Mesh:
     if section.simulate and jax.default_backend() != "cpu":
         there = f"JAX already runs on {jax.default_backend()}"
         raise ValueError(f"mesh.simulate={section.simulate}, but {there}: start the mesh before anything else uses JAX")
-    # jax.make_mesh orders the devices so that neighbours on an axis are neighbours on the wire.
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(jax.sharding.AxisType.Explicit,) * len(sizes))
+    return arrange(sizes, jax.devices())
+
+
+def ring(size: int) -> jax.sharding.Mesh:
+    """The mesh whose ring is the first `size` devices, its other axes of size 1; `start` comes before it."""
+    devices = jax.devices()
+    if not 1 <= size <= len(devices):
+        raise ValueError(f"a ring of {size} does not fit {len(devices)} device{'s' * (len(devices) > 1)}")
+    return arrange({DATA: 1, CONTEXT: size, TENSOR: 1}, devices[:size])
+
+
+def arrange(sizes: Mapping[str, int], devices: Sequence[Any]) -> jax.sharding.Mesh:
+    """The mesh of these sizes, its axes explicit; on TPUs each ring is a closed walk from chip to neighbouring chip.
+
+    `devices` may be compile-only (`jax.experimental.topologies`). jax.make_mesh keeps an axis together, but lays a ring
+    of 64 row by row over 8 x 8 chips: at the end of a row the next chip is far, and then the compiler does not send
+    while it computes.
+    """
+    explicit = (jax.sharding.AxisType.Explicit,) * len(sizes)
+    mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=explicit, devices=devices)
+    rings = np.moveaxis(mesh.devices, mesh.axis_names.index(CONTEXT), -1).reshape(-1, sizes[CONTEXT])
+    if rings[0, 0].platform != "tpu":
+        return mesh
+    walks = [closed_walk([chip.coords for chip in ring]) for ring in rings]
+    if walks[0] is None or any(walk != walks[0] for walk in walks):
+        return mesh
+    placed = mesh.devices.take(walks[0], axis=mesh.axis_names.index(CONTEXT))
+    return jax.sharding.Mesh(placed, mesh.axis_names, axis_types=explicit)
+
+
+def closed_walk(places: Sequence[Sequence[int]]) -> list[int] | None:
+    """Indices of `places`, the cells of a box, so that each is next to the one before, and the first to the last.
+
+    None where there is none: an odd number of cells, a single row, or no box (two devices share a chip's place).
+    """
+    sides = [sorted(set(side)) for side in zip(*places, strict=True)]
+    cells = {tuple(place): index for index, place in enumerate(places)}
+    across = [n for n, side in enumerate(sides) if len(side) > 1 and len(places) // len(side) % 2 == 0]
+    if not across or len(cells) < len(places) or len(cells) < math.prod(map(len, sides)):
+        return None
+    n = across[0]
+    rows = _back_and_forth(sides[:n] + sides[n + 1 :])
+    # Back and forth over all rows but for their first cells, which are the way home.
+    there = [(*row[:n], x, *row[n:]) for at, row in enumerate(rows) for x in sides[n][1:][:: 1 - 2 * (at % 2)]]
+    home = [(*row[:n], sides[n][0], *row[n:]) for row in reversed(rows)]
+    return [cells[cell] for cell in there + home]
+
+
+def _back_and_forth(sides: list[list[int]]) -> list[tuple[int, ...]]:
+    """All cells of a box, each next to the one before."""
+    if not sides:
+        return [()]
+    inner = _back_and_forth(sides[1:])
+    return [(x, *rest) for at, x in enumerate(sides[0]) for rest in inner[:: 1 - 2 * (at % 2)]]
 
 
 def resolve(section: config.Mesh, devices: int) -> dict[str, int]:

@@ -15,7 +15,7 @@ from jax.sharding import AxisType
 
 from ringattn import Mask, attention, permute
 from ringattn.attention.dense import dense_attention
-from ringattn.layout import LAYOUTS, order
+from ringattn.layout import LAYOUTS
 
 AXES = ("context",), ("context_outer", "context")
 
@@ -38,10 +38,16 @@ class Program:
     scale: float | None = None
     soft_cap: float | None = None
     dtype: str = "float32"
+    queries: int | None = None  # how many of the last tokens are queries; None: all
 
     @property
     def shards(self) -> int:
         return math.prod(self.ring)
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """Of queries and of keys."""
+        return self.queries or self.length, self.length
 
     @property
     def rule(self) -> dict[str, Any]:
@@ -52,7 +58,8 @@ class Program:
         """The class whose worst case is told."""
         loose = " cap+sinks" if self.soft_cap is not None and "sinks" in self.extras else ""
         nested = "nested " if len(self.ring) > 1 and self.strategy == "ring" else ""
-        return f"{nested}{self.strategy} {self.dtype}{loose}"
+        cross = " cross" if self.queries else ""
+        return f"{nested}{self.strategy} {self.dtype}{loose}{cross}"
 
 
 def draw_program(source: random.Random) -> Program:
@@ -79,6 +86,7 @@ def draw_program(source: random.Random) -> Program:
     extras = {"segment_ids": 0.45, "span_ids": 0.2, "positions": 0.2, "sinks": 0.3, "slopes": 0.3}
     return Program(
         length=length,
+        queries=unit * source.randint(1, length // unit) if source.random() < 0.2 else None,
         heads=(groups * shared, groups),
         dims=(depth, source.choice([depth, depth, 12])),
         batch=batch,
@@ -98,16 +106,26 @@ def draw_program(source: random.Random) -> Program:
 def draw_arrays(program: Program, seed: int) -> dict[str, np.ndarray]:
     """Inputs and the output's cotangent d_out, as they lie in the program's layout."""
     rng, (H, G), (D, Dv) = np.random.default_rng(seed), program.heads, program.dims
-    shapes = {"query": (H, D), "key": (G, D), "value": (G, Dv), "d_out": (H, Dv)}
-    arrays = {name: rng.standard_normal((program.batch, program.length, *last)) for name, last in shapes.items()}
+    of_queries, of_keys = program.lengths
+    shapes = {"query": (of_queries, H, D), "key": (of_keys, G, D), "value": (of_keys, G, Dv)}
+    shapes["d_out"] = (of_queries, H, Dv)
+    arrays = {name: rng.standard_normal((program.batch, *shape)) for name, shape in shapes.items()}
     arrays = {name: x.astype(jnp.dtype(program.dtype)) for name, x in arrays.items()}
     sinks, slopes = rng.standard_normal(H), 2.0 ** -rng.uniform(1, 8, H)
     natural = _draw_tokens(rng, program.batch, program.length)
-    tokens = {name: permute(x, program.layout, program.shards) for name, x in natural.items()}
     if "segment_ids" not in program.extras:
-        tokens["positions"] = rng.integers(0, program.length, (program.batch, program.length), np.int32)
+        natural["positions"] = rng.integers(0, program.length, (program.batch, program.length), np.int32)
+    tokens = {name: lying(program, x) for name, x in natural.items()}
     given = tokens | {"sinks": sinks.astype(np.float32), "slopes": slopes.astype(np.float32)}
     return arrays | {name: given[name] for name in sorted(program.extras)}
+
+
+def lying(program: Program, x: np.ndarray) -> Any:
+    """The ids x [B, length] in the program's layout; a pair, of queries and of keys, where queries are fewer."""
+    of_keys = permute(x, program.layout, program.shards)
+    if program.queries is None:
+        return of_keys
+    return permute(x[:, -program.queries :], program.layout, program.shards), of_keys
 
 
 def _draw_tokens(rng: np.random.Generator, batch: int, length: int) -> dict[str, np.ndarray]:
@@ -160,7 +178,7 @@ def subject(program: Program) -> Callable[[Arrays], tuple[Any, Arrays]]:
 
     def place_and_run(arrays: Arrays) -> tuple[Any, Arrays]:
         with jax.set_mesh(mesh):
-            return run({n: jax.device_put(x, jax.NamedSharding(mesh, specs[x.ndim])) for n, x in arrays.items()})
+            return run(jax.tree.map(lambda x: jax.device_put(x, jax.NamedSharding(mesh, specs[x.ndim])), arrays))
 
     return place_and_run
 
@@ -172,7 +190,7 @@ def oracle(program: Program) -> Callable[[Arrays], tuple[Any, Arrays]]:
 
     def widen_and_run(arrays: Arrays) -> tuple[Any, Arrays]:
         with jax.enable_x64(True):
-            return run({n: x if x.dtype == np.int32 else x.astype(np.float64) for n, x in arrays.items()})
+            return run(jax.tree.map(lambda x: x if x.dtype == np.int32 else x.astype(np.float64), arrays))
 
     return widen_and_run
 
@@ -189,7 +207,7 @@ rounds_gradient.defvjp(lambda x: (x, None), lambda _, d: (d.astype(jnp.bfloat16)
 @lru_cache(maxsize=4)
 def rival(program: Program) -> Callable[[Arrays], tuple[Any, Arrays]]:
     """Dense attention with bfloat16 products and float32 softmax: what others compute, whose error is the yardstick."""
-    (H, G), D, L = program.heads, program.dims[0], program.length
+    (H, G), D, M = program.heads, program.dims[0], program.length
     rule: dict[str, Any] = program.rule | {"scale": D**-0.5 if program.scale is None else program.scale}
 
     def attend(query, key, value, **rest):
@@ -197,7 +215,7 @@ def rival(program: Program) -> Callable[[Arrays], tuple[Any, Arrays]]:
         key, value = (jnp.repeat(x, H // G, axis=2) for x in (key, value))
         logits = rounds_gradient(jnp.einsum("blhd,bmhd->blhm", query, key))
         # With the identity as key, the oracle takes logits for queries; with it as value, it gives the weights.
-        identity = jnp.broadcast_to(jnp.eye(L)[None, :, None, :], (program.batch, L, H, L))
+        identity = jnp.broadcast_to(jnp.eye(M)[None, :, None, :], (program.batch, M, H, M))
         weights = dense_attention(logits, identity, identity, **rest, **rule).astype(jnp.bfloat16)
         return jnp.einsum("blhm,bmhd->blhd", weights.astype(jnp.float32), value).astype(jnp.bfloat16)
 
@@ -215,7 +233,8 @@ class Measured(NamedTuple):
 def measure(program: Program, arrays: Arrays) -> dict[str, Measured]:
     """Runs one case; the difference is inf where anything is wrong beyond rounding."""
     dense = dict(arrays)
-    dense.setdefault("positions", np.tile(order(program.layout, program.length, program.shards), (program.batch, 1)))
+    natural = np.tile(np.arange(program.length, dtype=np.int32), (program.batch, 1))
+    dense.setdefault("positions", lying(program, natural))
     exact, found = (flat(*run) for run in (oracle(program)(dense), subject(program)(arrays)))
     usual = flat(*rival(program)(dense)) if program.dtype == "bfloat16" else exact
     result = {name: Measured(*norms(name, found, exact), norms(name, usual, exact)[0]) for name in exact}

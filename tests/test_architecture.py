@@ -13,7 +13,7 @@ TOP = {"pyproject.toml", "README.md", "LICENSE", "CONTRIBUTING.md"}
 TOP |= {"ringattn", "configs", "scripts", "tests", "notebooks"}
 
 # What each room of ringattn/ may import of the others.
-BELOW = {"config", "mesh", "layout", "hardware"}
+BELOW = {"config", "environment", "mesh", "layout", "hardware"}
 ROOMS = {
     "__init__": {"attention", "flax", "layout"},
     "flax": {"attention"},
@@ -21,17 +21,20 @@ ROOMS = {
     "layout": set(),
     "visualize": {"layout"},
     "hardware": set(),
+    "environment": set(),
     "mesh": {"config", "layout"},
     "attention": {"layout", "hardware"},
     "model": BELOW,  # it receives attention as a function
     "data": BELOW,
     "training": BELOW | {"attention", "model", "data"},
+    "benchmark": BELOW | {"attention"},
     "generation": BELOW | {"attention", "model", "data"},
     "evaluation": BELOW | {"attention", "model", "data"},
     "planning": BELOW | {"attention", "model", "data"},
 }
 MANY_PARAMETERS = {
     "attention",
+    "choose_strategy",
     "shard_attention",
     "flax_attention",
     "dense_attention",

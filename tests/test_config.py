@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ringattn import config
-from ringattn.config import Config, Mesh, Model, Train
+from ringattn.config import Benchmark, Config, Mesh, Model, Train
+from ringattn.config.reading import SCRIPTS
 
 BASE = "from ringattn.config import *\nconfig = Config(name='base', model=Model(layers=2), mesh=Mesh(simulate=8))\n"
 
@@ -22,10 +23,10 @@ def base(tmp_path: Path) -> Path:
     return path
 
 
-def refusal(capsys, argv: list[str]) -> str:
+def refusal(capsys, argv: list[str], kind: type = Config) -> str:
     """The message with which `parse` ends the process: one line, no frame, status 2."""
     with pytest.raises(SystemExit) as stop:
-        config.parse(argv, "A test.")
+        config.parse(argv, "A test.", kind)
     assert stop.value.code == 2
     said = capsys.readouterr()
     assert said.out == ""
@@ -239,3 +240,100 @@ def test_a_mistake_ends_a_script_with_status_2_and_no_traceback(base):
     done = subprocess.run(command, capture_output=True, text=True, env=environ, timeout=60)
     assert done.returncode == 2
     assert done.stderr == "error: unknown '--mesh.contxt': did you mean '--mesh.context'?\n"
+
+
+BENCHMARK = "from ringattn.config import *\nconfig = Benchmark(name='b', subjects=('ring zigzag', 'dense'))\n"
+
+
+@pytest.fixture
+def benchmark(tmp_path: Path) -> Path:
+    path = tmp_path / "benchmark.py"
+    path.write_text(BENCHMARK)
+    return path
+
+
+def test_several_values_are_several_words(benchmark):
+    words = ["--config", str(benchmark), "--rings", "2", "-1", "--subjects", "ring zigzag", "gather striped"]
+    parsed = config.parse([*words, "--baselines=gather striped", "--seconds", "5"], "A test.", Benchmark)
+    subjects = ("ring zigzag", "gather striped")
+    assert parsed == Benchmark(name="b", rings=(2, -1), subjects=subjects, baselines=subjects[1:], seconds=5)
+    config.save(parsed, benchmark.with_suffix(".json"))
+    assert config.read(benchmark.with_suffix(".json"), Benchmark) == parsed
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--ring", "1"], "unknown '--ring': did you mean '--rings'?"),
+        (["--rings"], "--rings needs a value: one or more integers"),
+        (["--rings", "1", "x"], "--rings 1 x must be one or more integers"),
+        (["--rings", "0"], "rings=(0,) must be at least 1, or -1 for all devices"),
+        (["--rings", "2", "2"], "rings=(2, 2) must be different from one another"),
+        (["--shard_tokens", "0"], "shard_tokens=(0,) must be at least 1"),
+        (["--heads", "9"], "heads=9 must be a multiple of kv_heads=8: use 8 or 16"),
+        (["--subjects", "rng zigzag"], "unknown subject 'rng zigzag': did you mean 'ring zigzag'?"),
+        (["--subjects", "dense", "ring"], "unknown subject 'ring': did you mean 'ring zigzag'?"),
+        (
+            ["--baselines", "ringattention"],
+            "baselines=('ringattention',) must be among the subjects: use one of 'ring zigzag', 'dense'",
+        ),
+        (["--name", "../x"], "name='../x' must be a plain folder name: letters, digits and . _ + = -, such as 'run-2'"),
+    ],
+)
+def test_a_mistake_in_a_benchmark_is_one_message(capsys, benchmark, words, message):
+    assert refusal(capsys, ["--config", str(benchmark), *words], Benchmark) == message
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("xyz window=3", "unknown subject 'xyz window=3': valid are ring contiguous, ring striped, .*, ringattention"),
+        ("ring zigzg window=3", "unknown subject .*: did you mean 'ring zigzag window=3'"),
+        ("ring zigzag windw=3", "unknown 'windw=3' in subject .*: did you mean 'ring zigzag window=3'"),
+        ("ring zigzag size=3", "unknown 'size=3' in subject .*: 'ring zigzag' takes window=N and documents=N"),
+        ("dense window=3", "unknown 'window=3' in subject 'dense window=3': 'dense' takes no options"),
+        ("ringattention window=3", "'ringattention' takes documents=N"),
+        ("ring zigzag window=-1", "'window=-1' must be window=N once, N an integer of at least 0"),
+        ("ring zigzag documents=0", "'documents=0' must be documents=N once, N an integer of at least 1"),
+        ("ring zigzag window=1 window=1", "must be window=N once"),
+    ],
+)
+def test_a_mistaken_subject_is_told_the_nearest(text, message):
+    with pytest.raises(ValueError, match=message):
+        config.parse_subject(text)
+
+
+def test_subjects_are_read():
+    assert config.parse_subject("dense") == config.Subject("dense")
+    assert config.parse_subject("ring striped documents=16 window=0") == config.Subject("ring", "striped", 0, 16)
+
+
+def test_one_scripts_config_given_to_another_is_one_message(capsys, base, benchmark):
+    mine = "scripts/benchmark.py takes a Benchmark, such as --config configs/benchmark.py"
+    theirs = "scripts/train.py takes a Config, such as --config configs/quickstart.py"
+    for path, kind, of_file in ((base, Config, Config()), (benchmark, Benchmark, Benchmark())):
+        saved = path.with_suffix(".json")
+        config.save(of_file, saved)
+        other, message = (Benchmark, mine) if kind is Config else (Config, theirs)
+        for each in (path, saved):
+            said = f"{each} holds a {kind.__name__}, for {SCRIPTS[kind][0]}: {message}"
+            assert refusal(capsys, ["--config", str(each)], other) == said
+    assert refusal(capsys, [], Benchmark) == "no config given: name a file, such as --config configs/benchmark.py"
+
+
+def test_a_misspelt_field_of_a_benchmark_is_told_the_nearest(capsys, benchmark):
+    benchmark.write_text("from ringattn.config import *\nconfig = Benchmark(ring=(1,))\n")
+    said = refusal(capsys, ["--config", str(benchmark)], Benchmark)
+    assert said == f"{benchmark}, line 2: unknown 'ring': did you mean 'rings'?"
+    benchmark.write_text("from ringattn.config import *\nconfig = Benchmark(rings=[1])\n")
+    said = refusal(capsys, ["--config", str(benchmark)], Benchmark)
+    assert said == f"{benchmark}, line 2: rings=[1] must be one or more integers"
+
+
+def test_help_lists_every_field_of_a_benchmark(capsys, benchmark):
+    with pytest.raises(SystemExit) as stop:
+        config.parse(["--config", str(benchmark), "--help"], "A test.", Benchmark)
+    assert stop.value.code == 0
+    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert all(f"--{each.name} " in said for each in dataclasses.fields(Benchmark))
+    assert "(default: 'ring zigzag' dense)" in said

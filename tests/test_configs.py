@@ -1,5 +1,6 @@
 """Every committed config is one that runs: it is read, fits its mesh, and says how it is started."""
 
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,9 @@ from ringattn import config
 from ringattn.mesh import check, resolve
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+ALL = sorted((ROOT / "configs").glob("*.py"))
+BENCHMARKS = [path for path in ALL if "scripts/benchmark.py" in path.read_text(encoding="utf-8")]
+CONFIGS = [path for path in ALL if path not in BENCHMARKS]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -31,3 +34,19 @@ def test_the_configs_show_the_range():
     assert len({each.attention.window for each in found}) > 1
     assert len({each.data.seq_len for each in found}) > 1
     assert len({each.train.accumulate for each in found}) > 1
+
+
+@pytest.mark.parametrize("path", BENCHMARKS, ids=lambda path: path.stem)
+def test_a_benchmark_is_read(path):
+    assert config.read(path, config.Benchmark).name == path.stem, "two configs with one name would share a folder"
+    assert f"\n    python scripts/benchmark.py --config configs/{path.name}\n" in path.read_text(encoding="utf-8")
+
+
+def test_the_benchmarks_show_the_range():
+    found = [config.read(path, config.Benchmark) for path in BENCHMARKS]
+    for field in fields(config.Benchmark):
+        if field.name != "directory":  # so that it can be elsewhere
+            assert len({vars(each)[field.name] for each in found}) > 1, field.name
+    subjects = [config.parse_subject(text) for each in found for text in each.subjects]
+    for field in fields(config.Subject):
+        assert len({vars(each)[field.name] for each in subjects}) > 1, field.name

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 
+import jax
 import numpy as np
 import pytest
 from cases import Arrays, Program, draw_arrays, draw_program, flat, judge, measure, norms, oracle, subject
@@ -54,6 +55,12 @@ GRID = [
     Program(strategy="ulysses", ring=(2, 2), heads=(8, 8), layout="striped", mask=Mask(window=9), others=(1, 2)),
     Program(strategy="usp", ring=(4, 2), layout="striped", mask=Mask(window=13), extras=PACKED, explicit=False),
     Program(strategy="usp", ring=(2, 2), layout="zigzag", extras=EVERY - {"positions"}, dims=(8, 4)),
+    Program(ring=(4,), queries=16, layout="zigzag", extras=EVERY - {"positions"}),
+    Program(ring=(8,), length=128, queries=32, layout="striped", mask=Mask(window=(40, 0)), others=(1, 1)),
+    Program(ring=(2, 2), queries=8, extras=EVERY, explicit=False),
+    Program(strategy="usp", ring=(2, 2), queries=24, layout="zigzag", mask=Mask(chunk=40), extras=PACKED),
+    Program(strategy="gather", ring=(4,), queries=4, mask=Mask(window=9), extras=frozenset({"sinks", "slopes"})),
+    Program(strategy="ulysses", ring=(2,), queries=30, mask=Mask(causal=False), extras=frozenset({"span_ids"})),
     Program(ring=(4,), length=192, layout="zigzag", dims=(32, 32), extras=PACKED | {"sinks"}, dtype="bfloat16"),
     Program(strategy="usp", ring=(2, 2), length=192, mask=Mask(causal=False), soft_cap=4.0, dtype="bfloat16"),
 ]
@@ -129,7 +136,8 @@ def run(cases: int, seed: int, only: Sequence[int]) -> bool:
         told = "{} {:.1e} of {:.1e}, ".format(name, *judged[name]) + f"program {number}: {program}"
         restricted = program.mask.window is not None or not program.extras.isdisjoint({"segment_ids", "span_ids"})
         count.update(cases=len(drawn), restricted=len(drawn) * restricted)
-        count.update(masked_rows=sum("segment_ids" in x and int((x["segment_ids"] < 0).any()) for x in drawn))
+        padded = [any((ids < 0).any() for ids in jax.tree.leaves(x.get("segment_ids", ()))) for x in drawn]
+        count.update(masked_rows=sum(padded))
         if not shares[name] <= 1:
             count.update(failed=len(drawn))
             print("FAILED", told, flush=True)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ringattn import config
-from ringattn.hardware import PEAK_FLOPS
+from ringattn.hardware import CHIPS
 from ringattn.training import train
 from ringattn.training.checkpoint import saved_steps
 from ringattn.training.metrics import MetricsFile, Recorder, ideal_seconds, read_rows
@@ -153,7 +153,7 @@ def test_rows_beyond_the_step_gone_back_to_are_cut_away(tmp_path):
 
 def test_ideal_seconds_counts_what_a_step_needs(base, monkeypatch):
     assert ideal_seconds(base, 1000) is None
-    monkeypatch.setitem(PEAK_FLOPS, "cpu", 1e6)
+    monkeypatch.setitem(CHIPS, "cpu", CHIPS["TPU v4"]._replace(flops=1e6))
     seen = np.mean(np.arange(1, 33))
     flops = 64 * (6 * 1000 + 12 * 1 * 16 * seen)
     assert ideal_seconds(base, 1000) == pytest.approx(flops / 8e6)

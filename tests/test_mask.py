@@ -91,19 +91,23 @@ def test_relate_is_exact_for_the_tiles_of_a_packed_row(mask, sizes, lengths):
     members=st.integers(1, 6),
     group=st.integers(1, 3),
     half=st.integers(1, 4),
+    fewer=st.integers(0, 3),
 )
-def test_needed_hops_against_all_pairs_of_tokens(mask, layout, members, group, half):
-    shards, local = members * group, 2 * half
-    held = [shard_positions(layout, shard, shards, local) for shard in range(shards)]
-    of_member = np.concatenate(held).reshape(members, -1)
+def test_needed_hops_against_all_pairs_of_tokens(mask, layout, members, group, half, fewer):
+    shards, keys = members * group, 2 * half
+    queries = max(keys - 2 * fewer, 2)
+
+    def held(local: int, ahead: int = 0) -> np.ndarray:
+        shard = [shard_positions(layout, shard, shards, local) + ahead for shard in range(shards)]
+        return np.concatenate(shard).reshape(members, -1)
+
+    i_of, j_of = held(queries, shards * (keys - queries)), held(keys)
     exact = {
         hop
         for hop in range(1, members)
-        if any(
-            sees(mask, i, j) for member in range(members) for i in of_member[member] for j in of_member[member - hop]
-        )
+        if any(sees(mask, i, j) for member in range(members) for i in i_of[member] for j in j_of[member - hop])
     }
-    needed = needed_hops(mask, layout, shards, local, group)
+    needed = needed_hops(mask, layout, shards, queries, keys, group)
     assert needed >= exact
     if mask.chunk is None:
         assert needed == exact
@@ -113,20 +117,28 @@ def test_needed_hops_against_all_pairs_of_tokens(mask, layout, members, group, h
     ("left", "hops"), [(0, 0), (1, 1), (511, 1), (512, 1), (513, 2), (1000, 2), (1024, 2), (1025, 3)]
 )
 def test_a_causal_window_needs_as_many_hops_as_shards_it_reaches(left, hops):
-    assert needed_hops(Mask(window=(left, 0)), "contiguous", 8, 512) == set(range(1, hops + 1))
-    assert needed_hops(Mask(window=left), "contiguous", 8, 512) == set(range(1, hops + 1))
+    assert needed_hops(Mask(window=(left, 0)), "contiguous", 8, 512, 512) == set(range(1, hops + 1))
+    assert needed_hops(Mask(window=left), "contiguous", 8, 512, 512) == set(range(1, hops + 1))
     both_ways = set(range(1, hops + 1)) | set(range(8 - hops, 8))
-    assert needed_hops(Mask(causal=False, window=left), "contiguous", 8, 512) == both_ways
+    assert needed_hops(Mask(causal=False, window=left), "contiguous", 8, 512, 512) == both_ways
+
+
+def test_a_chunk_of_a_prefill_needs_the_hops_that_reach_its_keys():
+    # The last 64 of 4,096 tokens, 8 a shard: under a window they see the last shard's keys alone.
+    window = Mask(window=(100, 0))
+    assert needed_hops(Mask(), "contiguous", 8, 8, 512) == set(range(1, 8))
+    assert needed_hops(window, "contiguous", 8, 8, 512) == set(range(1, 8))  # each shard holds some of them
+    assert needed_hops(window, "contiguous", 8, 512, 512) == {1}
 
 
 def test_all_hops_are_needed_where_every_shard_sees_every_other():
     for layout in LAYOUTS:
-        assert needed_hops(Mask(), layout, 8, 512) == set(range(1, 8))
+        assert needed_hops(Mask(), layout, 8, 512, 512) == set(range(1, 8))
 
 
 def test_chunks_that_do_not_cross_shards_need_no_hops():
-    assert needed_hops(Mask(chunk=512), "contiguous", 8, 512) == set()
-    assert needed_hops(Mask(chunk=1024), "contiguous", 8, 512) == {1}
+    assert needed_hops(Mask(chunk=512), "contiguous", 8, 512, 512) == set()
+    assert needed_hops(Mask(chunk=1024), "contiguous", 8, 512, 512) == {1}
 
 
 @pytest.mark.parametrize(

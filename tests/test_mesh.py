@@ -168,3 +168,22 @@ def test_what_does_not_divide_over_the_mesh_is_refused_with_a_cure(make_mesh, si
 
 def test_what_divides_passes(make_mesh):
     mesh.check(config.Config(**RUN), make_mesh(data=2, context=2, tensor=2))
+
+
+@pytest.mark.parametrize(
+    "box", [(2, 2), (2, 4), (8, 8, 1), (3, 4), (4, 3), (16, 16, 1), (4, 4, 4), (3, 3, 2), (1, 2, 5)]
+)
+def test_a_ring_walks_from_neighbour_to_neighbour_and_back(box):
+    places = [(*place, 0) for place in np.random.default_rng(0).permutation(list(np.ndindex(box))).tolist()]
+    walk = mesh.closed_walk(places)
+    assert walk is not None
+    assert sorted(walk) == list(range(len(places)))
+    walked = np.array([places[index] for index in walk])
+    assert (abs(walked - np.roll(walked, 1, axis=0)).sum(1) == 1).all()
+
+
+@pytest.mark.parametrize(
+    "places", [[(0, 0)], [(0, 0), (0, 1)], list(np.ndindex(3, 3)), list(np.ndindex(2, 2)) * 2, [(0, 0), (0, 1), (1, 0)]]
+)
+def test_where_there_is_no_closed_walk_there_is_none(places):
+    assert mesh.closed_walk(places) is None

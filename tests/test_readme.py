@@ -51,6 +51,15 @@ def test_all_commands_that_train_are_valid():
             config.parse(flags, "")
 
 
+def test_all_commands_that_measure_are_valid():
+    commands = [shlex.split(line, comments=True) for line in COMMANDS if "scripts/benchmark.py" in line]
+    assert len(commands) > 2
+    for words in commands:
+        flags = words[words.index("--config") :]
+        flags[1] = str(ROOT / flags[1])
+        config.parse(flags, "", config.Benchmark)
+
+
 def test_all_configs_are_in_the_table():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     for path in (ROOT / "configs").glob("*.py"):

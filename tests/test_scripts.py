@@ -1,5 +1,6 @@
 """The scripts as a user runs them: what a mistake costs is one line that names the cure."""
 
+import json
 import os
 import subprocess
 import sys
@@ -16,9 +17,9 @@ def run(*words: str, script: str = "train.py") -> subprocess.CompletedProcess[st
     return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120)
 
 
-def message_of(*words: str) -> str:
+def message_of(*words: str, script: str = "train.py") -> str:
     """What is said of a mistake: status 2, one line, no traceback."""
-    done = run(*words)
+    done = run(*words, script=script)
     assert done.returncode == 2, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
@@ -66,3 +67,32 @@ def test_help_lists_every_field():
     done = run("--help")
     assert done.returncode == 0
     assert "--optimizer.learning_rate" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("--subjects", "ring zigzg"), "did you mean 'ring zigzag'?"),
+        (("--rings", "16"), "use --rings -1, or --simulate 16"),
+        (("--config", str(ROOT / "configs" / "quickstart.py")), "such as --config configs/benchmark.py"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_a_mistake_in_a_benchmark(words, expected, tmp_path):
+    benchmark = ("--config", str(ROOT / "configs" / "benchmark.py"), "--directory", str(tmp_path / "runs"))
+    assert expected in message_of(*benchmark, *words, script="benchmark.py")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_benchmark_on_the_command_line(tmp_path):
+    words = ("--shard_tokens", "16", "--rings", "2", "--simulate", "4", "--seconds", "0", "--directory", str(tmp_path))
+    subjects = ("--subjects", "ring zigzag", "dense", "--baselines", "dense")
+    config = ("--config", str(ROOT / "configs" / "benchmark.py"))
+    done = run(*config, *words, *subjects, script="benchmark.py")
+    assert done.returncode == 0, done.stderr
+    assert "32 tokens over a ring of 2, 8 heads of 64, float32" in done.stdout
+    assert (tmp_path / "benchmark" / "plots" / "benchmark.png").is_file()
+    repeated = ("--config", str(tmp_path / "benchmark" / "config.json"), "--subjects", "dense")
+    assert run(*repeated, script="benchmark.py").returncode == 0
+    rows = json.loads((tmp_path / "benchmark" / "results.json").read_text())["rows"]
+    assert [(row["subject"], row["pass"]) for row in rows] == [("dense", "forward"), ("dense", "forward+backward")]

@@ -77,7 +77,7 @@ def packed(length: int, seed: int = 0) -> Tokens:
 @pytest.mark.parametrize(("length", "together"), [(1, True), (15, False), (31, True), (48, False), (131, True)])
 @pytest.mark.parametrize("rule", [Rule(Mask(), 0.3), Rule(Mask(False, (9, 5), 24), 0.3, soft_cap=2.0)], ids=str)
 def test_any_length(length, together, rule, monkeypatch):
-    monkeypatch.setattr(tiles, "TILE", 16)
+    monkeypatch.setattr(tiles, "TILE", (16, 8))
     if not together:
         monkeypatch.setattr(tiles, "LOGITS", 1)
     slopes = jnp.asarray(np.random.default_rng(1).uniform(0, 0.2, DIMS[1:3]), jnp.float32)
@@ -93,7 +93,7 @@ def test_a_prime_length_longer_than_a_tile():
 
 @pytest.mark.parametrize(("first", "second"), [(slice(0, 20), slice(20, 48)), (slice(17, 48), slice(0, 17))])
 def test_what_came_before_is_added_to(first, second, monkeypatch):
-    monkeypatch.setattr(tiles, "TILE", 16)
+    monkeypatch.setattr(tiles, "TILE", (16, 16))
     rule, slopes = Rule(Mask(False), 0.3), jnp.full(DIMS[1:3], 0.1)
     queries, keys, d_out = inputs(48, 48)
 
@@ -145,7 +145,7 @@ def visits(mask: Mask, tokens: Tokens, size: int) -> np.ndarray:
         assert (at.queries, at.keys) == (size, size)
         return counts.at[int(masked), at.first_row, at.first_query // size, at.first_key // size].add(1)
 
-    return np.asarray(jax.jit(lambda counts: tiles.visit(mask, queries, keys, trip, counts))(counts))
+    return np.asarray(jax.jit(lambda counts: tiles.plan(mask, queries, keys).visit(trip, counts))(counts))
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
@@ -154,7 +154,7 @@ def visits(mask: Mask, tokens: Tokens, size: int) -> np.ndarray:
 )
 @pytest.mark.parametrize("documents", [1, 3, 8])
 def test_just_the_pairs_of_tiles_with_something_to_see_are_visited(mask, documents, layout, monkeypatch):
-    monkeypatch.setattr(tiles, "TILE", 8)
+    monkeypatch.setattr(tiles, "TILE", (8, 8))
     monkeypatch.setattr(tiles, "LOGITS", 1)
     positions = order(layout, 128, 4)[None]
     segments = np.stack([positions[0] * documents // 128, np.zeros(128, np.int32)]).astype(np.int32)
@@ -166,7 +166,7 @@ def test_just_the_pairs_of_tiles_with_something_to_see_are_visited(mask, documen
 
 
 def test_rows_that_share_a_trip_see_what_either_sees(monkeypatch):
-    monkeypatch.setattr(tiles, "TILE", 8)
+    monkeypatch.setattr(tiles, "TILE", (8, 8))
     segments = np.stack([np.arange(64) // 16, np.arange(64) // 32]).astype(np.int32)
     tokens = Tokens(jnp.arange(64, dtype=jnp.int32)[None], jnp.asarray(segments))
     seen = np.asarray(visible(Mask(), tokens, tokens)).reshape(2, 8, 8, 8, 8)
@@ -177,7 +177,7 @@ def test_rows_that_share_a_trip_see_what_either_sees(monkeypatch):
 
 
 def test_what_is_skipped_is_not_even_read(monkeypatch):
-    monkeypatch.setattr(tiles, "TILE", 8)
+    monkeypatch.setattr(tiles, "TILE", (8, 8))
     queries, keys, d_out = inputs(32, 64)
     spoilt = keys._replace(key=keys.key.at[:, :, 32:].set(jnp.nan), value=keys.value.at[:, :, 32:].set(jnp.nan))
     clean = keys._replace(key=keys.key.at[:, :, 32:].set(0.0), value=keys.value.at[:, :, 32:].set(0.0))
@@ -189,13 +189,12 @@ def test_what_is_skipped_is_not_even_read(monkeypatch):
 @pytest.mark.parametrize(
     ("length", "size"), [(1024, 512), (512, 256), (1000, 500), (7, 7), (1, 1), (2 * 521, 1), (81, 81)]
 )
-def test_a_tile_is_a_part_of_half_the_length(length, size, monkeypatch):
-    monkeypatch.setattr(tiles, "TILE", 512)
-    assert tiles.tile_size(length) == size
+def test_a_tile_is_a_part_of_half_the_length(length, size):
+    assert tiles.tile_size(length, 512) == size
 
 
 def test_lengths_without_good_tiles_are_padded(monkeypatch):
-    monkeypatch.setattr(tiles, "TILE", 512)
+    monkeypatch.setattr(tiles, "TILE", (512, 512))
     queries, keys, _ = inputs(2 * 521, 512)
     queries, keys = tiles.padded(queries, keys)
     assert queries.query.shape[3] == 1536

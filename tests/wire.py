@@ -60,8 +60,8 @@ def _jaxprs(value: Any) -> Iterator[Jaxpr]:
             yield each
 
 
-def executed(hlo: str, instruction: str) -> int:
-    """How often a compiled program runs `instruction` (say collective-permute), loops counted turn by turn."""
+def computations(hlo: str) -> dict[str, list[str]]:
+    """The lines of each computation of compiled HLO, in the order in which they are scheduled; the entry is ENTRY."""
     bodies: dict[str, list[str]] = {}
     name = ""
     for line in hlo.splitlines():
@@ -70,6 +70,12 @@ def executed(hlo: str, instruction: str) -> int:
             bodies[name] = []
         elif name:
             bodies[name].append(line)
+    return bodies
+
+
+def executed(hlo: str, instruction: str) -> int:
+    """How often a compiled program runs `instruction` (say collective-permute), loops counted turn by turn."""
+    bodies = computations(hlo)
 
     def count(name: str) -> int:
         total = 0
@@ -83,3 +89,25 @@ def executed(hlo: str, instruction: str) -> int:
         return total
 
     return count("ENTRY")
+
+
+def exposed(hlo: str) -> tuple[int, list[str]]:
+    """How many permutes a schedule has, and those that span no loop, which a hop's attention is: one loop, of a turn at
+    most, with all its tiles inside. A permute that is not asynchronous spans nothing."""
+    sends, bare = 0, []
+    for body in computations(hlo).values():
+        open_since: dict[str, int] = {}
+        loops = 0
+        for line in body:
+            sent = re.match(
+                r"\s+(?:ROOT )?%?([\w.\-]+) = (\S+).* collective-permute(-start|-done)?\(%?([\w.\-]*)", line
+            )
+            if sent is None:
+                loops += " while(" in line
+            elif sent[3] == "-start":
+                open_since[sent[1]] = loops
+            else:
+                sends += 1
+                if sent[3] is None or loops == open_since.pop(sent[4]):
+                    bare.append(f"{sent[1]} {sent[2]}")
+    return sends, bare

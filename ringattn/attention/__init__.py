@@ -8,25 +8,26 @@ from typing import Any
 
 import jax
 from jax.sharding import AxisType
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from ringattn.attention.checks import axis_names, check_arrays, check_settings
+from ringattn.attention.auto import choose_strategy
+from ringattn.attention.checks import TokenIds, axis_names, check_arrays, check_settings, check_tokens
 from ringattn.attention.mask import Mask
 from ringattn.attention.shard import shard_attention
 from ringattn.layout import check_length
 
-__all__ = ["Mask", "attention", "shard_attention"]
+__all__ = ["Mask", "attention", "choose_strategy", "shard_attention"]
 
 
 def attention(
     query: Float[Array, "B L H D"],
-    key: Float[Array, "B L G D"],
-    value: Float[Array, "B L G Dv"],
+    key: Float[Array, "B M G D"],
+    value: Float[Array, "B M G Dv"],
     *,
     mask: Mask = Mask(),
-    segment_ids: Int[Array, "B L"] | None = None,
-    span_ids: Int[Array, "B L"] | None = None,
-    positions: Int[Array, "B L"] | None = None,
+    segment_ids: TokenIds = None,
+    span_ids: TokenIds = None,
+    positions: TokenIds = None,
     layout: str = "contiguous",
     strategy: str = "ring",
     axis: str | tuple[str, str] = "context",
@@ -36,6 +37,7 @@ def attention(
     sinks: Float[Array, " H"] | None = None,
     slopes: Float[Array, " H"] | None = None,
     kernel: str = "auto",
+    reduce_dtype: Any = None,
 ) -> Float[Array, "B L H Dv"]:
     """Exact attention over a sequence that is spread over mesh axis `axis`, of the mesh set by `jax.set_mesh`.
 
@@ -45,14 +47,17 @@ def attention(
 
     Args:
       query: float32 or bfloat16.
-      key, value: in query's dtype; H must be a multiple of G, they are never repeated.
+      key, value: in query's dtype; H must be a multiple of G, they are never repeated. Where M differs from L, the
+        queries are the last L of the M tokens (a chunk of a prefill), unless `positions` says otherwise.
       mask: causality, window and chunk, by positions.
       segment_ids: int32; tokens see their own segment only; a negative id is padding: sees and is seen by nothing.
+        As of all three ids: [B, L] for queries and keys alike, or a pair, [B, L] of queries and [B, M] of keys.
       span_ids: int32; tokens of one span (id >= 0) see each other in both directions, whatever `mask` says of
         causality (prefix-LM, image spans); -1: none.
       positions: int32, of every token as it lies; default: what `layout` implies.
       layout: how the tokens lie over `axis`, as `ringattn.permute` puts them: contiguous, striped or zigzag.
-      strategy: "ring"; "gather" (of K/V); "ulysses" (heads for sequence); "usp" (ulysses inside a ring).
+      strategy: "ring"; "gather" (of K/V); "ulysses" (heads for sequence); "usp" (ulysses inside a ring); "auto": the
+        one that `choose_strategy` expects to wait least for the wire.
       axis: a mesh axis, or (outer, inner): a nested ring, or for "usp" ring over outer and exchange over inner.
       spec: how query lies on the mesh; default: as the array says where the mesh is explicit, else P(None, axis).
       scale: default D ** -0.5.
@@ -60,6 +65,8 @@ def attention(
       sinks: one more logit per head in the denominator, of a key whose value is 0.
       slopes: ALiBi (arXiv 2108.12409).
       kernel: "xla", or "auto".
+      reduce_dtype: the dtype in which gradients of K/V are sent; None: float32. "bfloat16" halves these bytes, and
+        rounds once a hop.
 
     Returns:
       [B, L, H, Dv] in query's dtype, lying as query does.
@@ -71,12 +78,14 @@ def attention(
     axes = axis_names(axis)
     _check_mesh(mesh, axes)
     tokens = {"segment_ids": segment_ids, "span_ids": span_ids, "positions": positions}
-    check_arrays(query, key, value, tokens, {"sinks": sinks, "slopes": slopes})
-    check_settings(strategy, axes, kernel, soft_cap)
-    check_length(query.shape[1], layout, _size(mesh, axes), "query's length L")
+    check_arrays(query, key, value, {"sinks": sinks, "slopes": slopes})
+    check_tokens(query, key, **tokens)
+    check_settings(strategy, axes, kernel, soft_cap, reduce_dtype)
+    for name, array in {"query's length L": query, "key's length M": key}.items():
+        check_length(array.shape[1], layout, _size(mesh, axes), name)
     spec = _resolve_spec(query, spec, mesh, axes, key.shape[2])
     settings = {"mask": mask, "layout": layout, "strategy": strategy, "scale": scale, "soft_cap": soft_cap}
-    settings |= {"kernel": kernel, "axis": axes[0] if len(axes) == 1 else axes}
+    settings |= {"kernel": kernel, "axis": axes[0] if len(axes) == 1 else axes, "reduce_dtype": reduce_dtype}
     arrays = {name: x for name, x in (tokens | {"sinks": sinks, "slopes": slopes}).items() if x is not None}
     return _sharded(spec, tuple(settings.items()), query, key, value, arrays)
 
@@ -84,7 +93,11 @@ def attention(
 @partial(jax.jit, static_argnums=(0, 1))
 def _sharded(spec: jax.P, settings: tuple, query: Any, key: Any, value: Any, arrays: dict[str, Any]) -> Any:
     batch, length, heads, _ = spec
-    specs = {name: jax.P(heads) if name in ("sinks", "slopes") else jax.P(batch, length) for name in arrays}
+    per_head, per_token = jax.P(heads), jax.P(batch, length)
+    specs = {
+        name: jax.tree.map(lambda _, each=name: per_head if each in ("sinks", "slopes") else per_token, x)
+        for name, x in arrays.items()
+    }
     inputs, specs = (query, key, value, arrays), (spec, spec, spec, specs)
     if _explicit(jax.sharding.get_abstract_mesh()):
         inputs = jax.tree.map(jax.reshard, inputs, specs)

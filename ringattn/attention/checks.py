@@ -3,10 +3,13 @@
 from typing import Any
 
 import jax.numpy as jnp
+from jaxtyping import Array, Int
 
 from ringattn.attention.local import choose_kernel
 
-STRATEGIES = ("ring", "gather", "ulysses", "usp")
+STRATEGIES = ("ring", "gather", "ulysses", "usp", "auto")
+TokenIds = Int[Array, "B L"] | tuple[Int[Array, "B L"], Int[Array, "B M"]] | None
+"""A number for every token: one array for queries and keys alike, or a pair, of queries and of keys."""
 
 
 def axis_names(entry: Any) -> tuple[str, ...]:
@@ -14,8 +17,10 @@ def axis_names(entry: Any) -> tuple[str, ...]:
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
-def check_settings(strategy: str, axes: tuple[str, ...], kernel: str, soft_cap: float | None) -> None:
-    """Raises ValueError on an unknown strategy or kernel, on axes that do not suit it, on a cap that caps nothing."""
+def check_settings(
+    strategy: str, axes: tuple[str, ...], kernel: str, soft_cap: float | None, reduce_dtype: Any
+) -> None:
+    """Raises ValueError on an unknown strategy or kernel, on axes that do not suit it, on options that mean nothing."""
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy={strategy!r} is none of {', '.join(map(repr, STRATEGIES))}")
     choose_kernel(kernel)
@@ -26,24 +31,38 @@ def check_settings(strategy: str, axes: tuple[str, ...], kernel: str, soft_cap: 
         raise ValueError(f"strategy='usp' needs axis=(outer, inner), not {axes[0]!r}; {cure}")
     if soft_cap is not None and soft_cap <= 0:
         raise ValueError(f"soft_cap={soft_cap} must be positive; None for no cap")
+    if reduce_dtype is not None and not jnp.issubdtype(reduce_dtype, jnp.floating):
+        raise ValueError(f"reduce_dtype={reduce_dtype} must be a float dtype, such as 'bfloat16'; None for float32")
 
 
-def check_arrays(query: Any, key: Any, value: Any, tokens: dict[str, Any], per_head: dict[str, Any]) -> None:
+def check_arrays(query: Any, key: Any, value: Any, per_head: dict[str, Any]) -> None:
     """Raises ValueError, with both values and a cure, where shapes or dtypes do not fit each other."""
     if query.ndim != 4 or key.ndim != 4 or value.ndim != 4:
         raise ValueError(f"query, key, value must be [B, L, heads, D], not {query.shape}, {key.shape}, {value.shape}")
-    (B, L, H, D), G = query.shape, key.shape[2]
-    if key.shape != (B, L, G, D) or value.shape[:3] != (B, L, G):
+    (B, _, H, D), (M, G) = query.shape, key.shape[1:3]
+    if key.shape != (B, M, G, D) or value.shape[:3] != (B, M, G):
         raise ValueError(
-            f"query {query.shape}, key {key.shape}, value {value.shape} must agree in B and L, key also in D"
+            f"query {query.shape}, key {key.shape}, value {value.shape} must agree in B, key with query also in D, "
+            "value with key also in length and heads"
         )
     if G == 0 or H % G:
         raise ValueError(f"H={H} query heads must be a multiple of G={G} K/V heads: use H={max(H // max(G, 1), 1) * G}")
     if not (query.dtype == key.dtype == value.dtype and jnp.issubdtype(query.dtype, jnp.floating)):
         raise ValueError(f"query, key, value must be of one float dtype, not {query.dtype}, {key.dtype}, {value.dtype}")
-    for name, x in tokens.items():
-        if x is not None and (x.shape != (B, L) or x.dtype != jnp.int32):
-            raise ValueError(f"{name} must be int32 {(B, L)}, [B, L] of query, not {x.dtype} {x.shape}")
     for name, x in per_head.items():
         if x is not None and (x.shape != (H,) or not jnp.issubdtype(x.dtype, jnp.floating)):
             raise ValueError(f"{name} must be float ({H},), one per query head, not {x.dtype} {x.shape}")
+
+
+def check_tokens(query: Any, key: Any, **given: Any) -> list[tuple[Any, Any]]:
+    """Each of the given ids as a pair, of queries and of keys; raises ValueError where they do not fit."""
+    wanted, pairs = (query.shape[:2], key.shape[:2]), []
+    for name, x in given.items():
+        pair = x if isinstance(x, tuple) else (x, x)
+        if x is not None and not isinstance(x, tuple) and wanted[0] != wanted[1]:
+            raise ValueError(f"{name} {x.shape}: with other keys than queries give a pair, int32 of {wanted}")
+        for each, shape in zip(pair, wanted, strict=True):
+            if x is not None and (each.shape != shape or each.dtype != jnp.int32):
+                raise ValueError(f"{name} must be int32 {shape}, [B, L] of its tokens, not {each.dtype} {each.shape}")
+        pairs.append(pair)
+    return pairs

@@ -7,8 +7,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
+from ringattn.attention.checks import TokenIds
 from ringattn.attention.mask import Mask
 
 
@@ -18,9 +19,9 @@ def dense_attention(
     value: Float[Array, "B M G Dv"],
     *,
     mask: Mask = Mask(),
-    segment_ids: Int[Array, "B L"] | None = None,
-    span_ids: Int[Array, "B L"] | None = None,
-    positions: Int[Array, "B L"] | None = None,
+    segment_ids: TokenIds = None,
+    span_ids: TokenIds = None,
+    positions: TokenIds = None,
     scale: float | None = None,
     soft_cap: float | None = None,
     sinks: Float[Array, " H"] | None = None,
@@ -29,8 +30,9 @@ def dense_attention(
     """`ringattn.attention` as defined, of arrays in any order, in the inputs' own dtype (give float64)."""
     B, L, H, D = query.shape
     key, value = (jnp.repeat(x, H // key.shape[2], axis=2) for x in (key, value))
-    p = jnp.arange(L)[None] if positions is None else positions
-    i, j = p[:, None, :, None], p[:, None, None, :]
+    M = key.shape[1]
+    p, r = _pair((jnp.arange(L)[None] + M - L, jnp.arange(M)[None]) if positions is None else positions)
+    i, j = p[:, None, :, None], r[:, None, None, :]
     logits = (D**-0.5 if scale is None else scale) * jnp.einsum("blhd,bmhd->bhlm", query, key)
     if soft_cap is not None:
         logits = soft_cap * jnp.tanh(logits / soft_cap)
@@ -46,9 +48,14 @@ def dense_attention(
     return jnp.einsum("bhlm,bmhd->blhd", weights[..., :-1], value)
 
 
+def _pair(x: Any) -> tuple[Any, Any]:
+    return x if isinstance(x, tuple) else (x, x)
+
+
 def _visible(mask: Mask, i: Any, j: Any, segment_ids: Any, span_ids: Any) -> Any:
     def same(ids):
-        a, b = ids[:, None, :, None], ids[:, None, None, :]
+        of_queries, of_keys = _pair(ids)
+        a, b = of_queries[:, None, :, None], of_keys[:, None, None, :]
         return (a == b) & (a >= 0)
 
     allowed = jnp.ones_like(i == j)

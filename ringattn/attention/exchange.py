@@ -11,35 +11,40 @@ from typing import Any
 import jax
 from jax import lax
 
-from ringattn.attention.kernels import Keys, Queries
 
+def exchange(attend: Callable[..., Any], axis: Any, inputs: Any) -> Any:
+    """attend(inputs) [B, L, H, Dv] with the heads, not the sequence, spread over mesh axis `axis`.
 
-def exchange(attend: Callable[..., Any], axis: Any, queries: Queries, keys: Keys, slopes: Any, sinks: Any) -> Any:
-    """attend(queries, keys, slopes, sinks) [B, G, R, L, Dv] with the K/V heads G, not L, spread over mesh axis `axis`.
-
-    Raises ValueError if G is not a multiple of the axis' size.
+    Raises ValueError if the K/V heads do not split over the axis.
     """
-    shards, heads = lax.axis_size(axis), keys.key.shape[1]
+    shards, heads = lax.axis_size(axis), inputs.key.shape[2]
     if heads % shards:
         raise ValueError(
             f"strategy='ulysses' cannot split {heads} K/V heads over {shards} devices of axis {axis!r}: use "
             f"strategy='ring' (any number of heads), or an axis whose size divides {heads}"
         )
 
-    def swap(x, dim):
-        return lax.all_to_all(x, axis, split_axis=1, concat_axis=dim, tiled=True)
+    def heads_for_sequence(x):
+        return lax.all_to_all(x, axis, split_axis=2, concat_axis=1, tiled=True)
 
-    def whole(x):
-        return lax.all_gather(x, axis, axis=1, tiled=True)
+    def whole(tokens):
+        return jax.tree.map(lambda x: lax.all_gather(x, axis, axis=1, tiled=True), tokens)
 
     def own_heads(x):
-        mine = heads // shards
-        return None if x is None else lax.dynamic_slice_in_dim(x, lax.axis_index(axis) * mine, mine, axis=0)
+        if x is None:
+            return None
+        mine = x.shape[0] // shards
+        return lax.dynamic_slice_in_dim(x, lax.axis_index(axis) * mine, mine, axis=0)
 
     out = attend(
-        Queries(swap(queries.query, 3), jax.tree.map(whole, queries.tokens)),
-        Keys(swap(keys.key, 2), swap(keys.value, 2), jax.tree.map(whole, keys.tokens)),
-        own_heads(slopes),
-        own_heads(sinks),
+        inputs._replace(
+            query=heads_for_sequence(inputs.query),
+            key=heads_for_sequence(inputs.key),
+            value=heads_for_sequence(inputs.value),
+            of_queries=whole(inputs.of_queries),
+            of_keys=whole(inputs.of_keys),
+            slopes=own_heads(inputs.slopes),
+            sinks=own_heads(inputs.sinks),
+        )
     )
-    return lax.all_to_all(out, axis, split_axis=3, concat_axis=1, tiled=True)
+    return lax.all_to_all(out, axis, split_axis=1, concat_axis=2, tiled=True)

@@ -12,10 +12,14 @@ from ringattn.attention.softmax import Partial
 
 @dataclass(frozen=True)
 class Gather:
-    """Every device gathers all keys over mesh axis (or axes) `axis` and computes its own queries' attention."""
+    """Every device gathers all keys over mesh axis (or axes) `axis` and computes its own queries' attention.
+
+    Gradients of K/V are summed over the devices in `reduce_dtype`; None: the dtype in which they are made.
+    """
 
     axis: str | tuple[str, str]
     kernel: Any
+    reduce_dtype: Any = None
 
     def forward(self, rule: Rule, queries: Queries, keys: Keys, slopes: Any, before: Partial) -> Partial:
         """Attention of this device's queries to the keys of all devices; as a kernel's `forward`."""
@@ -26,7 +30,11 @@ class Gather:
     ) -> tuple[OfQueries, OfKeys]:
         """Gradients of this device's queries and keys; as a kernel's `backward`. Gathers again: nothing is kept."""
         of_queries, of_keys = self.kernel.backward(rule, queries, self._gathered(keys), slopes, saved, before)
-        return of_queries, OfKeys(*(lax.psum_scatter(x, self.axis, scatter_dimension=2, tiled=True) for x in of_keys))
+        return of_queries, OfKeys(*map(self._scattered, of_keys))
+
+    def _scattered(self, x: Any) -> Any:
+        sent = x.astype(self.reduce_dtype or x.dtype)
+        return lax.psum_scatter(sent, self.axis, scatter_dimension=2, tiled=True).astype(x.dtype)
 
     def _gathered(self, keys: Keys) -> Keys:
         def whole(x, dim):

@@ -131,36 +131,36 @@ def relate(mask: Mask, q: Extent, k: Extent) -> tuple[Any, Any]:
 
 
 @lru_cache
-def needed_hops(mask: Mask, layout: str, shards: int, local: int, group: int = 1) -> frozenset[int]:
+def needed_hops(mask: Mask, layout: str, shards: int, queries: int, keys: int, group: int = 1) -> frozenset[int]:
     """The h > 0 for which some member r of a ring sees a key of member r - h, positions as `layout` implies.
 
-    The sequence lies over `shards` shards of `local` tokens, a member of the ring holds `group` of them in a row.
-    Exact but for `chunk`, which is judged by the first and last token of a piece.
+    The sequence lies over `shards` shards of `keys` tokens, the last of them also over as many shards of `queries`; a
+    member of the ring holds `group` shards in a row. Exact but for `chunk`, judged by a piece's first and last token.
     """
     members = np.arange(shards).reshape(-1, group)
 
-    def held(members):
-        return [piece for column in members.T for piece in pieces(layout, column, shards, local)]
+    def held(members, local, ahead=0):
+        found = (piece for column in members.T for piece in pieces(layout, column, shards, local))
+        return [piece._replace(start=piece.start + ahead) for piece in found]
 
-    queries, needed = held(members), set()
+    of_queries, needed = held(members, queries, shards * (keys - queries)), set()
     for hop in range(1, len(members)):
-        keys = held(np.roll(members, hop, axis=0))
-        if any(_meet(mask, q, k).any() for q in queries for k in keys):
+        of_keys = held(np.roll(members, hop, axis=0), keys)
+        if any(_meet(mask, q, k).any() for q in of_queries for k in of_keys):
             needed.add(hop)
     return frozenset(needed)
 
 
 def _meet(mask: Mask, q, k) -> np.ndarray:
-    """bool [members]: does a query of piece q see a key of piece k (pieces of one step and count)?"""
-    # p_i - p_j runs over start + step * m, |m| < count; is one of them within the mask's bounds [low, high]?
-    start, reach = q.start - k.start, q.step * (q.count - 1)
-    low = np.maximum(start - reach, 0 if mask.causal else start - reach)
+    """bool [members]: does a query of piece q see a key of piece k (pieces of one step)?"""
+    # p_i - p_j runs over start + step * m, -behind <= step * m <= ahead; is one within the mask's bounds [low, high]?
+    start, step, behind, ahead = q.start - k.start, q.step, q.step * (k.count - 1), q.step * (q.count - 1)
+    low = np.maximum(start - behind, 0 if mask.causal else start - behind)
     low = low if mask.right is None else np.maximum(low, -mask.right)
-    high = start + reach if mask.left is None else np.minimum(start + reach, mask.left)
-    met = start + -(-(low - start) // q.step) * q.step <= high
+    high = start + ahead if mask.left is None else np.minimum(start + ahead, mask.left)
+    met = start + -(-(low - start) // step) * step <= high
     if mask.chunk is not None:
-        spread = q.step * (q.count - 1)
-        met &= (q.start // mask.chunk <= (k.start + spread) // mask.chunk) & (
-            k.start // mask.chunk <= (q.start + spread) // mask.chunk
+        met &= (q.start // mask.chunk <= (k.start + behind) // mask.chunk) & (
+            k.start // mask.chunk <= (q.start + ahead) // mask.chunk
         )
     return met

@@ -3,11 +3,13 @@
 Ring Attention (arXiv 2310.01889), with a backward pass that lets K/V go round once more instead of keeping all
 visitors. Each transfer is issued before the work that hides it, and a barrier keeps the compiler from delaying it:
 what has been received must be there before the next hop's work may start. Gradients of K/V travel with their shard,
-one hop late, so that they are hidden too, and then go home. Hops on which no device sees anything are not made.
+one hop late, so that they are hidden too, and go home behind a part of the own shard's work that is kept for it. Hops
+on which no device sees anything are not made.
 """
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -32,6 +34,7 @@ class Ring:
         which the outer axis is used once per inner turn).
       group: shards of the layout that share a member (of an exchange over an inner axis), or
       inner: the inner axis, whose devices hold one shard each of a member's (of a nested ring).
+      reduce_dtype: the dtype in which gradients of K/V travel; None: that in which they are summed.
     """
 
     axis: str
@@ -39,6 +42,7 @@ class Ring:
     kernel: Any
     group: int = 1
     inner: str | None = None
+    reduce_dtype: Any = None
 
     def forward(self, rule: Rule, queries: Queries, keys: Keys, slopes: Any, before: Partial) -> Partial:
         """Attention of this device's queries to the keys of all devices; as a kernel's `forward`."""
@@ -50,7 +54,7 @@ class Ring:
             return part, incoming
 
         part, visitor = before, own
-        for step, hops in self._runs(rule.mask, own):
+        for step, hops in self._runs(rule.mask, queries, own):
             # Leave from home while the visitor before is at work, then from device to device.
             part, visitor = visit(part, visitor, self._send(own, step))
 
@@ -66,38 +70,54 @@ class Ring:
     ) -> tuple[OfQueries, OfKeys]:
         """Gradients of this device's queries and keys; as a kernel's `backward`."""
         own = self._own(keys)
+        runs = self._runs(rule.mask, queries, own)
 
-        def visit(of_queries, visitor, incoming, of_visitor):
-            new = self.kernel.backward(rule, queries, self._keys(visitor), slopes, saved, of_queries)
-            (of_queries, of_keys), incoming, of_visitor = lax.optimization_barrier((new, incoming, of_visitor))
-            return of_queries, incoming, _add(of_visitor, of_keys)
+        def fold(of_queries, keys, sent):
+            new = self.kernel.backward(rule, queries, keys, slopes, saved, of_queries)
+            (of_queries, of_keys), sent = lax.optimization_barrier((new, sent))
+            return of_queries, of_keys, sent
 
-        runs = self._runs(rule.mask, own)
-        incoming = [self._send(own, step) for step, _ in runs] + [None]
-        of_queries, visitor, of_own = visit(before, own, incoming[0], None)
-        for (step, hops), following in zip(runs, incoming[1:], strict=True):
+        # One half of the own keys hides the first departure, the other the homecoming of the visitors' gradients.
+        early, *late = _halves(self._keys(own)) if runs else [self._keys(own)]
+        departures = [self._send(own, step) for step, _ in runs] + [None]
+        of_queries, of_early, visitor = fold(before, early, departures[0])
+        home = []
+        for (step, hops), departure in zip(runs, departures[1:], strict=True):
 
-            def onward(of_queries, visitor, of_visitor, step=step):
-                return visit(of_queries, visitor, self._send(visitor, step), self._shift(of_visitor, step))
+            def visit(of_queries, visitor, arrived, of_keys, incoming, step=step):
+                # The gradients of the visitor before travel while this one is at work. What arrived of them and what
+                # is new are summed here, and not at the end of a turn, where the sum would take one more buffer.
+                sent = incoming, self._send_gradients(_add(arrived, of_keys), step)
+                of_queries, of_keys, (incoming, arrived) = fold(of_queries, self._keys(visitor), sent)
+                return of_queries, incoming, arrived, of_keys
 
-            of_visitor = None
+            def onward(of_queries, visitor, arrived, of_keys, step=step, visit=visit):
+                return visit(of_queries, visitor, arrived, of_keys, self._send(visitor, step))
+
+            arrived = of_keys = None
             if hops > 1:
-                carry = onward(of_queries, visitor, None)
-                of_queries, visitor, of_visitor = _repeat(hops - 2, onward, carry)
-            of_queries, visitor, of_visitor = visit(of_queries, visitor, following, self._shift(of_visitor, step))
-            of_own = _add(of_own, self._shift(of_visitor, -step * hops))
-        return of_queries, of_own
+                of_queries, visitor, _, of_keys = onward(of_queries, visitor, None, None)
+                arrived = jax.tree.map(jnp.zeros_like, of_keys)
+                carry = of_queries, visitor, arrived, of_keys
+                of_queries, visitor, arrived, of_keys = _repeat(hops - 2, onward, carry)
+            of_queries, visitor, arrived, of_keys = visit(of_queries, visitor, arrived, of_keys, departure)
+            home.append(self._send_gradients(_add(arrived, of_keys), -step * hops))
+        of_own = [of_early]
+        for keys in late:
+            of_queries, of_late, home = fold(of_queries, keys, home)
+            of_own.append(of_late)
+        of_own = OfKeys(*(jnp.concatenate(parts, 2) for parts in zip(*of_own, strict=True)))
+        return of_queries, reduce(_add, home, of_own)
 
-    def _runs(self, mask: Mask, own: "_Visitor") -> tuple[tuple[int, int], ...]:
+    def _runs(self, mask: Mask, queries: Queries, own: "_Visitor") -> tuple[tuple[int, int], ...]:
         members, tokens = lax.axis_size(self.axis), own.keys.tokens
         if self.layout is None:
             return plan_hops(range(1, members), members)
         # A span lets its tokens see ahead, wherever it lies.
         mask = replace(mask, causal=mask.causal and tokens.spans is None)
-        shards, local = self._shards(), own.keys.key.shape[2]
-        if self.inner is None:
-            return plan_hops(needed_hops(mask, self.layout, shards, local // self.group, self.group), members)
-        return plan_hops(needed_hops(mask, self.layout, shards, local, shards // members), members)
+        lengths = queries.query.shape[3] // self.group, own.keys.key.shape[2] // self.group
+        group = self._shards() // members
+        return plan_hops(needed_hops(mask, self.layout, self._shards(), *lengths, group), members)
 
     def _own(self, keys: Keys) -> "_Visitor":
         tokens = keys.tokens if self.layout is None else keys.tokens._replace(positions=None)
@@ -120,6 +140,13 @@ class Ring:
 
     def _send(self, visitor: "_Visitor", step: int) -> "_Visitor":
         return _Visitor(self._shift(visitor.keys, step), (visitor.home - step) % lax.axis_size(self.axis))
+
+    def _send_gradients(self, x: OfKeys | None, step: int) -> OfKeys | None:
+        """As `_shift`, in the dtype in which gradients are to travel; summed they are in their own."""
+        if x is None:
+            return None
+        wire = self._shift(OfKeys(*(each.astype(self.reduce_dtype or each.dtype) for each in x)), step)
+        return OfKeys(*(sent.astype(each.dtype) for sent, each in zip(wire, x, strict=True)))
 
     def _shift(self, x: Any, step: int) -> Any:
         """What the device `step` before this one on the ring holds as x (any pytree)."""
@@ -151,6 +178,18 @@ class _Visitor(NamedTuple):
 def _repeat(times: int, f: Any, carry: Any) -> Any:
     """carry = f(*carry), so often, in a loop that XLA keeps: unrolled, it would hold every hop's memory at once."""
     return lax.scan(lambda carry, _: (f(*carry), None), carry, length=times)[0] if times else carry
+
+
+def _halves(keys: Keys) -> list[Keys]:
+    """The keys in two parts, or in one if there is but one key."""
+    length = keys.key.shape[2]
+
+    def part(start: int, stop: int) -> Keys:
+        tokens = jax.tree.map(lambda x: x[:, start:stop], keys.tokens)
+        return Keys(keys.key[:, :, start:stop], keys.value[:, :, start:stop], tokens)
+
+    middle = (length + 1) // 2
+    return [part(0, middle), part(middle, length)] if length > 1 else [keys]
 
 
 def _add(a: Any, b: Any) -> Any:

@@ -5,7 +5,7 @@ a ring can be the kernel of another ring, and why one custom_vjp serves all.
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,8 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from ringattn.attention.checks import axis_names, check_arrays, check_settings
+from ringattn.attention.auto import choose_strategy
+from ringattn.attention.checks import TokenIds, axis_names, check_arrays, check_settings, check_tokens
 from ringattn.attention.exchange import exchange
 from ringattn.attention.gather import Gather
 from ringattn.attention.kernels import Keys, Queries, Rule, Saved, no_gradients, nothing
@@ -25,15 +26,27 @@ from ringattn.attention.softmax import shifted_exp, varying_like, with_sink
 from ringattn.layout import check_length, shard_positions
 
 
+class Inputs(NamedTuple):
+    """What attends to what; arrays lie as `shard_attention`'s arguments."""
+
+    query: Float[Array, "B L H D"]
+    key: Float[Array, "B M G D"]
+    value: Float[Array, "B M G Dv"]
+    of_queries: Tokens
+    of_keys: Tokens
+    slopes: Float[Array, " H"] | None
+    sinks: Float[Array, " H"] | None
+
+
 def shard_attention(
     query: Float[Array, "B L H D"],
-    key: Float[Array, "B L G D"],
-    value: Float[Array, "B L G Dv"],
+    key: Float[Array, "B M G D"],
+    value: Float[Array, "B M G Dv"],
     *,
     mask: Mask = Mask(),
-    segment_ids: Int[Array, "B L"] | None = None,
-    span_ids: Int[Array, "B L"] | None = None,
-    positions: Int[Array, "B L"] | None = None,
+    segment_ids: TokenIds = None,
+    span_ids: TokenIds = None,
+    positions: TokenIds = None,
     layout: str = "contiguous",
     strategy: str = "ring",
     axis: str | tuple[str, str] = "context",
@@ -42,35 +55,36 @@ def shard_attention(
     sinks: Float[Array, " H"] | None = None,
     slopes: Float[Array, " H"] | None = None,
     kernel: str = "auto",
+    reduce_dtype: Any = None,
 ) -> Float[Array, "B L H Dv"]:
     """`ringattn.attention` of local shards, to be called inside a `jax.shard_map` that is manual over `axis`.
 
-    Arguments as there, but L, B and heads are this device's own, and `sinks` and `slopes` are of its own heads.
+    Arguments as there, but L, M, B and heads are this device's own, and `sinks` and `slopes` are of its own heads.
 
     Raises:
       ValueError: if the arguments do not fit each other.
     """
-    ids = {"segment_ids": segment_ids, "span_ids": span_ids, "positions": positions}
-    check_arrays(query, key, value, ids, {"sinks": sinks, "slopes": slopes})
-    check_settings(strategy, axis_names(axis), kernel, soft_cap)
-    shards, local, groups = lax.axis_size(axis), query.shape[1], key.shape[2]
-    check_length(local * shards, layout, shards, "the sequence length of all shards")
-    implied = None if positions is not None else layout
-    if positions is None:
-        positions = shard_positions(layout, lax.axis_index(axis), shards, local)[None]
-    tokens = Tokens(positions, segment_ids, span_ids)
+    check_arrays(query, key, value, {"sinks": sinks, "slopes": slopes})
+    segments, spans, given = check_tokens(query, key, segment_ids=segment_ids, span_ids=span_ids, positions=positions)
+    check_settings(strategy, axis_names(axis), kernel, soft_cap, reduce_dtype)
+    shards, own, lengths = lax.axis_size(axis), lax.axis_index(axis), (query.shape[1], key.shape[1])
+    for length in lengths:
+        check_length(length * shards, layout, shards, "the sequence length of all shards")
+    # The queries are the last of the keys' tokens.
+    ahead = shards * (lengths[1] - lengths[0]), 0
+    implied = [shard_positions(layout, own, shards, n)[None] + skip for n, skip in zip(lengths, ahead, strict=True)]
+    of_queries, of_keys = map(Tokens, implied if positions is None else given, segments, spans)
     if segment_ids is not None:  # whatever lies in padding, even NaN, is not to be multiplied with a weight of 0
-        query, key, value = (_without_padding(x, segment_ids) for x in (query, key, value))
+        query = _without_padding(query, of_queries.segments)
+        key, value = (_without_padding(x, of_keys.segments) for x in (key, value))
     rule = Rule(mask, query.shape[-1] ** -0.5 if scale is None else scale, soft_cap)
+    if strategy == "auto":
+        strategy = _choose(query, key, rule.mask, layout, axis)
+    attend = _strategy(strategy, axis, layout if positions is None else None, choose_kernel(kernel), reduce_dtype, rule)
     # All marked as varying alike, so that what is summed over devices in the gradient is left to JAX.
-    arrays = query, key, value, slopes, sinks, tokens
-    query, key, value, slopes, sinks, tokens = jax.tree.map(lambda x: varying_like(x, *jax.tree.leaves(arrays)), arrays)
-    queries = Queries(rearrange(query, "B L (G R) D -> B G R L D", G=groups), tokens)
-    keys = Keys(rearrange(key, "B L G D -> B G L D"), rearrange(value, "B L G D -> B G L D"), tokens)
-    per_head = [None if x is None else x.reshape(groups, -1) for x in (slopes, sinks)]
-    attend = _strategy(strategy, axis, implied, choose_kernel(kernel), rule)
-    out = rearrange(attend(queries, keys, *per_head), "B G R L D -> B L (G R) D")
-    return out if segment_ids is None else _without_padding(out, segment_ids)
+    inputs = Inputs(query, key, value, of_queries, of_keys, slopes, sinks)
+    out = attend(jax.tree.map(lambda x: varying_like(x, *jax.tree.leaves(inputs)), inputs))
+    return out if segment_ids is None else _without_padding(out, of_queries.segments)
 
 
 def _without_padding(x: Float[Array, "B L H D"], segment_ids: Int[Array, "B L"]) -> Float[Array, "B L H D"]:
@@ -78,53 +92,92 @@ def _without_padding(x: Float[Array, "B L H D"], segment_ids: Int[Array, "B L"])
     return jnp.where((segment_ids >= 0)[:, :, None, None], x, jnp.zeros((), x.dtype))
 
 
-def _strategy(strategy: str, axis: Any, implied: str | None, kernel: Any, rule: Rule) -> Any:
-    """attend(queries, keys, slopes, sinks) for the strategy; `implied` is the layout, None if positions are given."""
-    nested = not isinstance(axis, str)
+def _choose(query: Any, key: Any, mask: Mask, layout: str, axis: Any) -> str:
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return choose_strategy(
+        lax.axis_size(axis) if isinstance(axis, str) else (lax.axis_size(axis[0]), lax.axis_size(axis[1])),
+        queries=query.shape[1],
+        keys=key.shape[1],
+        heads=query.shape[2],
+        kv_heads=key.shape[2],
+        head_dim=query.shape[3],
+        batch=query.shape[0],
+        dtype=query.dtype,
+        mask=mask,
+        layout=layout,
+        device_kind=jax.devices()[0].device_kind if device is None else device.device_kind,
+    ).strategy
+
+
+def _strategy(strategy: str, axis: Any, implied: str | None, kernel: Any, reduce_dtype: Any, rule: Rule) -> Any:
+    """attend(inputs) for the strategy; `implied` is the layout, None if positions are given."""
+    ring = partial(Ring, reduce_dtype=reduce_dtype)
     if strategy == "gather":
-        return partial(_attend, Gather(axis, kernel), rule)
+        return partial(_attend, Gather(axis, kernel, reduce_dtype), rule)
     if strategy == "ulysses":
         return partial(exchange, partial(_attend, kernel, rule), axis)
+    if isinstance(axis, str):
+        return partial(_attend, ring(axis, implied, kernel), rule)
+    outer, inner = axis
     if strategy == "usp":
-        outer, inner = axis
-        ring = Ring(outer, implied, kernel, group=lax.axis_size(inner))
-        return partial(exchange, partial(_attend, ring, rule), inner)
-    if nested:
-        outer, inner = axis
-        # The inner ring's visitors come from anywhere on the outer one: their positions travel.
-        return partial(_attend, Ring(outer, implied, Ring(inner, None, kernel), inner=inner), rule)
-    return partial(_attend, Ring(axis, implied, kernel), rule)
+        around = ring(outer, implied, kernel, group=lax.axis_size(inner))
+        return partial(exchange, partial(_attend, around, rule), inner)
+    # The inner ring's visitors come from anywhere on the outer one: their positions travel.
+    return partial(_attend, ring(outer, implied, ring(inner, None, kernel), inner=inner), rule)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(strategy: Any, rule: Rule, queries: Queries, keys: Keys, slopes: Any, sinks: Any) -> Any:
-    """[B, G, R, L, Dv] in query's dtype."""
-    return _forward(strategy, rule, queries, keys, slopes, sinks)[0]
+def _attend(strategy: Any, rule: Rule, inputs: Inputs) -> Any:
+    """[B, L, H, Dv] in query's dtype."""
+    return _forward(strategy, rule, inputs)[0]
 
 
-def _forward(strategy: Any, rule: Rule, queries: Queries, keys: Keys, slopes: Any, sinks: Any) -> Any:
+def _forward(strategy: Any, rule: Rule, inputs: Inputs) -> Any:
+    queries, keys, slopes, sinks = _grouped(inputs)
     part = strategy.forward(rule, queries, keys, slopes, nothing(queries, keys, slopes))
     if sinks is not None:
         part = with_sink(part, sinks[None].astype(part.lse.dtype))
     # Named, so that a jax.checkpoint policy can save them: then no third turn of K/V is needed to recompute them.
-    out = checkpoint_name(part.out.astype(queries.query.dtype), "attention_out")
+    out = checkpoint_name(_ungrouped(part.out.astype(inputs.query.dtype)), "attention_out")
     lse = checkpoint_name(part.lse, "attention_lse")
-    return out, (queries, keys, slopes, sinks, out, lse)
+    return out, (inputs, out, lse)
 
 
 def _backward(strategy: Any, rule: Rule, saved: Any, d_out: Any) -> Any:
-    queries, keys, slopes, sinks, out, lse = saved
+    # Its own inputs: were a shard that the forward pass received used again, it would have to be kept until now.
+    (inputs, out, lse), d_out = lax.optimization_barrier((saved, d_out))
+    queries, keys, slopes, sinks = _grouped(inputs)
     delta = (d_out.astype(lse.dtype) * out.astype(lse.dtype)).sum(-1)
+    delta = rearrange(delta, "B L (G R) -> B G R L", G=inputs.key.shape[2])
+    known = Saved(lse, delta, _grouped_heads(d_out, inputs))
     before = no_gradients(queries, keys, slopes)
-    of_queries, of_keys = strategy.backward(rule, queries, keys, slopes, Saved(lse, delta, d_out), before)
-    none = jax.tree.map(lambda x: None, queries.tokens)
-    d_query = of_queries.query.astype(queries.query.dtype)
-    d_key, d_value = of_keys.key.astype(keys.key.dtype), of_keys.value.astype(keys.value.dtype)
-    d_slopes = None if slopes is None else of_queries.slopes.astype(slopes.dtype)
-    d_sinks = None
-    if sinks is not None:
-        d_sinks = -(shifted_exp(sinks[None, ..., None].astype(lse.dtype), lse) * delta).sum((0, 3)).astype(sinks.dtype)
-    return Queries(d_query, none), Keys(d_key, d_value, none), d_slopes, d_sinks
+    of_queries, of_keys = strategy.backward(rule, queries, keys, slopes, known, before)
+    none = jax.tree.map(lambda x: None, inputs.of_queries)
+    d_query = _ungrouped(of_queries.query.astype(inputs.query.dtype))
+    d_key, d_value = (rearrange(x.astype(inputs.key.dtype), "B G M D -> B M G D") for x in of_keys)
+    d_slopes = d_sinks = None
+    if inputs.slopes is not None:
+        d_slopes = of_queries.slopes.astype(inputs.slopes.dtype).reshape(-1)
+    if inputs.sinks is not None:
+        of_sinks = -(shifted_exp(sinks[None, ..., None].astype(lse.dtype), lse) * delta).sum((0, 3))
+        d_sinks = of_sinks.astype(inputs.sinks.dtype).reshape(-1)
+    return (Inputs(d_query, d_key, d_value, none, none, d_slopes, d_sinks),)
 
 
 _attend.defvjp(_forward, _backward)
+
+
+def _grouped(inputs: Inputs) -> tuple[Queries, Keys, Any, Any]:
+    """Queries, keys, slopes [G, R] and sinks [G, R] in the shapes that kernels want."""
+    queries = Queries(_grouped_heads(inputs.query, inputs), inputs.of_queries)
+    key, value = (rearrange(x, "B M G D -> B G M D") for x in (inputs.key, inputs.value))
+    slopes, sinks = (None if x is None else x.reshape(inputs.key.shape[2], -1) for x in (inputs.slopes, inputs.sinks))
+    return queries, Keys(key, value, inputs.of_keys), slopes, sinks
+
+
+def _grouped_heads(x: Float[Array, "B L H D"], inputs: Inputs) -> Float[Array, "B G R L D"]:
+    return rearrange(x, "B L (G R) D -> B G R L D", G=inputs.key.shape[2])
+
+
+def _ungrouped(x: Float[Array, "B G R L D"]) -> Float[Array, "B L H D"]:
+    return rearrange(x, "B G R L D -> B L (G R) D")

@@ -3,14 +3,18 @@
 import dataclasses
 import difflib
 import math
+import re
 from collections.abc import Iterable
 from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin
 
+WHOLE = ("Config", "Benchmark")
+"""What is no section of something else: a user writes its own fields bare."""
+
 
 def prefix(section: type) -> str:
-    """How a user writes the section in front of a field: 'model.'; nothing for the fields of `Config` itself."""
-    return "" if section.__name__ == "Config" else f"{section.__name__.lower()}."
+    """How a user writes the section in front of a field: 'model.'; nothing for the fields of a whole config."""
+    return "" if section.__name__ in WHOLE else f"{section.__name__.lower()}."
 
 
 def require(holds: bool, section: Any, name: str, rule: str) -> None:
@@ -33,10 +37,20 @@ def check_types(section: Any) -> None:
             object.__setattr__(section, each.name, float(value))
 
 
+def check_folder_name(section: Any, name: str) -> None:
+    plain = re.fullmatch(r"\w[\w.+=-]*", vars(section)[name]) is not None
+    require(plain, section, name, "a plain folder name: letters, digits and . _ + = -, such as 'run-2'")
+
+
 def fits(value: Any, kind: Any) -> bool:
-    """Whether a field of type `kind` takes `value`: exactly that type (True is no int), but an int for a float."""
+    """Whether a field of type `kind` takes `value`: exactly that type (True is no int), but an int for a float.
+
+    A tuple[kind, ...] takes one value or more.
+    """
     if isinstance(kind, UnionType):
         return any(fits(value, part) for part in get_args(kind))
+    if get_origin(kind) is tuple:
+        return type(value) is tuple and bool(value) and all(fits(each, get_args(kind)[0]) for each in value)
     if get_origin(kind) is Literal:
         return isinstance(value, str) and value in get_args(kind)
     if kind is float:
@@ -50,6 +64,8 @@ def described(kind: Any) -> str:
         return " or ".join(described(part) for part in get_args(kind))
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(map(repr, get_args(kind)))
+    if get_origin(kind) is tuple:
+        return {int: "one or more integers", str: "one or more strings"}[get_args(kind)[0]]
     words = {int: "an integer", float: "a finite number", bool: "True or False", str: "a string", NoneType: "None"}
     return words.get(kind, f"a section {kind.__name__}(...)")
 

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import difflib
-import io
 import json
 import os
 import re
@@ -12,12 +11,20 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_origin
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
 import tyro
 
+from ringattn.config.benchmark import Benchmark
 from ringattn.config.checks import described, fits, prefix, unknown
 from ringattn.config.sections import Config
+
+Kind = TypeVar("Kind", Config, Benchmark)
+SCRIPTS: dict[type, tuple[str, str]] = {
+    Config: ("scripts/train.py", "configs/quickstart.py"),
+    Benchmark: ("scripts/benchmark.py", "configs/benchmark.py"),
+}
+"""Each kind of whole config: a script that takes it, and a file that defines one."""
 
 
 def _kinds(section: Any) -> dict[str, Any]:
@@ -25,12 +32,16 @@ def _kinds(section: Any) -> dict[str, Any]:
     return {each.name: each.type for each in dataclasses.fields(section)}
 
 
-def _all_kinds() -> dict[str, Any]:
+def _sections(kind: type) -> dict[str, Any]:
+    """The fields of a whole config that are sections."""
+    return {name: each for name, each in _kinds(kind).items() if dataclasses.is_dataclass(each)}
+
+
+def _all_kinds(kind: type) -> dict[str, Any]:
     """Every field as a user writes it ('model.heads', 'name'), with its type."""
-    own = _kinds(Config)
-    sections = {name: kind for name, kind in own.items() if dataclasses.is_dataclass(kind)}
-    inner = {f"{name}.{each}": kind for name in sections for each, kind in _kinds(sections[name]).items()}
-    return {name: kind for name, kind in own.items() if name not in sections} | inner
+    sections = _sections(kind)
+    inner = {f"{name}.{each}": type_ for name in sections for each, type_ in _kinds(sections[name]).items()}
+    return {name: type_ for name, type_ in _kinds(kind).items() if name not in sections} | inner
 
 
 @contextlib.contextmanager
@@ -43,73 +54,82 @@ def reported_errors() -> Iterator[None]:
         raise SystemExit(2) from None
 
 
-def parse(argv: Sequence[str], description: str) -> Config:
+def parse(argv: Sequence[str], description: str, kind: type[Kind] = Config) -> Kind:
     """The config of a command line: `--config FILE`, then `--section.field VALUE` overrides; --help lists all.
 
-    A user's mistake ends the process with one message that names the nearest valid field, status 2.
+    A field that holds several values takes them as several words. A user's mistake ends the process with one message
+    that names the nearest valid field, status 2.
     """
     with reported_errors():
         asked = {"-h", "--help"} & set(argv)
-        flags = _flags([word for word in argv if word not in asked])
+        flags = _flags([word for word in argv if word not in asked], kind)
         path = flags.pop("config", None)
         if path is None and not asked:
-            raise ValueError("no config given: name a file, such as --config configs/quickstart.py")
-        config = Config() if path is None else read(Path(path))
-        words = [f"--{name}={text}" for name, text in flags.items()]
-        return _override(config, words + ["--help"] * bool(asked), description)
+            raise ValueError(f"no config given: name a file, such as --config {SCRIPTS[kind][1]}")
+        config = _override(kind() if path is None else read(Path(path), kind), flags)
+        if asked:
+            _help(config, description)
+        return config
 
 
-def _flags(argv: Sequence[str]) -> dict[str, str]:
-    """Fields and their values as text; names and types are checked here, where one line can say what is wrong."""
-    kinds, flags, words = _all_kinds() | {"config": str}, {}, iter(argv)
-    for word in words:
+def _flags(argv: Sequence[str], kind: type) -> dict[str, Any]:
+    """Fields and their values; names and types are checked here, where one line can say what is wrong."""
+    kinds, flags, words = _all_kinds(kind) | {"config": str}, {}, list(argv)
+    while words:
+        word = words.pop(0)
         name, equals, text = word.removeprefix("--").partition("=")
         if not word.startswith("--"):
             raise ValueError(f"unexpected {word!r}: write --section.field VALUE")
         name = name.replace("-", "_")
         if name not in kinds:
             raise ValueError(unknown(f"--{name}", [f"--{valid}" for valid in kinds]))
-        text = text if equals else next(words, "--")
-        if not equals and text.startswith("--"):
+        several, texts = get_origin(kinds[name]) is tuple, [text] * bool(equals)
+        while words and not words[0].startswith("--") and (several or not texts):
+            texts.append(words.pop(0))
+        if not texts:
             raise ValueError(f"--{name} needs a value: {described(kinds[name])}")
-        value = text if kinds[name] is str or get_origin(kinds[name]) is Literal else _value(text)
-        if not fits(value, kinds[name]):
-            raise ValueError(f"--{name} {text} must be {described(kinds[name])}")
-        flags[name] = text
+        values = tuple(_value(text, get_args(kinds[name])[0] if several else kinds[name]) for text in texts)
+        flags[name] = values if several else values[0]
+        if not fits(flags[name], kinds[name]):
+            raise ValueError(f"--{name} {' '.join(texts)} must be {described(kinds[name])}")
     return flags
 
 
-def _value(text: str) -> Any:
-    for kind in (int, float):
+def _value(text: str, kind: Any) -> Any:
+    if kind is str or get_origin(kind) is Literal:
+        return text
+    for number in (int, float):
         with contextlib.suppress(ValueError):
-            return kind(text)
+            return number(text)
     return {"None": None, "True": True, "False": False}.get(text, text)
 
 
-def _override(config: Config, words: list[str], description: str) -> Config:
+def _override(config: Kind, flags: dict[str, Any]) -> Kind:
+    own = {name: value for name, value in flags.items() if "." not in name}
+    inner: dict[str, dict[str, Any]] = {}
+    for name, value in flags.items():
+        section, dot, each = name.partition(".")
+        if dot:
+            inner.setdefault(section, {})[each] = value
+    sections = {name: dataclasses.replace(vars(config)[name], **values) for name, values in inner.items()}
+    return dataclasses.replace(config, **own, **sections)
+
+
+def _help(config: Any, description: str) -> NoReturn:
     usage = "--config FILE: a Python file that defines `config`, or a run's config.json. The rest overrides it."
     markers = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
-    try:
-        # tyro frames its messages and wraps them: take the reason alone.
-        with contextlib.redirect_stderr(io.StringIO()) as said:
-            text = f"{description}\n{usage}"
-            return tyro.cli(Config, description=text, args=words, default=config, use_underscores=True, config=markers)
-    except SystemExit as stop:
-        if not stop.code:  # --help
-            raise
-        reason = stop.__context__
-        while reason is not None and type(reason) is not ValueError:
-            reason = reason.__context__
-        raise ValueError(reason or said.getvalue()) from None
+    text = f"{description}\n{usage}"
+    tyro.cli(type(config), description=text, args=["--help"], default=config, use_underscores=True, config=markers)
+    raise AssertionError("--help ends the process")
 
 
-def read(path: Path) -> Config:
+def read(path: Path, kind: type[Kind] = Config) -> Kind:
     """The config in a Python file that defines `config`, or in a run's config.json; raises ValueError."""
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [each.name for each in path.parent.glob("*.*")], n=1)
         raise ValueError(f"no config file {path}" + (f": did you mean {path.with_name(near[0])}?" if near else ""))
     if path.suffix == ".json":
-        return load(path)
+        return load(path, kind)
     if path.suffix != ".py":
         raise ValueError(f"config file {path} must end in .py or .json")
     folder = str(path.resolve().parent)
@@ -124,10 +144,17 @@ def read(path: Path) -> Config:
         for name in siblings:
             sys.modules.pop(name, None)
     config = found.get("config")
-    if not isinstance(config, Config):
-        kind = "no `config`" if config is None else f"`config` as {type(config).__name__}"
-        raise ValueError(f"{path} defines {kind}: it must say `config = Config(...)`, of ringattn.config")
+    if type(config) in SCRIPTS and not isinstance(config, kind):
+        raise ValueError(f"{path} {_other_kind(type(config), kind)}")
+    if not isinstance(config, kind):
+        there = "no `config`" if config is None else f"`config` as {type(config).__name__}"
+        raise ValueError(f"{path} defines {there}: it must say `config = {kind.__name__}(...)`, of ringattn.config")
     return config
+
+
+def _other_kind(found: type, kind: type) -> str:
+    (its_script, _), (script, example) = SCRIPTS[found], SCRIPTS[kind]
+    return f"holds a {found.__name__}, for {its_script}: {script} takes a {kind.__name__}, such as --config {example}"
 
 
 def _blame(error: Exception, path: Path) -> str:
@@ -139,7 +166,7 @@ def _blame(error: Exception, path: Path) -> str:
     if isinstance(error, SyntaxError):
         return f"{error.filename}, line {error.lineno}: {error.msg}"
     misspelt = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
-    sections = {kind.__name__: kind for kind in (Config, *_kinds(Config).values()) if dataclasses.is_dataclass(kind)}
+    sections = {kind.__name__: kind for whole in SCRIPTS for kind in (whole, *_sections(whole).values())}
     if misspelt and misspelt[1] in sections:
         section = sections[misspelt[1]]
         valid = [prefix(section) + name for name in _kinds(section)]
@@ -147,11 +174,18 @@ def _blame(error: Exception, path: Path) -> str:
     return f"{place}: {error}" if type(error) is ValueError else f"{place}: {type(error).__name__}: {error}"
 
 
-def load(path: Path) -> Config:
+def load(path: Path, kind: type[Kind] = Config) -> Kind:
     """The config that `save` wrote; raises ValueError that names the file and what is wrong with it."""
     try:
-        return _build(Config, json.loads(path.read_text(encoding="utf-8")))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
+    for other in SCRIPTS:
+        if other is not kind and isinstance(values, dict) and values.keys() == _kinds(other).keys():
+            raise ValueError(f"{path} {_other_kind(other, kind)}")
+    try:
+        return _build(kind, values)
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
@@ -163,10 +197,12 @@ def _build(section: type, values: Any) -> Any:
         if name not in kinds:
             raise ValueError(unknown(prefix(section) + name, [prefix(section) + valid for valid in kinds]))
     inner = {name: _build(kinds[name], values[name]) for name in values if dataclasses.is_dataclass(kinds[name])}
+    # JSON knows no tuples.
+    inner |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
     return section(**(values | inner))
 
 
-def save(config: Config, path: Path) -> None:
+def save(config: Any, path: Path) -> None:
     """Writes the whole config as JSON; `load` gives an equal one. The file is there entirely or not at all."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     unfinished.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n", encoding="utf-8")

@@ -1,10 +1,11 @@
 """What a run is: frozen sections that check themselves, each field with its type, default and meaning."""
 
-import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ringattn.config.checks import at_least, check_types, nearest_multiples, require
+from ringattn.config.checks import at_least, check_folder_name, check_types, nearest_multiples, require
+
+Layout = Literal["contiguous", "striped", "zigzag"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,10 +83,10 @@ class Mesh:
 
 @dataclass(frozen=True, kw_only=True)
 class Attention:
-    layout: Literal["contiguous", "striped", "zigzag"] = "zigzag"
+    layout: Layout = "zigzag"
     """Order in which a row's tokens lie over the ring; zigzag and striped balance causal work."""
-    strategy: Literal["ring", "gather"] = "ring"
-    """How queries meet all keys: pass K/V round the ring, or gather them."""
+    strategy: Literal["ring", "gather", "ulysses", "auto"] = "ring"
+    """How queries meet all keys: K/V go round, or are gathered, or heads exchanged for sequence; auto: by cost."""
     window: int | None = None
     """How many tokens back a token sees (None: all of its document)."""
 
@@ -196,5 +197,4 @@ class Config:
 
     def __post_init__(self) -> None:
         check_types(self)
-        plain = re.fullmatch(r"\w[\w.+=-]*", self.name) is not None
-        require(plain, self, "name", "a plain folder name: letters, digits and . _ + = -, such as 'run-2'")
+        check_folder_name(self, "name")

@@ -19,10 +19,11 @@ from jax import Array, P
 
 from ringattn import Mask, attention, config, permute
 from ringattn.data import Batch, Loader, Tokenizer, load, prefetch
+from ringattn.environment import environment
 from ringattn.mesh import CONTEXT, TOKENS, check, place, start
 from ringattn.model import Params, Transformer, count_parameters
 from ringattn.training.checkpoint import Checkpoints, saved_steps
-from ringattn.training.metrics import MetricsFile, Recorder, Screen, environment, ideal_seconds, plot_loss, read_rows
+from ringattn.training.metrics import MetricsFile, Recorder, Screen, ideal_seconds, plot_loss, read_rows
 from ringattn.training.optimizer import learning_rate, optimizer
 from ringattn.training.samples import NEW, PROMPT, NextLogits, as_text, continue_rows, make_next_logits
 from ringattn.training.step import (

@@ -1,12 +1,9 @@
-"""What a run says and leaves behind: progress on the screen, metrics.jsonl, environment.json, a plot of the loss."""
+"""What a run says and leaves behind: progress on the screen, metrics.jsonl, a plot of the loss."""
 
 import json
 import math
 import os
-import subprocess
-import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ringattn import config
-from ringattn.hardware import PEAK_FLOPS
+from ringattn.hardware import CHIPS
 from ringattn.training.step import Metrics
 
 
@@ -164,14 +161,14 @@ def ideal_seconds(c: config.Config, parameters: int) -> float | None:
     Useful are 6 a parameter and token, and attention's, each row taken as one causal document within the window.
     Recomputation does not count, nor does the lookup of an embedding that has no part in the output.
     """
-    peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
-    if peak is None:
+    chip = CHIPS.get(jax.devices()[0].device_kind)
+    if chip is None:
         return None
     length, heads_dim = c.data.seq_len, c.model.heads * c.model.head_dim
     left = length if c.attention.window is None else min(c.attention.window + 1, length)
     seen = left * (2 * length - left + 1) / (2 * length)  # keys that a query sees, on average
     a_token = 6 * parameters + 12 * c.model.layers * heads_dim * seen
-    return a_token * c.train.batch_size * length / (peak * jax.device_count())
+    return a_token * c.train.batch_size * length / (chip.flops * jax.device_count())
 
 
 def peak_bytes() -> int | None:
@@ -179,29 +176,6 @@ def peak_bytes() -> int | None:
     peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
     known = [peak for peak in peaks if peak is not None]
     return max(known) if known else None
-
-
-def environment() -> dict[str, Any]:
-    """What a result may depend on beyond the config: versions, devices, the commit of the source."""
-    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-    device = jax.devices()[0]
-    return {
-        "python": ".".join(map(str, sys.version_info[:3])),
-        "packages": {name: version(name) for name in packages},
-        "devices": {"platform": device.platform, "kind": device.device_kind, "count": jax.device_count()},
-        "processes": jax.process_count(),
-        "git": git_commit(),
-    }
-
-
-def git_commit() -> str | None:
-    """The commit of the checkout that holds this file, '-dirty' behind it if something is changed; None outside."""
-    command = ("git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*")
-    try:
-        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-    except OSError:  # no git on this machine
-        return None
-    return found.stdout.strip() or None
 
 
 def plot_loss(rows: list[dict[str, Any]], path: Path) -> None:

@@ -10,8 +10,8 @@ from jax import lax
 from ringattn.attention.kernels import Keys, Queries
 from ringattn.attention.mask import Mask, Tokens, extent, relate
 
-TILE = 256
-"""Tokens of a tile at most."""
+TILE = 256, 128
+"""Tokens of a tile at most: queries, keys."""
 LOGITS = 2**20
 """Logits of a tile at most, over all heads, for which rows of the batch share a trip: the kernel's working memory."""
 
@@ -59,28 +59,51 @@ class Pair(NamedTuple):
         return (row, *([zero] * (dim - 1)), first, *([zero] * (x.ndim - dim - 1)))
 
 
-def visit(mask: Mask, queries: Queries, keys: Keys, trip: Callable[[Pair, Any, bool], Any], carry: Any) -> Any:
-    """Folds `trip(pair, carry, masked)` over the pairs of tiles in which some query sees some key.
+class Plan(NamedTuple):
+    """The pairs of tiles in which some query sees some key: first those without a mask, then those with one."""
 
-    `masked` is False for the pairs in which every query sees every key; they come first, in a loop of their own.
-    """
+    order: Any
+    """int32 [pairs]: numbers of all pairs, the ones to visit first."""
+    unmasked: Any
+    """How many there are in which every query sees every key."""
+    seen: Any
+    """How many there are to visit."""
+    shape: tuple[int, int, int]
+    sizes: tuple[int, int, int]
+    """Of rows, queries, keys: how many tiles there are, and what a tile holds."""
+
+    def visit(self, trip: Callable[[Pair, Any, bool], Any], carry: Any) -> Any:
+        """Folds `trip(pair, carry, masked)` over the pairs; those that need no mask in a loop of their own."""
+        rows, queries, keys = self.sizes
+
+        def step(masked: bool, n: Any, carry: Any) -> Any:
+            row, i, j = jnp.unravel_index(self.order[n], self.shape)
+            return trip(Pair(row * rows, i * queries, j * keys, *self.sizes), carry, masked)
+
+        carry = lax.fori_loop(jnp.zeros_like(self.seen), self.unmasked, lambda n, c: step(False, n, c), carry)
+        return lax.fori_loop(self.unmasked, self.seen, lambda n, c: step(True, n, c), carry)
+
+    def if_any(self, f: Callable[[Any], Any], carry: Any) -> Any:
+        """f(carry), or carry if there is nothing to visit.
+
+        A loop of at most one turn: to the compiler's scheduler all of f is one operation, which a transfer can only
+        span as a whole. Left in pieces, it lets a transfer start before the last piece, which may have nothing to do.
+        """
+        return lax.fori_loop(jnp.zeros_like(self.seen), jnp.minimum(self.seen, 1), lambda _, c: f(c), carry)
+
+
+def plan(mask: Mask, queries: Queries, keys: Keys) -> Plan:
+    """Judges every pair of tiles by the bounds of its positions, segments and spans."""
     (B, G, R, length, _), keys_length = queries.query.shape, keys.key.shape[2]
-    size_q, size_k = tile_size(length), tile_size(keys_length)
+    size_q, size_k = (tile_size(n, most) for n, most in zip((length, keys_length), TILE, strict=True))
     rows = _divisor(B, max(LOGITS // (G * R * size_q * size_k), 1))
     shape = B // rows, length // size_q, keys_length // size_k
     judged = relate(mask, _bounds(queries.tokens, size_q, 2), _bounds(keys.tokens, size_k, 1))
     empty, full = (jnp.broadcast_to(x, (B, *shape[1:])).reshape(-1, rows, *shape[1:]).all(1) for x in judged)
     kind = jnp.where(empty, 2, jnp.where(full, 0, 1)).reshape(-1)
-    # One list for all rows: the pairs without a mask, then those with one, then the empty ones, never visited.
     order = jnp.argsort(kind, stable=True).astype(jnp.int32)
     unmasked, seen = (kind == 0).sum(dtype=jnp.int32), (kind < 2).sum(dtype=jnp.int32)
-
-    def step(masked: bool, n: Any, carry: Any) -> Any:
-        row, i, j = jnp.unravel_index(order[n], shape)
-        return trip(Pair(row * rows, i * size_q, j * size_k, rows, size_q, size_k), carry, masked)
-
-    carry = lax.fori_loop(jnp.zeros_like(seen), unmasked, lambda n, c: step(False, n, c), carry)
-    return lax.fori_loop(unmasked, seen, lambda n, c: step(True, n, c), carry)
+    return Plan(order, unmasked, seen, shape, (rows, size_q, size_k))
 
 
 def _bounds(tokens: Tokens, size: int, dim: int) -> Any:
@@ -89,19 +112,19 @@ def _bounds(tokens: Tokens, size: int, dim: int) -> Any:
     return jax.tree.map(lambda x: jnp.expand_dims(x, dim), extent(tiled))
 
 
-def tile_size(length: int) -> int:
-    """The greatest divisor up to TILE of half the length, or of all of it if that is odd.
+def tile_size(length: int, most: int) -> int:
+    """The greatest divisor up to `most` of half the length, or of all of it if that is odd.
 
     Half the length, because the two halves of a zigzag shard lie far apart: a tile across them would bound nothing.
     """
     part = length // 2 if length % 2 == 0 else length
-    return _divisor(part, TILE)
+    return _divisor(part, most)
 
 
 def padded(queries: Queries, keys: Keys) -> tuple[Queries, Keys]:
     """Both, lengthened to where tiles are not slivers (a prime length has none); what is added is padding."""
     length, keys_length = queries.query.shape[3], keys.key.shape[2]
-    to, keys_to = _tileable(length), _tileable(keys_length)
+    to, keys_to = (_tileable(n, most) for n, most in zip((length, keys_length), TILE, strict=True))
     if (to, keys_to) == (length, keys_length):
         return queries, keys
 
@@ -122,9 +145,9 @@ def pad(x: Any, dim: int, to: int, value: int = 0) -> Any:
     return jnp.pad(x, widths, constant_values=value)
 
 
-def _tileable(length: int) -> int:
+def _tileable(length: int, most: int) -> int:
     part = length // 2 if length % 2 == 0 else length
-    return length if tile_size(length) * 4 >= min(part, TILE) else -(-length // TILE) * TILE
+    return length if tile_size(length, most) * 4 >= min(part, most) else -(-length // most) * most
 
 
 def _divisor(of: int, most: int) -> int:

@@ -1,7 +1,7 @@
 """Attention by tiles in plain XLA, for any device: memory of one tile of logits, work for the visible tiles only.
 
 Every pair of a query tile and a key tile is judged beforehand by the bounds of its positions, segments and spans
-(`tiles.visit`), so that there are as many trips as there is work, however tokens lie and documents are packed.
+(`tiles.plan`), so that there are as many trips as there is work, however tokens lie and documents are packed.
 Forward is online softmax; backward recomputes a tile's probabilities from lse (FlashAttention-2, arXiv 2307.08691).
 """
 
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ringattn.attention.kernels import Keys, OfKeys, OfQueries, Queries, Rule, Saved, accumulator, zeros
-from ringattn.attention.kernels.tiles import Pair, pad, padded, visit
+from ringattn.attention.kernels.tiles import Pair, pad, padded, plan
 from ringattn.attention.mask import visible
 from ringattn.attention.softmax import Partial, normalise, shifted_exp
 
@@ -20,8 +20,8 @@ def forward(rule: Rule, queries: Queries, keys: Keys, slopes: Any, before: Parti
     """Attention of all queries to these keys and those `before`; see `ringattn.attention.kernels`."""
     length = queries.query.shape[3]
     queries, keys = padded(queries, keys)
-    weighted, peak = (pad(x, 3, queries.query.shape[3]) for x in before)
-    total = jnp.where(peak == -jnp.inf, 0.0, 1.0).astype(peak.dtype)
+    before = Partial(*(pad(x, 3, queries.query.shape[3]) for x in before))
+    pairs = plan(rule.mask, queries, keys)
 
     def trip(at: Pair, carry, masked: bool):
         weighted, total, peak = carry
@@ -35,8 +35,12 @@ def forward(rule: Rule, queries: Queries, keys: Keys, slopes: Any, before: Parti
         total = at.put_q(total, at.q(total) * decay + weights.sum(-1))
         return weighted, total, at.put_q(peak, new)
 
-    weighted, total, peak = visit(rule.mask, queries, keys, trip, (weighted, total, peak))
-    part = normalise(weighted, total, peak)
+    def fold(part: Partial) -> Partial:
+        total = jnp.where(part.lse == -jnp.inf, 0.0, 1.0).astype(part.lse.dtype)
+        weighted, total, peak = pairs.visit(trip, (part.out, total, part.lse))
+        return normalise(weighted, total, peak)
+
+    part = pairs.if_any(fold, before)
     return Partial(part.out[:, :, :, :length], part.lse[..., :length])
 
 
@@ -70,7 +74,8 @@ def backward(
         return OfQueries(d_query, d_slopes), OfKeys(d_key, d_value)
 
     empty = OfKeys(zeros(keys.key.shape, *like), zeros(keys.value.shape, *like))
-    of_queries, of_keys = visit(rule.mask, queries, keys, trip, (start, empty))
+    pairs = plan(rule.mask, queries, keys)
+    of_queries, of_keys = pairs.if_any(lambda carry: pairs.visit(trip, carry), (start, empty))
     of_queries = of_queries._replace(query=of_queries.query[:, :, :, :length])
     return of_queries, OfKeys(*(x[:, :, :keys_length] for x in of_keys))
 

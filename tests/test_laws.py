@@ -1,0 +1,172 @@
+"""The laws of the ring, read from programs that the TPU compiler made for chips that are not here.
+
+    pip install -e '.[test,tpu]' && pytest tests/test_laws.py
+
+Without the extra `tpu` the tests that need its compiler are skipped. The sizes are those of a layer of Llama-3 8B:
+8,192 local tokens, 32 query heads on 8 K/V heads of 128, bfloat16.
+"""
+
+import os
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")  # before the compiler starts: it asks for the hosts' names
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import topologies
+from wire import exposed, permuted, transfers
+
+from ringattn import Mask, attention, mesh
+from ringattn.attention.kernels import Keys, Queries, tiles
+from ringattn.attention.mask import Tokens
+from ringattn.layout import LAYOUTS, shard_positions
+
+C, H, G, D = 8192, 32, 8, 128
+MIB = 2**20
+
+
+@lru_cache
+def ring_of(topology: str) -> jax.sharding.Mesh:
+    """All chips of a TPU topology as one ring, as `ringattn.mesh` orders them."""
+    pytest.importorskip("libtpu", reason="pip install -e '.[tpu]' for the TPU compiler")
+    chips = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    return mesh.arrange({"data": 1, "context": len(chips), "tensor": 1}, chips)
+
+
+def arrays(over: jax.sharding.Mesh, c: int = C) -> list[jax.ShapeDtypeStruct]:
+    """Query, key, value and d_out of c tokens a device."""
+    sharding = jax.NamedSharding(over, jax.P(None, "context"))
+    length = c * over.shape["context"]
+    return [jax.ShapeDtypeStruct((1, length, n, D), jnp.bfloat16, sharding=sharding) for n in (H, G, G, H)]
+
+
+def both(how: dict[str, Any]) -> Any:
+    """Output and gradients of attention."""
+
+    def run(query, key, value, d_out):
+        out, pull = jax.vjp(lambda *x: attention(*x, **how), query, key, value)
+        return out, pull(d_out)
+
+    return run
+
+
+@lru_cache
+def compiled(topology: str, layout: str) -> Any:
+    """Forward and backward pass, compiled for the topology."""
+    with jax.set_mesh(over := ring_of(topology)):
+        return jax.jit(both({"layout": layout})).lower(*arrays(over)).compile()
+
+
+def temporaries(topology: str, layout: str) -> float:
+    """MiB a chip."""
+    return compiled(topology, layout).memory_analysis().temp_size_in_bytes / MIB
+
+
+@pytest.mark.parametrize("members", [4, 8])
+def test_wire(make_mesh, members):
+    """Forward 2(p-1) units of a K shard, backward 2(p-1) and, in float32, 4(p-1); half of that in bfloat16."""
+    with jax.set_mesh(over := make_mesh(context=members)):
+        query, key, value, d_out = arrays(over)
+        unit = C * G * D * 2
+
+        def units(f: Any, *args: Any) -> float:
+            return sum(each.total_bytes for each in transfers(f, *args)) / unit
+
+        assert units(attention, query, key, value) == 2 * (members - 1)
+        assert units(both({}), query, key, value, d_out) == (2 + 2 + 4) * (members - 1)
+        assert units(both({"reduce_dtype": "bfloat16"}), query, key, value, d_out) == (2 + 2 + 2) * (members - 1)
+
+
+def test_a_window_of_a_thousand_keys_takes_two_hops_of_512(make_mesh):
+    with jax.set_mesh(over := make_mesh(context=8)):
+        query, key, value, _ = arrays(over, 512)
+        sent = permuted(lambda *x: attention(*x, mask=Mask(window=(1000, 0))), query, key, value)
+    assert sent == {((1, G, 512, D), "bfloat16"): 2 * 2}
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+def test_memory_does_not_grow_with_the_ring(layout):
+    few, many = temporaries("v5e:2x2", layout), temporaries("v5e:2x4", layout)
+    print(f"{layout}: {few:.0f} MiB at p = 4, {many:.0f} MiB at p = 8")
+    assert many <= 700
+    assert many <= 1.05 * few
+
+
+def test_memory_is_the_same_at_64_chips():
+    few, many = temporaries("v5e:2x4", "contiguous"), temporaries("v5e:8x8", "contiguous")
+    print(f"{few:.0f} MiB at p = 8, {many:.0f} MiB at p = 64")
+    assert 0.95 * few <= many <= 1.05 * few
+
+
+@pytest.mark.parametrize(
+    ("topology", "layout"),
+    [("v5e:2x4", "contiguous"), ("v5e:2x4", "zigzag"), ("v5e:8x8", "contiguous"), ("v5p:2x2x2", "zigzag")],
+)
+def test_every_transfer_spans_the_attention_of_its_hop(topology, layout):
+    sends, bare = exposed(compiled(topology, layout).as_text())
+    # K and V in each of: forward first hop and loop, backward first hop, second hop, loop; dK and dV likewise and home.
+    assert sends >= 16
+    assert bare == []
+
+
+def tile_products(layout: str, members: int, c: int) -> np.ndarray:
+    """Tile products that the kernel computes, [members, hops], and how many there are a hop if nothing is skipped."""
+
+    def held(member: int, heads: tuple[int, ...]) -> tuple[Any, Tokens]:
+        positions = jnp.asarray(shard_positions(layout, member, members, c), jnp.int32)[None]
+        return jnp.zeros((1, 1, *heads, c, 1)), Tokens(positions)
+
+    @jax.jit
+    def count(i: Any, j: Any) -> Any:
+        x = jnp.zeros((1, 1, c, 1))
+        queries, keys = Queries(x[:, :, None], Tokens(i)), Keys(x, x, Tokens(j))
+        return tiles.plan(Mask(), queries, keys).visit(lambda at, n, masked: n + 1, jnp.int32(0))
+
+    positions = [jnp.asarray(shard_positions(layout, member, members, c), jnp.int32)[None] for member in range(members)]
+    return np.array([[int(count(positions[r], positions[r - hop])) for hop in range(members)] for r in range(members)])
+
+
+def test_balance():
+    """Causal and zigzag: every device computes as much as any other at every hop, and half of the dense work in all."""
+    c, members = 2048, 8
+    products = {layout: tile_products(layout, members, c) for layout in LAYOUTS}
+    dense = (c // tiles.TILE[0]) * (c // tiles.TILE[1]) * members**2
+    by_hop = products["zigzag"]
+    assert (by_hop.max(0) / by_hop.mean(0)).max() <= 1.01
+    assert by_hop.sum() / dense <= 0.54
+    assert products["contiguous"].sum() / dense <= 0.54
+    assert (products["contiguous"].max(0) / products["contiguous"].mean(0)).max() > 1.5
+
+
+def test_a_zigzag_hop_is_two_products_of_halves_without_a_mask():
+    c, members, half = 2048, 8, 1024
+    seen: dict[tuple[int, int], set[tuple[int, int, bool]]] = {}
+
+    def halves(member: int, hop: int) -> Iterator[tuple[int, int, bool]]:
+        i, j = (
+            jnp.asarray(shard_positions("zigzag", at % members, members, c), jnp.int32)[None]
+            for at in (member, member - hop)
+        )
+        x = jnp.zeros((1, 1, c, 1))
+
+        def trip(at: tiles.Pair, counts, masked: bool):
+            return counts.at[at.first_query // half, at.first_key // half, int(masked)].add(1)
+
+        queries, keys = Queries(x[:, :, None], Tokens(i)), Keys(x, x, Tokens(j))
+        counts = np.asarray(
+            jax.jit(lambda n: tiles.plan(Mask(), queries, keys).visit(trip, n))(jnp.zeros((2, 2, 2), jnp.int32))
+        )
+        whole = (half // tiles.TILE[0]) * (half // tiles.TILE[1])
+        assert set(counts.ravel()) <= {0, whole}
+        yield from ((q, k, bool(masked)) for q, k, masked in np.argwhere(counts))
+
+    for member in range(members):
+        for hop in range(1, members):
+            seen[member, hop] = set(halves(member, hop))
+            # The late half of the queries sees the early half of the keys, always; and one half more.
+            earlier = member >= hop
+            assert seen[member, hop] == {(1, 0, False), (0, 0, False) if earlier else (1, 1, False)}
