@@ -140,6 +140,13 @@ def check(run: config.Config, mesh: jax.sharding.Mesh) -> None:
         least = max(size for size in range(1, tensor) if VOCABULARY_MULTIPLE % size == 0)
         rule = f"must divide {VOCABULARY_MULTIPLE}, the multiple to which the vocabulary is padded"
         raise ValueError(f"mesh.tensor={tensor} {rule}: use {least}")
+    if run.attention.strategy == "ulysses":
+        _check_multiple(
+            "attention.strategy=ulysses: model.kv_heads",
+            run.model.kv_heads,
+            "mesh.tensor * mesh.context",
+            tensor * context,
+        )
     for name in ("heads", "kv_heads", "feed_forward"):
         _check_multiple(f"model.{name}", vars(run.model)[name], "mesh.tensor", tensor)
 

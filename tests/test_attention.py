@@ -169,6 +169,16 @@ def test_in_float64_all_is_float64():
     np.testing.assert_allclose(out, exact, atol=1e-13)
 
 
+def test_more_queries_than_keys_begin_before_them(make_mesh):
+    x = {name: each for name, each in arrays().items() if name != "segment_ids"}
+    x |= {name: x[name][:, :48] for name in ("key", "value")}
+    for mask in (Mask(), Mask(causal=False), Mask(window=20)):
+        with jax.set_mesh(mesh := make_mesh(context=4)):
+            out = attention(**place(mesh, x, SPEC), mask=mask)
+        assert_exact(out, x, mask=mask)
+        assert not mask.causal or not np.asarray(out)[:, :16].any()
+
+
 def test_gradients_may_travel_in_half_the_bytes(make_mesh):
     x = {name: each for name, each in arrays().items() if name != "segment_ids"}
 
@@ -216,14 +226,20 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "positions": ({"positions": IDS[:1]}, r"positions must be int32 \(2, 64\).* not int32 \(1, 64\)"),
     "pair": (
         {"query": zeros(B, 32, H, D), "segment_ids": IDS},
-        r"segment_ids \(2, 64\): with other keys than queries give a pair, int32 of \(\(2, 32\), \(2, 64\)\)",
+        r"segment_ids: for queries and keys of their own give a pair of int32 arrays of \(\(2, 32\), \(2, 64\)\)",
     ),
+    "half a pair": ({"positions": (IDS, None)}, "positions: for queries and keys of their own give a pair"),
+    "a list": ({"span_ids": [IDS, IDS]}, "span_ids: for queries and keys of their own give a pair"),
     "pair's shape": ({"positions": (IDS, IDS[:, :8])}, r"positions must be int32 \(2, 64\).* not int32 \(2, 8\)"),
     "keys' length": (
         {"key": zeros(B, 60, G, D), "value": zeros(B, 60, G, D)},
         r"key's length M=60 must be a .*multiple of context = 8 .*use 56 or 64",
     ),
-    "reduce_dtype": ({"reduce_dtype": "int8"}, "reduce_dtype=int8 must be a float dtype, such as 'bfloat16'"),
+    "reduce_dtype": ({"reduce_dtype": "int8"}, "reduce_dtype='int8' is none of 'bfloat16', 'float16', 'float32'; or"),
+    "reduce and exchange": (
+        {"reduce_dtype": "bfloat16", "strategy": "ulysses"},
+        "strategy='ulysses' sums no gradients on the wire; leave it out",
+    ),
     "sinks": ({"sinks": zeros(G)}, r"sinks must be float \(4,\), one per query head, not float32 \(2,\)"),
     "slopes": ({"slopes": zeros(H, dtype=jnp.int32)}, r"slopes must be float \(4,\), .* not int32 \(4,\)"),
     "soft_cap": ({"soft_cap": -2.0}, "soft_cap=-2.0 must be positive; None for no cap"),

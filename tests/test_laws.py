@@ -55,10 +55,10 @@ def both(how: dict[str, Any]) -> Any:
 
 
 @lru_cache
-def compiled(topology: str, layout: str) -> Any:
+def compiled(topology: str, layout: str, mask: Mask = Mask()) -> Any:
     """Forward and backward pass, compiled for the topology."""
     with jax.set_mesh(over := ring_of(topology)):
-        return jax.jit(both({"layout": layout})).lower(*arrays(over)).compile()
+        return jax.jit(both({"layout": layout, "mask": mask})).lower(*arrays(over)).compile()
 
 
 def temporaries(topology: str, layout: str) -> float:
@@ -113,12 +113,15 @@ def test_every_transfer_spans_the_attention_of_its_hop(topology, layout):
     assert bare == []
 
 
+def test_so_does_every_transfer_of_a_window_that_reaches_both_ways():
+    both_ways = Mask(causal=False, window=2 * C)
+    sends, bare = exposed(compiled("v5e:2x4", "contiguous", both_ways).as_text())
+    assert sends >= 16
+    assert bare == []
+
+
 def tile_products(layout: str, members: int, c: int) -> np.ndarray:
     """Tile products that the kernel computes, [members, hops], and how many there are a hop if nothing is skipped."""
-
-    def held(member: int, heads: tuple[int, ...]) -> tuple[Any, Tokens]:
-        positions = jnp.asarray(shard_positions(layout, member, members, c), jnp.int32)[None]
-        return jnp.zeros((1, 1, *heads, c, 1)), Tokens(positions)
 
     @jax.jit
     def count(i: Any, j: Any) -> Any:

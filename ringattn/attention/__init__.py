@@ -1,6 +1,6 @@
 """Exact attention of a sequence that is spread over the devices of a mesh axis. Start here, then ring.py.
 
-Usable alone: of the rest of ringattn it needs only `layout`.
+Usable alone: of the rest of ringattn it needs only `layout` and `hardware`.
 """
 
 from functools import partial
@@ -37,7 +37,7 @@ def attention(
     sinks: Float[Array, " H"] | None = None,
     slopes: Float[Array, " H"] | None = None,
     kernel: str = "auto",
-    reduce_dtype: Any = None,
+    reduce_dtype: str | None = None,
 ) -> Float[Array, "B L H Dv"]:
     """Exact attention over a sequence that is spread over mesh axis `axis`, of the mesh set by `jax.set_mesh`.
 
@@ -48,7 +48,8 @@ def attention(
     Args:
       query: float32 or bfloat16.
       key, value: in query's dtype; H must be a multiple of G, they are never repeated. Where M differs from L, the
-        queries are the last L of the M tokens (a chunk of a prefill), unless `positions` says otherwise.
+        queries are the last L of the M tokens (a chunk of a prefill), unless `positions` says otherwise; of more
+        queries than keys the first then come before all keys.
       mask: causality, window and chunk, by positions.
       segment_ids: int32; tokens see their own segment only; a negative id is padding: sees and is seen by nothing.
         As of all three ids: [B, L] for queries and keys alike, or a pair, [B, L] of queries and [B, M] of keys.
@@ -65,8 +66,8 @@ def attention(
       sinks: one more logit per head in the denominator, of a key whose value is 0.
       slopes: ALiBi (arXiv 2108.12409).
       kernel: "xla", or "auto".
-      reduce_dtype: the dtype in which gradients of K/V are sent; None: float32. "bfloat16" halves these bytes, and
-        rounds once a hop.
+      reduce_dtype: the dtype in which a ring or a gather sends gradients of K/V: None, as they are summed (float32);
+        "bfloat16", half the bytes, rounded once a hop. What an exchange sends is always in query's dtype.
 
     Returns:
       [B, L, H, Dv] in query's dtype, lying as query does.
@@ -84,6 +85,7 @@ def attention(
     for name, array in {"query's length L": query, "key's length M": key}.items():
         check_length(array.shape[1], layout, _size(mesh, axes), name)
     spec = _resolve_spec(query, spec, mesh, axes, key.shape[2])
+    scale, soft_cap = (None if x is None else float(x) for x in (scale, soft_cap))  # of arrays, too: they are static
     settings = {"mask": mask, "layout": layout, "strategy": strategy, "scale": scale, "soft_cap": soft_cap}
     settings |= {"kernel": kernel, "axis": axes[0] if len(axes) == 1 else axes, "reduce_dtype": reduce_dtype}
     arrays = {name: x for name, x in (tokens | {"sinks": sinks, "slopes": slopes}).items() if x is not None}

@@ -6,7 +6,9 @@ c local tokens attend in 4 c^2 H D / (utilisation * FLOP/s) and travel in 2 c G 
     c >= utilisation * (FLOP/s / link bytes/s) * (G / H) * (bytes of an element / 2)
 
 twice that where causal work is balanced, because a hop has half of it, and 1.2 times for a backward pass that does 2.5
-times the work and sends 3 times the bytes: K/V, and their gradients in float32.
+times the work and sends 3 times the bytes: K/V, and their gradients in float32. What is not hidden is waited for, and
+compared with what an all-gather or an exchange of heads would wait. The links of TPUs are taken as a ring, those of
+other chips as leading to a switch. A window's hops may have less work than the law supposes.
 """
 
 from typing import Any, NamedTuple
@@ -15,6 +17,7 @@ import jax.numpy as jnp
 
 from ringattn.attention.mask import Mask, needed_hops
 from ringattn.hardware import CHIPS
+from ringattn.layout import check_length
 
 UTILISATION = 0.7
 """Share of the peak that the best kernels reach (head dim 128, long sequences): a faster kernel hides less."""
@@ -40,7 +43,7 @@ def choose_strategy(
     batch: int = 1,
     dtype: Any = "bfloat16",
     mask: Mask = Mask(),
-    layout: str = "contiguous",
+    layout: str | None = "contiguous",
     device_kind: str = "cpu",
 ) -> Choice:
     """What `strategy="auto"` picks, and why.
@@ -49,45 +52,52 @@ def choose_strategy(
       shards: devices over which the sequence lies; (outer, inner) where `axis` is a pair.
       queries, keys: tokens of each that one device holds.
       heads, kv_heads, head_dim, batch: of one device's query, key and value.
-      dtype, mask, layout: as of `ringattn.attention`.
+      dtype, mask: as of `ringattn.attention`.
+      layout: likewise; None where positions are given, so that any hop may be needed.
       device_kind: as JAX calls the chip, see `ringattn.hardware.CHIPS`.
 
     Returns:
       "ring", "ulysses" ("usp" for a pair of axes) or "gather", with reasons.
+
+    Raises:
+      ValueError: if the tokens cannot lie in that layout.
     """
-    pair = not isinstance(shards, int)
-    devices, inner = (shards[0] * shards[1], shards[1]) if pair else (shards, shards)
-    if devices == 1:
-        return Choice("ring", ("one device: nothing is sent",))
-    hops = len(needed_hops(mask, layout, devices, queries, keys))
-    if hops < devices - 1:
-        return Choice("ring", (f"the mask needs {hops} of {devices - 1} hops, and only a ring leaves out the others",))
+    pair = isinstance(shards, tuple)
+    outer, inner = shards if pair else (shards, 1)
+    devices, swapped = outer * inner, inner if pair else outer
+    for name, tokens in {"queries": queries, "keys": keys}.items():
+        check_length(tokens * devices, layout or "contiguous", devices, f"the {name} of all shards")
+    hops = outer - 1 if layout is None else len(needed_hops(mask, layout, devices, queries, keys, inner))
+    sends = (hops + 1) * inner - 1
+    if not sends:
+        return Choice("ring", ("each device holds all that its queries see: nothing is sent",))
     chip = CHIPS.get(device_kind)
     if chip is None:
-        return Choice("ring", (f"nothing is known of {device_kind!r}: a ring's memory does not grow with the devices",))
+        known = f"nothing is known of {device_kind!r}, only of {', '.join(CHIPS)}"
+        return Choice("ring", (known, "a ring's memory does not grow with the devices"))
     width, balanced = jnp.dtype(dtype).itemsize, mask.causal and layout != "contiguous"
     least = UTILISATION * chip.flops / chip.link_bandwidth * kv_heads / heads * (width / 2) * 1.2 * (1 + balanced)
     law = f"{device_kind} at {UTILISATION:.0%} of {chip.flops / 1e12:,.0f} TFLOP/s, {chip.link_bandwidth / 1e9:,.0f} "
     law += f"GB/s a link, {heads} heads on {kv_heads}: a hop hides its transfer from {least:,.0f} local queries on"
     if queries >= least:
         return Choice("ring", (law, f"there are {queries:,}: nothing is waited for, and memory stays flat"))
-    # Seconds that are not hidden. All-gather and all-to-all use a link's both directions, a ring one.
-    turn = (devices - 1) * 2 * batch * keys * kv_heads * head_dim * width / chip.link_bandwidth
-    waits = {"ring": turn * (1 - queries / least), "gather": turn / 2}
+    torus = device_kind.startswith("TPU")
+    hop = 2 * batch * keys * kv_heads * head_dim * width / chip.link_bandwidth
+    waits = {"ring": sends * hop * (1 - queries / least), "gather": (devices - 1) * hop / (2 if torus else 1)}
+    reasons = [law, f"there are {queries:,}: a ring waits for {1 - queries / least:.0%} of each of {sends} transfers"]
     room = 2 * devices * batch * keys * kv_heads * head_dim * (width + 4)
-    reasons = [law, f"there are {queries:,}: a ring waits {1 - queries / least:.0%} of its time on the wire"]
     if room > GATHERED * chip.memory:
         del waits["gather"]
         taken = f"{room / 2**30:.1f} GiB of {chip.memory / 2**30:.0f}"
         reasons += [f"gathered K/V and their gradients take too much memory, {taken}"]
-    name, split = ("usp" if pair else "ulysses"), f"{kv_heads} K/V heads over {inner} devices"
-    if kv_heads % inner:
+    name, split = ("usp" if pair else "ulysses"), f"{kv_heads} K/V heads over {swapped} devices"
+    if kv_heads % swapped:
         reasons += [f"{name} cannot split {split}"]
     else:
-        elements = 2 * batch * head_dim * (queries * heads + keys * kv_heads)
-        exchanged = elements * width * (1 - 1 / inner) / chip.link_bandwidth / 2
-        rest = turn * inner / devices * max(1 - queries * inner / least, 0) if pair else 0
-        waits[name] = exchanged + rest
+        # Query, key, value and output; on a ring, both ways round, a byte crosses a quarter of its links.
+        moved = hop * (1 + queries * heads / (keys * kv_heads))
+        moved *= max(swapped / 8, 1 / 2) if torus else 1 - 1 / swapped
+        waits[name] = moved + (hops * hop * max(1 - queries * inner / least, 0) if pair else 0)
         reasons += [f"{name} can split {split}"]
     best = min(waits, key=lambda each: waits[each])
     compared = ", ".join(f"{each} {seconds * 1e6:,.0f}" for each, seconds in waits.items())

@@ -8,6 +8,7 @@ from jaxtyping import Array, Int
 from ringattn.attention.local import choose_kernel
 
 STRATEGIES = ("ring", "gather", "ulysses", "usp", "auto")
+REDUCE_DTYPES = ("bfloat16", "float16", "float32")
 TokenIds = Int[Array, "B L"] | tuple[Int[Array, "B L"], Int[Array, "B M"]] | None
 """A number for every token: one array for queries and keys alike, or a pair, of queries and of keys."""
 
@@ -31,8 +32,11 @@ def check_settings(
         raise ValueError(f"strategy='usp' needs axis=(outer, inner), not {axes[0]!r}; {cure}")
     if soft_cap is not None and soft_cap <= 0:
         raise ValueError(f"soft_cap={soft_cap} must be positive; None for no cap")
-    if reduce_dtype is not None and not jnp.issubdtype(reduce_dtype, jnp.floating):
-        raise ValueError(f"reduce_dtype={reduce_dtype} must be a float dtype, such as 'bfloat16'; None for float32")
+    if reduce_dtype is not None and reduce_dtype not in REDUCE_DTYPES:
+        raise ValueError(f"reduce_dtype={reduce_dtype!r} is none of {', '.join(map(repr, REDUCE_DTYPES))}; or None")
+    if reduce_dtype is not None and strategy == "ulysses":
+        cure = "leave it out: an exchange sends them in query's dtype"
+        raise ValueError(f"reduce_dtype={reduce_dtype!r}: strategy='ulysses' sums no gradients on the wire; {cure}")
 
 
 def check_arrays(query: Any, key: Any, value: Any, per_head: dict[str, Any]) -> None:
@@ -59,8 +63,9 @@ def check_tokens(query: Any, key: Any, **given: Any) -> list[tuple[Any, Any]]:
     wanted, pairs = (query.shape[:2], key.shape[:2]), []
     for name, x in given.items():
         pair = x if isinstance(x, tuple) else (x, x)
-        if x is not None and not isinstance(x, tuple) and wanted[0] != wanted[1]:
-            raise ValueError(f"{name} {x.shape}: with other keys than queries give a pair, int32 of {wanted}")
+        several = isinstance(x, tuple | list) or (x is not None and wanted[0] != wanted[1])
+        if several and not (isinstance(x, tuple) and len(x) == 2 and all(each is not None for each in x)):
+            raise ValueError(f"{name}: for queries and keys of their own give a pair of int32 arrays of {wanted}")
         for each, shape in zip(pair, wanted, strict=True):
             if x is not None and (each.shape != shape or each.dtype != jnp.int32):
                 raise ValueError(f"{name} must be int32 {shape}, [B, L] of its tokens, not {each.dtype} {each.shape}")

@@ -20,7 +20,7 @@ def exchange(attend: Callable[..., Any], axis: Any, inputs: Any) -> Any:
     shards, heads = lax.axis_size(axis), inputs.key.shape[2]
     if heads % shards:
         raise ValueError(
-            f"strategy='ulysses' cannot split {heads} K/V heads over {shards} devices of axis {axis!r}: use "
+            f"strategy 'ulysses' or 'usp' cannot split {heads} K/V heads over {shards} devices of axis {axis!r}: use "
             f"strategy='ring' (any number of heads), or an axis whose size divides {heads}"
         )
 

@@ -19,7 +19,7 @@ class Gather:
 
     axis: str | tuple[str, str]
     kernel: Any
-    reduce_dtype: Any = None
+    reduce_dtype: str | None = None
 
     def forward(self, rule: Rule, queries: Queries, keys: Keys, slopes: Any, before: Partial) -> Partial:
         """Attention of this device's queries to the keys of all devices; as a kernel's `forward`."""

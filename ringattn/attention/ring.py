@@ -42,7 +42,7 @@ class Ring:
     kernel: Any
     group: int = 1
     inner: str | None = None
-    reduce_dtype: Any = None
+    reduce_dtype: str | None = None
 
     def forward(self, rule: Rule, queries: Queries, keys: Keys, slopes: Any, before: Partial) -> Partial:
         """Attention of this device's queries to the keys of all devices; as a kernel's `forward`."""

@@ -4,6 +4,7 @@ A strategy is, like a kernel, a pair of functions `forward` and `backward` (`rin
 a ring can be the kernel of another ring, and why one custom_vjp serves all.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -55,7 +56,7 @@ def shard_attention(
     sinks: Float[Array, " H"] | None = None,
     slopes: Float[Array, " H"] | None = None,
     kernel: str = "auto",
-    reduce_dtype: Any = None,
+    reduce_dtype: str | None = None,
 ) -> Float[Array, "B L H Dv"]:
     """`ringattn.attention` of local shards, to be called inside a `jax.shard_map` that is manual over `axis`.
 
@@ -79,7 +80,9 @@ def shard_attention(
         key, value = (_without_padding(x, of_keys.segments) for x in (key, value))
     rule = Rule(mask, query.shape[-1] ** -0.5 if scale is None else scale, soft_cap)
     if strategy == "auto":
-        strategy = _choose(query, key, rule.mask, layout, axis)
+        # A span lets its tokens see ahead, wherever it lies.
+        judged = replace(mask, causal=mask.causal and span_ids is None)
+        strategy = _choose(query, key, judged, layout if positions is None else None, axis)
     attend = _strategy(strategy, axis, layout if positions is None else None, choose_kernel(kernel), reduce_dtype, rule)
     # All marked as varying alike, so that what is summed over devices in the gradient is left to JAX.
     inputs = Inputs(query, key, value, of_queries, of_keys, slopes, sinks)
@@ -92,7 +95,7 @@ def _without_padding(x: Float[Array, "B L H D"], segment_ids: Int[Array, "B L"])
     return jnp.where((segment_ids >= 0)[:, :, None, None], x, jnp.zeros((), x.dtype))
 
 
-def _choose(query: Any, key: Any, mask: Mask, layout: str, axis: Any) -> str:
+def _choose(query: Any, key: Any, mask: Mask, layout: str | None, axis: Any) -> str:
     device = jax.sharding.get_abstract_mesh().abstract_device
     return choose_strategy(
         lax.axis_size(axis) if isinstance(axis, str) else (lax.axis_size(axis[0]), lax.axis_size(axis[1])),
