@@ -7,6 +7,7 @@ gives shard r the pieces r and 2p-1-r of 2p, so that every shard does the same c
 
 from typing import Any, Literal, NamedTuple, get_args
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -54,6 +55,12 @@ def shard_positions(layout: str, shard: Any, shards: int, local: int) -> Any:
     xp = np if isinstance(shard, int) else jnp
     held = pieces(layout, shard, shards, local)
     return xp.concatenate([piece.start + piece.step * np.arange(piece.count, dtype=np.int32) for piece in held])
+
+
+def positions_of(layout: str, first: Any, count: int, shards: int, local: int) -> Any:
+    """Positions [count * local] int32 of the tokens of `count` shards from number `first` (traced, or an int) on."""
+    numbers = first + jnp.arange(count, dtype=jnp.int32)
+    return jax.vmap(lambda shard: shard_positions(layout, shard, shards, local))(numbers).reshape(-1)
 
 
 def order(layout: str, length: int, shards: int) -> np.ndarray:

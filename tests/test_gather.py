@@ -24,3 +24,5 @@ def test_keys_are_gathered_once_forward_and_their_gradients_scattered_back(make_
     assert back == [((1, 2, 64, 8), "float32")] * 2
     assert len([each for each in both if each.dtype == "bfloat16"]) == 4  # K and V, forward and backward
     assert not [each for each in both if each.primitive == "ppermute"]
+    ids = [each.shape for each in both if each.dtype == "int32"]
+    assert ids == [(1, 16)] * 2 * given  # the documents', once forward and once backward; positions are implied

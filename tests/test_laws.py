@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
-os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")  # before the compiler starts: it asks for the hosts' names
+# Before the compiler starts: it asks for the hosts' names, and locks chips that it does not use.
+os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 import jax
 import jax.numpy as jnp

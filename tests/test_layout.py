@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ringattn.layout import LAYOUTS, check_length, order, permute, shard_positions, unpermute
+from ringattn.layout import LAYOUTS, check_length, order, permute, positions_of, shard_positions, unpermute
 
 
 def held_by(layout: str, shard: int, shards: int, length: int) -> list[int]:
@@ -84,3 +84,12 @@ def test_a_length_that_does_not_fit_is_refused_with_one_that_does(length, layout
 def test_permute_refuses_a_length_that_does_not_fit(layout):
     with pytest.raises(ValueError, match="positive multiple"):
         permute(np.zeros((1, 7), np.float32), layout, 4)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_positions_of_some_shards(layout):
+    whole = order(layout, 48, 6)
+    for first, count in [(0, 6), (2, 3), (5, 1)]:
+        found = positions_of(layout, first, count, 6, 8)
+        np.testing.assert_array_equal(found, whole[8 * first : 8 * (first + count)])
+        assert found.dtype == np.int32

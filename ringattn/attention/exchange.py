@@ -12,8 +12,11 @@ import jax
 from jax import lax
 
 
-def exchange(attend: Callable[..., Any], axis: Any, inputs: Any) -> Any:
+def exchange(attend: Callable[..., Any], axis: Any, implied: Callable[[int], Any] | None, inputs: Any) -> Any:
     """attend(inputs) [B, L, H, Dv] with the heads, not the sequence, spread over mesh axis `axis`.
+
+    `implied(local)` are the positions [1, shards * local] of all tokens on the axis, `local` of them on a device, so
+    that they need not be sent; None where positions are the caller's own.
 
     Raises ValueError if the K/V heads do not split over the axis.
     """
@@ -27,8 +30,10 @@ def exchange(attend: Callable[..., Any], axis: Any, inputs: Any) -> Any:
     def heads_for_sequence(x):
         return lax.all_to_all(x, axis, split_axis=2, concat_axis=1, tiled=True)
 
-    def whole(tokens):
-        return jax.tree.map(lambda x: lax.all_gather(x, axis, axis=1, tiled=True), tokens)
+    def whole(tokens, local):
+        sent = tokens if implied is None else tokens._replace(positions=None)
+        sent = jax.tree.map(lambda x: lax.all_gather(x, axis, axis=1, tiled=True), sent)
+        return sent if implied is None else sent._replace(positions=implied(local))
 
     def own_heads(x):
         if x is None:
@@ -41,8 +46,8 @@ def exchange(attend: Callable[..., Any], axis: Any, inputs: Any) -> Any:
             query=heads_for_sequence(inputs.query),
             key=heads_for_sequence(inputs.key),
             value=heads_for_sequence(inputs.value),
-            of_queries=whole(inputs.of_queries),
-            of_keys=whole(inputs.of_keys),
+            of_queries=whole(inputs.of_queries, inputs.query.shape[1]),
+            of_keys=whole(inputs.of_keys, inputs.key.shape[1]),
             slopes=own_heads(inputs.slopes),
             sinks=own_heads(inputs.sinks),
         )

@@ -8,16 +8,20 @@ from jax import lax
 
 from ringattn.attention.kernels import Keys, OfKeys, OfQueries, Queries, Rule, Saved
 from ringattn.attention.softmax import Partial
+from ringattn.layout import positions_of
 
 
 @dataclass(frozen=True)
 class Gather:
     """Every device gathers all keys over mesh axis (or axes) `axis` and computes its own queries' attention.
 
-    Gradients of K/V are summed over the devices in `reduce_dtype`; None: the dtype in which they are made.
+    Attributes:
+      layout: how the sequence lies, so that positions need not be sent; None where they are the caller's own.
+      reduce_dtype: the dtype in which gradients of K/V are summed over the devices; None: that in which they are made.
     """
 
     axis: str | tuple[str, str]
+    layout: str | None
     kernel: Any
     reduce_dtype: str | None = None
 
@@ -40,5 +44,9 @@ class Gather:
         def whole(x, dim):
             return lax.all_gather(x, self.axis, axis=dim, tiled=True)
 
-        tokens = jax.tree.map(lambda x: whole(x, 1), keys.tokens)
+        shards, local = lax.axis_size(self.axis), keys.key.shape[2]
+        positions = None if self.layout is None else positions_of(self.layout, 0, shards, shards, local)[None]
+        sent = keys.tokens if positions is None else keys.tokens._replace(positions=None)
+        tokens = jax.tree.map(lambda x: whole(x, 1), sent)
+        tokens = tokens if positions is None else tokens._replace(positions=positions)
         return Keys(whole(keys.key, 2), whole(keys.value, 2), tokens)

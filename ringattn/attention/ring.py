@@ -19,7 +19,7 @@ from jax import lax
 from ringattn.attention.kernels import Keys, OfKeys, OfQueries, Queries, Rule, Saved
 from ringattn.attention.mask import Mask, needed_hops
 from ringattn.attention.softmax import Partial
-from ringattn.layout import shard_positions
+from ringattn.layout import positions_of
 
 
 @dataclass(frozen=True)
@@ -130,9 +130,8 @@ class Ring:
         first, local = visitor.home * self.group, visitor.keys.key.shape[2] // self.group
         if self.inner is not None:
             first = visitor.home * lax.axis_size(self.inner) + lax.axis_index(self.inner)
-        shards = range(self.group)
-        held = [shard_positions(self.layout, first + shard, self._shards(), local) for shard in shards]
-        return visitor.keys._replace(tokens=visitor.keys.tokens._replace(positions=jnp.concatenate(held)[None]))
+        held = positions_of(self.layout, first, self.group, self._shards(), local)
+        return visitor.keys._replace(tokens=visitor.keys.tokens._replace(positions=held[None]))
 
     def _shards(self) -> int:
         """Shards of the whole sequence."""

@@ -24,7 +24,7 @@ from ringattn.attention.local import choose_kernel
 from ringattn.attention.mask import Mask, Tokens
 from ringattn.attention.ring import Ring
 from ringattn.attention.softmax import shifted_exp, varying_like, with_sink
-from ringattn.layout import check_length, shard_positions
+from ringattn.layout import check_length, positions_of
 
 
 class Inputs(NamedTuple):
@@ -71,19 +71,24 @@ def shard_attention(
     shards, own, lengths = lax.axis_size(axis), lax.axis_index(axis), (query.shape[1], key.shape[1])
     for length in lengths:
         check_length(length * shards, layout, shards, "the sequence length of all shards")
-    # The queries are the last of the keys' tokens.
-    ahead = shards * (lengths[1] - lengths[0]), 0
-    implied = [shard_positions(layout, own, shards, n)[None] + skip for n, skip in zip(lengths, ahead, strict=True)]
-    of_queries, of_keys = map(Tokens, implied if positions is None else given, segments, spans)
+
+    def implied(first: Any, count: int, local: int) -> Any:
+        """Positions of `count` shards, `local` tokens of each; the queries are the last of the keys' tokens."""
+        return positions_of(layout, first, count, shards, local)[None] + shards * (lengths[1] - local)
+
+    of_own = given if positions is not None else [implied(own, 1, length) for length in lengths]
+    of_queries, of_keys = map(Tokens, of_own, segments, spans)
     if segment_ids is not None:  # whatever lies in padding, even NaN, is not to be multiplied with a weight of 0
         query = _without_padding(query, of_queries.segments)
         key, value = (_without_padding(x, of_keys.segments) for x in (key, value))
     rule = Rule(mask, query.shape[-1] ** -0.5 if scale is None else scale, soft_cap)
+    known = layout if positions is None else None
     if strategy == "auto":
         # A span lets its tokens see ahead, wherever it lies.
         judged = replace(mask, causal=mask.causal and span_ids is None)
-        strategy = _choose(query, key, judged, layout if positions is None else None, axis)
-    attend = _strategy(strategy, axis, layout if positions is None else None, choose_kernel(kernel), reduce_dtype, rule)
+        strategy = _choose(query, key, judged, known, axis)
+    how = partial(_strategy, strategy, axis, known, None if known is None else implied)
+    attend = how(choose_kernel(kernel), reduce_dtype, rule)
     # All marked as varying alike, so that what is summed over devices in the gradient is left to JAX.
     inputs = Inputs(query, key, value, of_queries, of_keys, slopes, sinks)
     out = attend(jax.tree.map(lambda x: varying_like(x, *jax.tree.leaves(inputs)), inputs))
@@ -112,21 +117,25 @@ def _choose(query: Any, key: Any, mask: Mask, layout: str | None, axis: Any) -> 
     ).strategy
 
 
-def _strategy(strategy: str, axis: Any, implied: str | None, kernel: Any, reduce_dtype: Any, rule: Rule) -> Any:
-    """attend(inputs) for the strategy; `implied` is the layout, None if positions are given."""
+def _strategy(
+    strategy: str, axis: Any, layout: str | None, implied: Any, kernel: Any, reduce_dtype: str | None, rule: Rule
+) -> Any:
+    """attend(inputs) for the strategy; `layout` and `implied` positions are None where positions are given."""
     ring = partial(Ring, reduce_dtype=reduce_dtype)
     if strategy == "gather":
-        return partial(_attend, Gather(axis, kernel, reduce_dtype), rule)
+        return partial(_attend, Gather(axis, layout, kernel, reduce_dtype), rule)
     if strategy == "ulysses":
-        return partial(exchange, partial(_attend, kernel, rule), axis)
+        places = implied and partial(implied, 0, lax.axis_size(axis))
+        return partial(exchange, partial(_attend, kernel, rule), axis, places)
     if isinstance(axis, str):
-        return partial(_attend, ring(axis, implied, kernel), rule)
+        return partial(_attend, ring(axis, layout, kernel), rule)
     outer, inner = axis
     if strategy == "usp":
-        around = ring(outer, implied, kernel, group=lax.axis_size(inner))
-        return partial(exchange, partial(_attend, around, rule), inner)
+        group = lax.axis_size(inner)
+        places = implied and partial(implied, lax.axis_index(outer) * group, group)
+        return partial(exchange, partial(_attend, ring(outer, layout, kernel, group=group), rule), inner, places)
     # The inner ring's visitors come from anywhere on the outer one: their positions travel.
-    return partial(_attend, ring(outer, implied, ring(inner, None, kernel), inner=inner), rule)
+    return partial(_attend, ring(outer, layout, ring(inner, None, kernel), inner=inner), rule)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
