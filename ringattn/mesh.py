@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from typing import Any
 
@@ -60,46 +60,84 @@ def ring(size: int) -> jax.sharding.Mesh:
 def arrange(sizes: Mapping[str, int], devices: Sequence[Any]) -> jax.sharding.Mesh:
     """The mesh of these sizes, its axes explicit; on TPUs each ring is a closed walk from chip to neighbouring chip.
 
-    `devices` may be compile-only (`jax.experimental.topologies`). jax.make_mesh keeps an axis together, but lays a ring
-    of 64 row by row over 8 x 8 chips: at the end of a row the next chip is far, and then the compiler does not send
-    while it computes.
+    `devices` may be compile-only (`jax.experimental.topologies`). Where they are a whole box of chips, each ring gets a
+    smaller box, if there is one that can be walked so: where the next chip is far, as from the end of one row of chips
+    to the beginning of the next, the compiler does not send while it computes.
     """
     explicit = (jax.sharding.AxisType.Explicit,) * len(sizes)
-    mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=explicit, devices=devices)
-    rings = np.moveaxis(mesh.devices, mesh.axis_names.index(CONTEXT), -1).reshape(-1, sizes[CONTEXT])
-    if rings[0, 0].platform != "tpu":
-        return mesh
-    walks = [closed_walk([chip.coords for chip in ring]) for ring in rings]
-    if walks[0] is None or any(walk != walks[0] for walk in walks):
-        return mesh
-    placed = mesh.devices.take(walks[0], axis=mesh.axis_names.index(CONTEXT))
-    return jax.sharding.Mesh(placed, mesh.axis_names, axis_types=explicit)
+    if devices[0].platform != "tpu":
+        return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=explicit, devices=devices)
+    placed = np.empty(len(devices), object)
+    placed[:] = list(devices)
+    order = ring_boxes(sizes, [(*chip.coords, chip.core_on_chip) for chip in devices])
+    placed = placed.reshape(tuple(sizes.values())) if order is None else placed[order]
+    return jax.sharding.Mesh(placed, tuple(sizes), axis_types=explicit)
 
 
-def closed_walk(places: Sequence[Sequence[int]]) -> list[int] | None:
-    """Indices of `places`, the cells of a box, so that each is next to the one before, and the first to the last.
-
-    None where there is none: an odd number of cells, a single row, or no box (two devices share a chip's place).
-    """
+def ring_boxes(sizes: Mapping[str, int], places: Sequence[Sequence[int]]) -> np.ndarray | None:
+    """Indices of `places`, of the shape of `sizes`, each ring in a box of its own; None if they are no whole box."""
     sides = [sorted(set(side)) for side in zip(*places, strict=True)]
     cells = {tuple(place): index for index, place in enumerate(places)}
-    across = [n for n, side in enumerate(sides) if len(side) > 1 and len(places) // len(side) % 2 == 0]
-    if not across or len(cells) < len(places) or len(cells) < math.prod(map(len, sides)):
+    box = tuple(map(len, sides))
+    if len(cells) < len(places) or math.prod(box) != len(places):
+        return None
+    grid = np.array([cells[cell] for cell in product(*sides)]).reshape(box)
+    context = list(sizes).index(CONTEXT)
+    others = [n for n in range(len(sizes)) if n != context]
+
+    def cost(split: Sequence[tuple[int, ...]]) -> tuple[bool, int]:
+        """Whether the rings do not close, and on how many sides another axis goes in steps of a ring's box."""
+        stepped = [min(pair) > 1 for n in others for pair in zip(split[n], split[context], strict=True)]
+        return closed_walk(split[context]) is None, sum(stepped)
+
+    split = min(_splits(tuple(sizes.values()), box), key=cost, default=None)
+    if split is None:
+        return None
+    # Each side of the box falls into a factor for every axis, the ring's the innermost: its chips lie together.
+    by = [*others, context]
+    parts = grid.reshape([split[n][k] for k in range(len(box)) for n in by])
+    axes = [k * len(by) + by.index(n) for n in range(len(sizes)) for k in range(len(box))]
+    found = parts.transpose(axes).reshape(tuple(sizes.values()))
+    walk = closed_walk(split[context])
+    return found if walk is None else found.take(walk, axis=context)
+
+
+def _splits(sizes: tuple[int, ...], box: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], ...]]:
+    """All ways to give each axis a factor of each side, so that an axis' factors multiply to its size."""
+    if not sizes:
+        yield from [()] if math.prod(box) == 1 else []
+        return
+    for part in product(*([n for n in range(1, side + 1) if side % n == 0] for side in box)):
+        if math.prod(part) == sizes[0]:
+            rest = tuple(side // n for side, n in zip(box, part, strict=True))
+            yield from ((part, *others) for others in _splits(sizes[1:], rest))
+
+
+def closed_walk(box: tuple[int, ...]) -> list[int] | None:
+    """The cells of a box, numbered in C order, so that each is next to the one before, and the first to the last.
+
+    None where there is none: an odd number of cells, or a single row of more than two. One or two are as they are.
+    """
+    size = math.prod(box)
+    if size <= 2:
+        return list(range(size))
+    across = [n for n, side in enumerate(box) if side > 1 and size // side % 2 == 0]
+    if not across:
         return None
     n = across[0]
-    rows = _back_and_forth(sides[:n] + sides[n + 1 :])
+    rows = _back_and_forth(box[:n] + box[n + 1 :])
     # Back and forth over all rows but for their first cells, which are the way home.
-    there = [(*row[:n], x, *row[n:]) for at, row in enumerate(rows) for x in sides[n][1:][:: 1 - 2 * (at % 2)]]
-    home = [(*row[:n], sides[n][0], *row[n:]) for row in reversed(rows)]
-    return [cells[cell] for cell in there + home]
+    there = [(*row[:n], x, *row[n:]) for at, row in enumerate(rows) for x in range(1, box[n])[:: 1 - 2 * (at % 2)]]
+    home = [(*row[:n], 0, *row[n:]) for row in reversed(rows)]
+    return [int(np.ravel_multi_index(cell, box)) for cell in there + home]
 
 
-def _back_and_forth(sides: list[list[int]]) -> list[tuple[int, ...]]:
+def _back_and_forth(box: tuple[int, ...]) -> list[tuple[int, ...]]:
     """All cells of a box, each next to the one before."""
-    if not sides:
+    if not box:
         return [()]
-    inner = _back_and_forth(sides[1:])
-    return [(x, *rest) for at, x in enumerate(sides[0]) for rest in inner[:: 1 - 2 * (at % 2)]]
+    inner = _back_and_forth(box[1:])
+    return [(x, *rest) for x in range(box[0]) for rest in inner[:: 1 - 2 * (x % 2)]]
 
 
 def resolve(section: config.Mesh, devices: int) -> dict[str, int]:

@@ -170,20 +170,42 @@ def test_what_divides_passes(make_mesh):
     mesh.check(config.Config(**RUN), make_mesh(data=2, context=2, tensor=2))
 
 
-@pytest.mark.parametrize(
-    "box", [(2, 2), (2, 4), (8, 8, 1), (3, 4), (4, 3), (16, 16, 1), (4, 4, 4), (3, 3, 2), (1, 2, 5)]
-)
-def test_a_ring_walks_from_neighbour_to_neighbour_and_back(box):
-    places = [(*place, 0) for place in np.random.default_rng(0).permutation(list(np.ndindex(box))).tolist()]
-    walk = mesh.closed_walk(places)
+@pytest.mark.parametrize("box", [(2, 2), (2, 4), (8, 8, 1), (3, 4), (4, 3), (4, 4, 4), (3, 3, 2), (1, 2, 5), (1, 2)])
+def test_a_closed_walk_goes_from_neighbour_to_neighbour_and_back(box):
+    walk = mesh.closed_walk(box)
     assert walk is not None
-    assert sorted(walk) == list(range(len(places)))
-    walked = np.array([places[index] for index in walk])
+    assert sorted(walk) == list(range(np.prod(box)))
+    walked = np.array(list(np.ndindex(box)))[walk]
     assert (abs(walked - np.roll(walked, 1, axis=0)).sum(1) == 1).all()
 
 
+@pytest.mark.parametrize("box", [(1, 4), (3, 3), (5,), (3, 3, 3)])
+def test_where_there_is_no_closed_walk_there_is_none(box):
+    assert mesh.closed_walk(box) is None
+
+
 @pytest.mark.parametrize(
-    "places", [[(0, 0)], [(0, 0), (0, 1)], list(np.ndindex(3, 3)), list(np.ndindex(2, 2)) * 2, [(0, 0), (0, 1), (1, 0)]]
+    ("sizes", "box"),
+    [
+        ((1, 64, 1), (8, 8, 1, 1)),
+        ((2, 4, 1), (2, 4, 1, 1)),
+        ((2, 32, 1), (4, 4, 4, 1)),
+        ((1, 16, 4), (8, 8, 1, 1)),
+        ((2, 4, 2), (4, 4, 1, 1)),
+        ((1, 8, 1), (2, 2, 1, 2)),  # two devices a chip
+        ((4, 1, 2), (2, 4, 1, 1)),
+    ],
 )
-def test_where_there_is_no_closed_walk_there_is_none(places):
-    assert mesh.closed_walk(places) is None
+def test_every_ring_of_a_mesh_is_a_closed_walk(sizes, box):
+    places = list(np.ndindex(box))
+    found = mesh.ring_boxes(dict(zip(mesh.AXES, sizes, strict=True)), places)
+    assert found is not None
+    assert found.shape == sizes
+    assert sorted(found.ravel()) == list(range(len(places)))
+    rings = np.array(places)[np.moveaxis(found, 1, -1).reshape(-1, sizes[1])]
+    assert abs(rings - np.roll(rings, 1, axis=1)).sum(-1).max() <= 1
+
+
+def test_a_ring_that_cannot_close_is_a_row_and_half_a_box_is_taken_as_it_comes():
+    assert mesh.ring_boxes({"data": 3, "context": 3, "tensor": 1}, list(np.ndindex(3, 3))) is not None
+    assert mesh.ring_boxes({"data": 1, "context": 3, "tensor": 1}, [(0, 0), (0, 1), (1, 0)]) is None
