@@ -1,5 +1,6 @@
 """What is compared: each subject as one function of the same arrays, laid out over the devices as it wants them."""
 
+import importlib
 import math
 import types
 from collections.abc import Callable
@@ -112,7 +113,7 @@ def _import_ring_attention() -> Any:
     names: Any = vars(jax.lib)
     names["xla_bridge"] = types.SimpleNamespace(get_backend=jax.extend.backend.get_backend)
     try:
-        from ringattention.ringattention_jax import ring_attention
+        ring_attention: Any = importlib.import_module("ringattention.ringattention_jax").ring_attention
     except ModuleNotFoundError as error:
         if error.name != "ringattention":
             raise
