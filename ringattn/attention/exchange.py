@@ -8,8 +8,9 @@ back, which JAX derives.
 from collections.abc import Callable
 from typing import Any
 
-import jax
 from jax import lax
+
+from ringattn.attention.gather import gather_tokens
 
 
 def exchange(attend: Callable[..., Any], axis: Any, implied: Callable[[int], Any] | None, inputs: Any) -> Any:
@@ -31,9 +32,7 @@ def exchange(attend: Callable[..., Any], axis: Any, implied: Callable[[int], Any
         return lax.all_to_all(x, axis, split_axis=2, concat_axis=1, tiled=True)
 
     def whole(tokens, local):
-        sent = tokens if implied is None else tokens._replace(positions=None)
-        sent = jax.tree.map(lambda x: lax.all_gather(x, axis, axis=1, tiled=True), sent)
-        return sent if implied is None else sent._replace(positions=implied(local))
+        return gather_tokens(tokens, axis, None if implied is None else implied(local))
 
     def own_heads(x):
         if x is None:

@@ -7,6 +7,7 @@ import jax
 from jax import lax
 
 from ringattn.attention.kernels import Keys, OfKeys, OfQueries, Queries, Rule, Saved
+from ringattn.attention.mask import Tokens
 from ringattn.attention.softmax import Partial
 from ringattn.layout import positions_of
 
@@ -46,7 +47,12 @@ class Gather:
 
         shards, local = lax.axis_size(self.axis), keys.key.shape[2]
         positions = None if self.layout is None else positions_of(self.layout, 0, shards, shards, local)[None]
-        sent = keys.tokens if positions is None else keys.tokens._replace(positions=None)
-        tokens = jax.tree.map(lambda x: whole(x, 1), sent)
-        tokens = tokens if positions is None else tokens._replace(positions=positions)
+        tokens = gather_tokens(keys.tokens, self.axis, positions)
         return Keys(whole(keys.key, 2), whole(keys.value, 2), tokens)
+
+
+def gather_tokens(tokens: Tokens, axis: Any, positions: Any) -> Tokens:
+    """The tokens of all devices of `axis`; their positions, where these are known, need not be sent."""
+    sent = tokens if positions is None else tokens._replace(positions=None)
+    whole = jax.tree.map(lambda x: lax.all_gather(x, axis, axis=1, tiled=True), sent)
+    return whole if positions is None else whole._replace(positions=positions)

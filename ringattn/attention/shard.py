@@ -87,8 +87,8 @@ def shard_attention(
         # A span lets its tokens see ahead, wherever it lies.
         judged = replace(mask, causal=mask.causal and span_ids is None)
         strategy = _choose(query, key, judged, known, axis)
-    how = partial(_strategy, strategy, axis, known, None if known is None else implied)
-    attend = how(choose_kernel(kernel), reduce_dtype, rule)
+    places = None if known is None else implied
+    attend = _strategy(strategy, axis, known, places, choose_kernel(kernel), reduce_dtype, rule)
     # All marked as varying alike, so that what is summed over devices in the gradient is left to JAX.
     inputs = Inputs(query, key, value, of_queries, of_keys, slopes, sinks)
     out = attend(jax.tree.map(lambda x: varying_like(x, *jax.tree.leaves(inputs)), inputs))
