@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ringattn import config
-from ringattn.training.loop import prepare
+from ringattn.training.run import prepare
 
 STEPS = 20
 
