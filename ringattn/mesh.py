@@ -13,16 +13,18 @@ from jax import P
 from ringattn import config
 from ringattn.layout import check_length
 
-DATA, CONTEXT, TENSOR = "data", "context", "tensor"
-"""Over which rows of a batch are spread; the ring, over which each row is; heads, feed-forward and vocabulary."""
-AXES: tuple[str, ...] = (DATA, CONTEXT, TENSOR)
-FSDP = (DATA, CONTEXT)
-"""Parameters, gradients and optimizer state lie over both, so that a ring of 64 holds a 64th of the model, too."""
-TOKENS = P(DATA, CONTEXT)
+DATA, CONTEXT_OUTER, CONTEXT, TENSOR = "data", "context_outer", "context", "tensor"
+"""Over which rows of a batch are spread; rings and the ring, over which each row is; heads, feed-forward, vocabulary."""
+AXES: tuple[str, ...] = (DATA, CONTEXT_OUTER, CONTEXT, TENSOR)
+SEQUENCE = (CONTEXT_OUTER, CONTEXT)
+"""Over which a row's tokens are spread: the axis of attention."""
+FSDP = (DATA, *SEQUENCE)
+"""Parameters, gradients and optimizer state lie over all these, so that a ring of 64 holds a 64th of the model, too."""
+TOKENS = P(DATA, SEQUENCE)
 """Of token arrays [B, L]."""
-ACTIVATIONS = P(DATA, CONTEXT, None)
+ACTIVATIONS = P(DATA, SEQUENCE, None)
 """Of activations [B, L, E]."""
-HEADS = P(DATA, CONTEXT, TENSOR, None)
+HEADS = P(DATA, SEQUENCE, TENSOR, None)
 """Of queries, keys and values [B, L, H, D]."""
 
 VOCABULARY_MULTIPLE = 128
@@ -32,7 +34,7 @@ FORCED = "--xla_force_host_platform_device_count"
 
 
 def start(section: config.Mesh) -> jax.sharding.Mesh:
-    """The mesh over all devices, its axes explicit and always all three, for `jax.set_mesh`.
+    """The mesh over all devices, its axes explicit and always all four, for `jax.set_mesh`.
 
     To be called before anything else touches a device: it starts the simulated CPU devices (each process's own;
     XLA_FLAGS=--xla_force_host_platform_device_count=N wins) and joins the other processes where the environment
@@ -54,7 +56,7 @@ def ring(size: int) -> jax.sharding.Mesh:
     devices = jax.devices()
     if not 1 <= size <= len(devices):
         raise ValueError(f"a ring of {size} does not fit {len(devices)} device{'s' * (len(devices) > 1)}")
-    return arrange({DATA: 1, CONTEXT: size, TENSOR: 1}, devices[:size])
+    return arrange({DATA: 1, CONTEXT_OUTER: 1, CONTEXT: size, TENSOR: 1}, devices[:size])
 
 
 def arrange(sizes: Mapping[str, int], devices: Sequence[Any]) -> jax.sharding.Mesh:
@@ -142,7 +144,7 @@ def _back_and_forth(box: tuple[int, ...]) -> list[tuple[int, ...]]:
 
 def resolve(section: config.Mesh, devices: int) -> dict[str, int]:
     """Size of each axis, -1 replaced by what the others leave of `devices`; ValueError if they do not fit."""
-    wanted = {DATA: section.data, CONTEXT: section.context, TENSOR: section.tensor}
+    wanted = {name: vars(section)[name] for name in AXES}
     fixed = {name: size for name, size in wanted.items() if size != -1}
     rest, over = divmod(devices, math.prod(fixed.values()))
     if over or (rest != 1 and len(fixed) == len(wanted)):
@@ -167,24 +169,28 @@ def _nearest(fixed: Mapping[str, int], devices: int) -> str:
     return " ".join(f"--mesh.{name} {best[name]}" for name in fixed if best[name] != fixed[name])
 
 
+def shards(mesh: jax.sharding.Mesh) -> int:
+    """Devices over which each row is spread."""
+    return math.prod(mesh.shape[name] for name in SEQUENCE)
+
+
 def check(run: config.Config, mesh: jax.sharding.Mesh) -> None:
     """Raises ValueError, with sizes that fit, unless rows, tokens and parameters of `run` divide over `mesh`."""
-    data, context, tensor = (mesh.shape[name] for name in AXES)
-    check_length(run.data.seq_len, run.attention.layout, context, "data.seq_len")
+    data, context, tensor = mesh.shape[DATA], mesh.shape[CONTEXT], mesh.shape[TENSOR]
+    check_length(run.data.seq_len, run.attention.layout, shards(mesh), "data.seq_len")
     rows = ("mesh.data * train.accumulate", data * run.train.accumulate)
     _check_multiple("train.batch_size", run.train.batch_size, *rows)
-    _check_multiple("model.dim", run.model.dim, "mesh.data * mesh.context", data * context)
+    pieces = "mesh.data * mesh.context_outer * mesh.context"
+    _check_multiple("model.dim", run.model.dim, pieces, data * shards(mesh))
     if VOCABULARY_MULTIPLE % tensor:
         least = max(size for size in range(1, tensor) if VOCABULARY_MULTIPLE % size == 0)
         rule = f"must divide {VOCABULARY_MULTIPLE}, the multiple to which the vocabulary is padded"
         raise ValueError(f"mesh.tensor={tensor} {rule}: use {least}")
-    if run.attention.strategy == "ulysses":
-        _check_multiple(
-            "attention.strategy=ulysses: model.kv_heads",
-            run.model.kv_heads,
-            "mesh.tensor * mesh.context",
-            tensor * context,
-        )
+    exchanged = {"ulysses": ("context_outer * mesh.context", shards(mesh)), "usp": ("context", context)}
+    if run.attention.strategy in exchanged:
+        axes, size = exchanged[run.attention.strategy]
+        name = f"attention.strategy={run.attention.strategy}: model.kv_heads"
+        _check_multiple(name, run.model.kv_heads, f"mesh.tensor * mesh.{axes}", tensor * size)
     for name in ("heads", "kv_heads", "feed_forward"):
         _check_multiple(f"model.{name}", vars(run.model)[name], "mesh.tensor", tensor)
 

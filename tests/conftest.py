@@ -1,5 +1,6 @@
 """Eight simulated devices, strict promotion, checked types: all set before JAX and ringattn are imported."""
 
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -23,15 +24,16 @@ rooms = {path.stem for path in (Path(__file__).parents[1] / "ringattn").iterdir(
 }
 jaxtyping.install_import_hook([f"ringattn.{room}" for room in sorted(rooms)], "beartype.beartype")
 
+from ringattn.mesh import arrange
+
 
 @pytest.fixture
 def make_mesh() -> Callable[..., jax.sharding.Mesh]:
-    """make_mesh(data=1, context=1, tensor=1): the project's explicit mesh over the first devices there are."""
+    """make_mesh(data=1, context=1, tensor=1, context_outer=1): the project's mesh over the first devices there are."""
 
-    def make(data: int = 1, context: int = 1, tensor: int = 1) -> jax.sharding.Mesh:
-        devices = jax.devices()[: data * context * tensor]
-        types = (jax.sharding.AxisType.Explicit,) * 3
-        return jax.make_mesh((data, context, tensor), ("data", "context", "tensor"), types, devices=devices)
+    def make(data: int = 1, context: int = 1, tensor: int = 1, context_outer: int = 1) -> jax.sharding.Mesh:
+        sizes = {"data": data, "context_outer": context_outer, "context": context, "tensor": tensor}
+        return arrange(sizes, jax.devices()[: math.prod(sizes.values())])
 
     return make
 

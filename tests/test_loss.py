@@ -43,9 +43,10 @@ def value_and_gradients(function, arrays):
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 8)], ids=str)
-@pytest.mark.parametrize("chunk", [512, 32, 7])
-def test_agrees_with_all_logits_at_once(arrays, make_mesh, monkeypatch, sizes, chunk):
+@pytest.mark.parametrize(("chunk", "rows"), [(512, 32_768), (32, 10), (7, 1)])
+def test_agrees_with_all_logits_at_once(arrays, make_mesh, monkeypatch, sizes, chunk, rows):
     monkeypatch.setattr(loss_module, "CHUNK", chunk)
+    monkeypatch.setattr(loss_module, "ROWS", rows)
     value, gradients = value_and_gradients(plain, arrays)
     mesh = make_mesh(*sizes)
     with jax.set_mesh(mesh):
@@ -57,9 +58,11 @@ def test_agrees_with_all_logits_at_once(arrays, make_mesh, monkeypatch, sizes, c
     assert not found_gradients[1][VOCABULARY:].any()
 
 
-def test_large_logits_neither_overflow_nor_lose_the_rest(arrays, make_mesh):
-    hidden, output, targets, weights = arrays
+def test_large_logits_neither_overflow_nor_lose_the_rest(arrays, make_mesh, monkeypatch):
+    hidden, output, targets, weights = map(np.copy, arrays)
     mesh = make_mesh(context=2, tensor=2)
+    monkeypatch.setattr(loss_module, "ROWS", 16)  # slices that are all padding
+    output[:, 0], hidden[..., 0] = -0.5, 10  # all logits far below 0
     with jax.set_mesh(mesh):
         scaled = on_mesh(mesh, (hidden * 1000, output, targets, weights))
         value, gradients = value_and_gradients(partial(cross_entropy, vocabulary=VOCABULARY), scaled)
@@ -69,13 +72,13 @@ def test_large_logits_neither_overflow_nor_lose_the_rest(arrays, make_mesh):
 
 def test_bfloat16_has_float32_logits(arrays, make_mesh):
     hidden, output, targets, weights = arrays
-    narrow = (jnp.bfloat16(hidden), jnp.bfloat16(output), targets, weights)
+    narrow = (jnp.bfloat16(hidden), output, targets, weights)
     mesh = make_mesh(context=4)
     with jax.set_mesh(mesh):
         placed = on_mesh(mesh, map(np.asarray, narrow))
         value = cross_entropy(*placed, vocabulary=VOCABULARY)
     assert value.dtype == jnp.float32
-    np.testing.assert_allclose(value, plain(*narrow), rtol=1e-5)
+    np.testing.assert_allclose(value, plain(narrow[0], jnp.bfloat16(output), targets, weights), rtol=1e-5)
 
 
 def test_never_holds_a_rows_logits(make_mesh):

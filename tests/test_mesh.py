@@ -29,7 +29,7 @@ def start(section: str, before: str = "", **variables: str) -> subprocess.Comple
 
 def test_simulated_devices_are_started():
     done = start("simulate=4, tensor=2")
-    assert done.stdout == "{'data': 1, 'context': 2, 'tensor': 2} cpu\n", done.stderr
+    assert done.stdout == "{'data': 1, 'context_outer': 1, 'context': 2, 'tensor': 2} cpu\n", done.stderr
 
 
 def test_devices_forced_by_the_user_win():

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from ringattn import config
+from ringattn.mesh import ring
 from ringattn.training.run import prepare
 
 STEPS = 20
+MODEL = config.Model(layers=2, dim=32, heads=4, kv_heads=2, head_dim=8, feed_forward=64)
 
 
 @pytest.fixture(scope="module")
@@ -25,13 +27,14 @@ def text(tmp_path_factory):
     return folder
 
 
-def losses(text, mesh, **train) -> np.ndarray:
+def losses(text, mesh, strategy="ring", remat="off", dtype="float32", accumulate=1) -> np.ndarray:
     """Loss and gradient norm of each step, of a run on `mesh`."""
     c = config.Config(
-        model=config.Model(layers=2, dim=32, heads=4, kv_heads=2, head_dim=8, feed_forward=64),
+        model=replace(MODEL, remat=remat, dtype=dtype),
         data=config.Data(path=str(text), seq_len=64, validation=0.2),
+        attention=config.Attention(strategy=strategy),
         optimizer=config.Optimizer(warmup_steps=4),
-        train=replace(config.Train(steps=STEPS, batch_size=8), **train),
+        train=config.Train(steps=STEPS, batch_size=8, accumulate=accumulate),
     )
     with jax.set_mesh(mesh):
         run = prepare(c, mesh)
@@ -47,18 +50,32 @@ def losses(text, mesh, **train) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def alone(text):
-    types = (jax.sharding.AxisType.Explicit,) * 3
-    return losses(text, jax.make_mesh((1, 1, 1), ("data", "context", "tensor"), types, devices=jax.devices()[:1]))
+    return losses(text, ring(1))
 
 
-@pytest.mark.parametrize("sizes", [(1, 2, 1), (1, 4, 1), (1, 8, 1), (2, 4, 1), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("sizes", [(8, 1), (1, 2), (1, 4), (1, 8), (2, 4), (1, 4, 2), (2, 2, 2), (1, 4, 1, 2)], ids=str)
 def test_every_step_is_the_same_on_every_mesh(text, alone, make_mesh, sizes):
     assert alone[-1, 0] < 0.8 * alone[0, 0]  # it learns, so that a wrong gradient would show
     np.testing.assert_allclose(losses(text, make_mesh(*sizes)), alone, rtol=1e-4)
 
 
-def test_every_step_is_the_same_in_any_number_of_parts(text, alone, make_mesh):
-    np.testing.assert_allclose(losses(text, make_mesh(1, 2, 1), accumulate=4), alone, rtol=1e-4)
+@pytest.mark.parametrize(
+    ("strategy", "sizes"),
+    [("gather", (1, 2, 1, 2)), ("ulysses", (2, 2)), ("usp", (1, 2, 1, 2)), ("usp", (2, 2)), ("auto", (1, 2, 1, 2))],
+    ids=str,
+)
+def test_and_by_every_strategy(text, alone, make_mesh, strategy, sizes):
+    np.testing.assert_allclose(losses(text, make_mesh(*sizes), strategy), alone, rtol=1e-4)
+
+
+@pytest.mark.parametrize("remat", ["off", "on"])
+def test_every_step_is_the_same_in_any_number_of_parts(text, alone, make_mesh, remat):
+    np.testing.assert_allclose(losses(text, make_mesh(1, 2), remat=remat, accumulate=4), alone, rtol=1e-4)
+
+
+def test_bfloat16_learns_as_float32_does(text, alone, make_mesh):
+    narrow = losses(text, make_mesh(2, 2, 2), remat="on", dtype="bfloat16")
+    np.testing.assert_allclose(narrow[:, 0], alone[:, 0], rtol=2e-2)
 
 
 @pytest.mark.slow

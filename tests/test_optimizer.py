@@ -33,10 +33,10 @@ def test_rate_rises_in_a_line_then_falls_along_a_cosine():
 
 
 def test_only_matrices_decay():
-    params = {"matrix": jnp.ones((2, 2)), "scale": jnp.ones(2)}
+    params = {"matrix": jnp.ones((2, 2)), "norm": {"scale": jnp.ones((3, 2))}}  # a scale of each layer
     updates = updated(params, jax.tree.map(jnp.zeros_like, params))
     np.testing.assert_allclose(updates["matrix"], -0.01 / 11 * 0.5, rtol=1e-5)
-    np.testing.assert_array_equal(updates["scale"], 0)
+    np.testing.assert_array_equal(updates["norm"]["scale"], 0)
 
 
 def test_gradients_are_clipped_to_the_global_norm():

@@ -3,11 +3,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ringattn.model.rope import rotate, rotations
+from ringattn import config
+from ringattn.model.rope import frequencies, rotate, rotations
+
+PLAIN = config.Model(head_dim=64)
 
 
-def rotated(x, positions, theta=10_000.0):
-    return np.asarray(rotate(x, *rotations(jnp.asarray(positions, jnp.int32), x.shape[-1], theta)))
+def rotated(x, positions, c=PLAIN):
+    c = config.Model(**vars(c) | {"head_dim": x.shape[-1]})
+    return np.asarray(rotate(x, *rotations(jnp.asarray(positions, jnp.int32), c)))
 
 
 def test_turns_each_pair_by_position_times_frequency():
@@ -16,23 +20,74 @@ def test_turns_each_pair_by_position_times_frequency():
     out = rotated(x, positions)
     pairs = np.asarray(x)[..., :4] + 1j * np.asarray(x)[..., 4:]
     turned = pairs * np.exp(1j * positions[0, :, None, None] * 10_000.0 ** (-np.arange(4) / 4))
-    np.testing.assert_allclose(out, np.concatenate([turned.real, turned.imag], -1), atol=2e-4)
+    np.testing.assert_allclose(out, np.concatenate([turned.real, turned.imag], -1), atol=5e-6)
     np.testing.assert_array_equal(out[:, 0], x[:, 0])
+
+
+@pytest.mark.parametrize("theta", [10_000.0, 500_000.0, 5e7])
+def test_angles_are_exact_at_ten_million_tokens(theta):
+    c = config.Model(head_dim=128, rope_theta=theta)
+    positions = np.array([[1, 4097, 1_048_575, 10_485_759, 2**30 + 12345]])
+    angles = positions[..., None, None] * theta ** (-np.arange(64) / 64)  # float64
+    for found, wanted in zip(rotations(jnp.asarray(positions, jnp.int32), c), (np.cos(angles), np.sin(angles))):
+        np.testing.assert_allclose(found, wanted, atol=2e-6)
 
 
 def test_scores_depend_on_the_distance_alone():
     query, key = jax.random.normal(jax.random.key(1), (2, 1, 1, 1, 64))
     near = np.sum(rotated(query, [[7]]) * rotated(key, [[3]]))
-    far = np.sum(rotated(query, [[1007]]) * rotated(key, [[1003]]))
+    far = np.sum(rotated(query, [[10_000_007]]) * rotated(key, [[10_000_003]]))
     other = np.sum(rotated(query, [[1007]]) * rotated(key, [[1001]]))
-    assert near == pytest.approx(far, abs=1e-3)
+    assert near == pytest.approx(far, abs=5e-5)
     assert near != pytest.approx(other, abs=1e-3)
 
 
 def test_bfloat16_is_turned_in_float32():
     x = jax.random.normal(jax.random.key(2), (1, 1, 1, 64)).astype(jnp.bfloat16)
-    out = rotate(x, *rotations(jnp.full((1, 1), 100_003, jnp.int32), 64, 10_000.0))
+    out = rotate(x, *rotations(jnp.full((1, 1), 100_003, jnp.int32), PLAIN))
     assert out.dtype == jnp.bfloat16
     # Positions in bfloat16 would be off by hundreds.
     wide = rotated(x.astype(jnp.float32), [[100_003]])
     np.testing.assert_allclose(np.asarray(out, np.float32), wide, rtol=2**-8, atol=1e-6)
+
+
+def scaled(kind, factor, original=8192, theta=500_000.0):
+    return config.Model(head_dim=128, rope_theta=theta, rope_scaling=kind, rope_factor=factor, rope_original=original)
+
+
+def test_scaled_frequencies():
+    usual = frequencies(config.Model(head_dim=128, rope_theta=500_000.0))
+    np.testing.assert_allclose(frequencies(scaled("linear", 8.0)), usual / 8)
+    ntk = frequencies(scaled("ntk", 8.0))
+    np.testing.assert_allclose(
+        ntk[[0, -1]], usual[[0, -1]] / [1, 8]
+    )  # the fastest pair as before, the slowest as linear
+    for kind, turns in (("llama3", (1, 4)), ("yarn", (1, 32))):
+        found = frequencies(scaled(kind, 8.0))
+        rounds = 8192 * usual / (2 * np.pi)
+        clear = 2.0 if kind == "yarn" else 1.0  # yarn mixes from whole pairs on, so a little beyond
+        fast, slow = rounds > turns[1] * clear, rounds < turns[0] / clear
+        np.testing.assert_allclose(found[fast], usual[fast])
+        np.testing.assert_allclose(found[slow], usual[slow] / 8)
+        between = ~fast & ~slow
+        assert between.any()
+        assert (found[between] >= usual[between] / 8 * 0.999).all()
+        assert (found[between] <= usual[between] * 1.001).all()
+        assert (np.diff(found) < 0).all()
+
+
+def test_yarn_raises_the_temperature():
+    cos, _ = rotations(jnp.zeros((1, 1), jnp.int32), scaled("yarn", 16.0))
+    np.testing.assert_allclose(cos, 0.1 * np.log(16) + 1, rtol=1e-6)
+
+
+GOLDEN = {
+    "yarn": [1.0, 0.1579728, 0.02495541, 0.002116075, 7.784655e-05, 1.229764e-05, 1.942693e-06, 3.068926e-07],
+    "llama3": [1.0, 0.1579728, 0.02495541, 0.003942276, 7.784655e-05, 1.229764e-05, 1.942693e-06, 3.068926e-07],
+}
+
+
+@pytest.mark.parametrize("kind", GOLDEN)
+def test_frequencies_of_published_models(kind):
+    """By the functions of that name in Hugging Face transformers 5.23.0 (modeling_rope_utils.py), factor 8 of 8,192."""
+    np.testing.assert_allclose(frequencies(scaled(kind, 8.0))[::9], GOLDEN[kind], rtol=2e-6)

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import flax
@@ -8,10 +9,11 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax import P
+from wire import permuted
 
 from ringattn import attention, config
-from ringattn.mesh import FSDP, TENSOR, TOKENS, place
-from ringattn.model import Transformer, count_parameters
+from ringattn.mesh import FSDP, SEQUENCE, TENSOR, TOKENS, place
+from ringattn.model import Transformer, count_parameters, transformer
 from ringattn.training.loss import cross_entropy
 
 VOCABULARY = 257
@@ -20,7 +22,7 @@ SMALL = config.Model(layers=2, dim=32, heads=4, kv_heads=2, head_dim=8, feed_for
 
 
 def make(section=SMALL, seed=0):
-    return Transformer(section, VOCABULARY, attention, nnx.Rngs(params=seed))
+    return Transformer(section, VOCABULARY, partial(attention, axis=SEQUENCE), nnx.Rngs(params=seed))
 
 
 def tokens_on(mesh):
@@ -88,9 +90,9 @@ def test_parameters_lie_in_pieces_and_do_not_depend_on_the_mesh(make_mesh):
         with jax.set_mesh(mesh):
             states.append(jax.jit(lambda: nnx.state(make()))())
     jax.tree.map(np.testing.assert_array_equal, *map(jax.device_get, states))
-    attention_part = states[1]["layers"][1]["attention"]
-    assert attention_part["query"][...].sharding.spec == P(FSDP, TENSOR, None)
-    assert attention_part["output"][...].sharding.spec == P(TENSOR, None, FSDP)
+    attention_part = states[1]["layers"]["attention"]
+    assert attention_part["query"][...].sharding.spec == P(None, FSDP, TENSOR, None)
+    assert attention_part["output"][...].sharding.spec == P(None, TENSOR, None, FSDP)
     embedding = states[1]["embedding"][...]
     assert embedding.shape == (384, 32)
     assert {shard.data.shape for shard in embedding.addressable_shards} == {(192, 8)}
@@ -118,3 +120,78 @@ def test_works_in_both_modes_of_nnx(make_mesh, monkeypatch, graph):
     finally:
         flax.config.update("nnx_graph_mode", before)
     np.testing.assert_allclose(out, hidden_states(make_mesh()), atol=2e-5)
+
+
+def loss_of(section, params, arrays):
+    """A model's mean loss, given its parameters, of predicting each token from itself."""
+    model = nnx.merge(nnx.graphdef(nnx.eval_shape(lambda: make(section))), params)
+    hidden = model(*arrays)
+    weights = jnp.full(arrays[0].shape, 1 / arrays[0].size, jnp.float32, out_sharding=TOKENS)
+    return cross_entropy(hidden, model.output(), arrays[0], weights, VOCABULARY)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("remat", ["on", "offload"])
+def test_computing_layers_again_changes_no_gradient(make_mesh, monkeypatch, dtype, remat):
+    monkeypatch.setattr(transformer, "CHUNK", 5)  # three chunks of a device's 16 tokens, and a rest
+    with jax.set_mesh(mesh := make_mesh(data=2, context=2, tensor=2)):
+        params, arrays = jax.jit(lambda: nnx.state(make(), nnx.Param))(), tokens_on(mesh)
+        kept, again = (
+            jax.jit(jax.value_and_grad(partial(loss_of, replace(SMALL, dtype=dtype, remat=each))))(params, arrays)
+            for each in ("off", remat)
+        )
+    scale = max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(kept[1]))
+    rounding = {"float32": 1e-6, "bfloat16": 2e-2}[dtype]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=rounding * scale, rtol=rounding), kept, again)
+
+
+@pytest.mark.parametrize("remat", ["off", "on", "offload"])
+def test_a_layer_turns_its_kv_twice(make_mesh, remat):
+    with jax.set_mesh(mesh := make_mesh(context=4)):
+        params, arrays = nnx.state(make(), nnx.Param), tokens_on(mesh)
+        unit = (ROWS, SMALL.kv_heads, LENGTH // 4, SMALL.head_dim), "float32"
+        sent = permuted(jax.grad(partial(loss_of, replace(SMALL, remat=remat))), params, arrays)
+    # A layer's K and V: three hops forward, three backward, and three of their gradients.
+    assert sent[unit] == SMALL.layers * 2 * (3 + 3 + 3)
+
+
+def test_layers_computed_again_keep_their_input_and_attentions_result_alone(make_mesh):
+    length, wide = 4096, replace(SMALL, feed_forward=256)
+
+    def temporaries(section: config.Model, layers: int) -> int:
+        section = replace(section, layers=layers)
+        gradient = jax.jit(jax.grad(partial(loss_of, section)))
+        params = jax.eval_shape(lambda: nnx.state(make(section), nnx.Param))
+        found: Any = gradient.lower(params, arrays).compile().memory_analysis()
+        return found.temp_size_in_bytes
+
+    with jax.set_mesh(mesh := make_mesh()):
+        sharding = jax.NamedSharding(mesh, TOKENS)
+        arrays = [jax.ShapeDtypeStruct((1, length), jnp.int32, sharding=sharding)] * 3
+        again, kept = ((temporaries(c, 12) - temporaries(c, 4)) / 8 for c in (replace(wide, remat="on"), wide))
+    kept_alone = 4 * length * (wide.dim + wide.heads * wide.head_dim + wide.heads)
+    weights = 4 * (wide.dim * wide.head_dim * (2 * wide.heads + 2 * wide.kv_heads) + 3 * wide.dim * wide.feed_forward)
+    assert again < 1.05 * kept_alone + 2 * weights
+    assert kept > 3 * kept_alone
+
+
+def test_the_program_does_not_grow_with_depth(make_mesh):
+    with jax.set_mesh(mesh := make_mesh(context=2)):
+        arrays = tokens_on(mesh)
+
+        def size(layers: int) -> int:
+            section = replace(SMALL, layers=layers)
+            params = jax.eval_shape(lambda: nnx.state(make(section), nnx.Param))
+            return len(jax.jit(jax.grad(partial(loss_of, section))).lower(params, arrays).as_text())
+
+        assert size(16) < 1.02 * size(2)
+
+
+def test_the_tables_gradient_is_summed_in_float32(make_mesh):
+    """A token that comes 4,096 times: in bfloat16 its gradient would stop to grow at 256."""
+    with jax.set_mesh(mesh := make_mesh(data=2, context=2, tensor=2)):
+        table = place(np.ones((128, 32), np.float32), mesh, P(TENSOR, FSDP))
+        tokens = place(np.full((4, 1024), 70, np.int32), mesh, TOKENS)
+        gradient = jax.jit(jax.grad(lambda t: jnp.sum(transformer.embed(tokens, t, "bfloat16").astype(jnp.float32))))
+        found = np.asarray(gradient(table))
+    np.testing.assert_array_equal(found, 4096.0 * (np.arange(128) == 70)[:, None] * np.ones((1, 32)))

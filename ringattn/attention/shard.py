@@ -68,6 +68,8 @@ def shard_attention(
     check_arrays(query, key, value, {"sinks": sinks, "slopes": slopes})
     segments, spans, given = check_tokens(query, key, segment_ids=segment_ids, span_ids=span_ids, positions=positions)
     check_settings(strategy, axis_names(axis), kernel, soft_cap, reduce_dtype)
+    if strategy != "usp":
+        axis = _rings(axis)
     shards, own, lengths = lax.axis_size(axis), lax.axis_index(axis), (query.shape[1], key.shape[1])
     for length in lengths:
         check_length(length * shards, layout, shards, "the sequence length of all shards")
@@ -93,6 +95,12 @@ def shard_attention(
     inputs = Inputs(query, key, value, of_queries, of_keys, slopes, sinks)
     out = attend(jax.tree.map(lambda x: varying_like(x, *jax.tree.leaves(inputs)), inputs))
     return out if segment_ids is None else _without_padding(out, of_queries.segments)
+
+
+def _rings(axis: str | tuple[str, str]) -> str | tuple[str, str]:
+    """The axis without a part of one device: a ring of one ring, and rings of one device, are a ring."""
+    several = [name for name in axis_names(axis) if lax.axis_size(name) > 1]
+    return axis if len(several) == len(axis_names(axis)) else (several or list(axis_names(axis)))[0]
 
 
 def _without_padding(x: Float[Array, "B L H D"], segment_ids: Int[Array, "B L"]) -> Float[Array, "B L H D"]:

@@ -18,7 +18,7 @@ from jax import P
 from ringattn.attention import Mask, attention
 from ringattn.config import Subject
 from ringattn.layout import permute
-from ringattn.mesh import CONTEXT, HEADS, TOKENS, place
+from ringattn.mesh import CONTEXT, HEADS, SEQUENCE, TOKENS, place
 
 Attend = Callable[..., Any]
 """attend(query, key, value, segment_ids) -> out; segment_ids are None for a row of one document."""
@@ -82,7 +82,7 @@ def make_attend(subject: Subject, mesh: jax.sharding.Mesh) -> Attend:
         return _ringattention(mesh)
     window = None if subject.window is None else (subject.window, 0)
     settings = {"mask": Mask(causal=True, window=window), "layout": subject.layout, "strategy": subject.method}
-    return lambda query, key, value, ids: attention(query, key, value, segment_ids=ids, axis=CONTEXT, **settings)
+    return lambda query, key, value, ids: attention(query, key, value, segment_ids=ids, axis=SEQUENCE, **settings)
 
 
 def _ringattention(mesh: jax.sharding.Mesh) -> Attend:

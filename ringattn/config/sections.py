@@ -22,21 +22,36 @@ class Model:
     """Width of a head (D), even."""
     feed_forward: int = 768
     """Inner width of the SwiGLU feed-forward (F)."""
+    vocabulary: int | None = None
+    """Ids in the tables; None: as many as the tokenizer has."""
     rope_theta: float = 10_000.0
     """Base of the rotary position embedding."""
+    rope_scaling: Literal["none", "linear", "ntk", "yarn", "llama3"] = "none"
+    """How the turning is slowed for rows longer than a model was trained on."""
+    rope_factor: float = 1.0
+    """How many times longer the rows become by rope_scaling."""
+    rope_original: int = 8192
+    """Length of the rows that the model was trained on before, for rope_scaling yarn and llama3."""
     tied: bool = True
     """Whether the output projection is the embedding's transpose."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the computation; parameters, softmax and loss are always float32."""
+    remat: Literal["off", "on", "offload"] = "off"
+    """What a layer keeps for the backward pass: all; its input and attention's result; these in host memory."""
 
     def __post_init__(self) -> None:
         check_types(self)
-        at_least(1, self, "layers", "dim", "heads", "kv_heads", "head_dim", "feed_forward")
+        at_least(1, self, "layers", "dim", "heads", "kv_heads", "head_dim", "feed_forward", "rope_original")
+        require(self.vocabulary is None or self.vocabulary >= 1, self, "vocabulary", "at least 1, or None")
         multiple = f"a multiple of model.kv_heads={self.kv_heads}: use {nearest_multiples(self.heads, self.kv_heads)}"
         require(self.heads % self.kv_heads == 0, self, "heads", multiple)
         even = f"even, for rotary positions turn pairs: use {nearest_multiples(self.head_dim, 2)}"
         require(self.head_dim % 2 == 0, self, "head_dim", even)
-        require(self.rope_theta > 0, self, "rope_theta", "positive, such as 10000")
+        require(self.rope_theta > 1, self, "rope_theta", "more than 1, such as 10000")
+        scaled = "more than 1 with rope_scaling, such as 4: how many times longer the rows become"
+        if self.rope_scaling == "none":
+            scaled = "1.0 without rope_scaling: set model.rope_scaling to 'linear', 'ntk', 'yarn' or 'llama3'"
+        require((self.rope_factor > 1) == (self.rope_scaling != "none"), self, "rope_factor", scaled)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +77,8 @@ class Data:
 class Mesh:
     data: int = 1
     """Devices over which the rows of a batch are spread; -1: what the other axes leave."""
+    context_outer: int = 1
+    """Rings that share each row: a ring of rings, or of exchanges (strategy usp); -1: what the other axes leave."""
     context: int = -1
     """Devices in the ring, over which each row is spread; -1: what the other axes leave."""
     tensor: int = 1
@@ -71,7 +88,7 @@ class Mesh:
 
     def __post_init__(self) -> None:
         check_types(self)
-        sizes = {"data": self.data, "context": self.context, "tensor": self.tensor}
+        sizes = {name: size for name, size in vars(self).items() if name != "simulate"}
         for name, size in sizes.items():
             require(size >= 1 or size == -1, self, name, "at least 1, or -1 for what the other axes leave")
         rest = [name for name, size in sizes.items() if size == -1]
@@ -85,8 +102,9 @@ class Mesh:
 class Attention:
     layout: Layout = "zigzag"
     """Order in which a row's tokens lie over the ring; zigzag and striped balance causal work."""
-    strategy: Literal["ring", "gather", "ulysses", "auto"] = "ring"
-    """How queries meet all keys: K/V go round, or are gathered, or heads exchanged for sequence; auto: by cost."""
+    strategy: Literal["ring", "gather", "ulysses", "usp", "auto"] = "ring"
+    """How queries meet all keys: K/V go round, or are gathered, or heads exchanged for sequence (usp: exchanged over
+    mesh.context, round mesh.context_outer); auto: by cost."""
     window: int | None = None
     """How many tokens back a token sees (None: all of its document)."""
 

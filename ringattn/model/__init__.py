@@ -1,5 +1,5 @@
 """The transformer."""
 
-from ringattn.model.transformer import Params, Transformer, count_parameters
+from ringattn.model.transformer import Params, Transformer, count_parameters, whole
 
-__all__ = ["Params", "Transformer", "count_parameters"]
+__all__ = ["Params", "Transformer", "count_parameters", "whole"]

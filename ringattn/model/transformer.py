@@ -1,25 +1,33 @@
 """A decoder of the Llama kind: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
 Parameters are float32 and lie in pieces: one dim over the FSDP axes, heads, feed-forward and vocabulary over the
-tensor axis. `gather` makes them whole for the moment of use. All but attention is local to the token, so a row
-may lie over the ring in any order; attention comes as a function.
+tensor axis; those of all layers are stacked, dim 0 is the layer. `whole` gathers a layer's for the moment of use. All
+but attention is local to the token, so a row may lie over the ring in any order; attention comes as a function.
 """
 
 from collections.abc import Callable
+from functools import partial
 from math import prod
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import P
+from jax import P, lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from ringattn import config
-from ringattn.mesh import ACTIVATIONS, FSDP, TENSOR, VOCABULARY_MULTIPLE
+from ringattn.mesh import ACTIVATIONS, FSDP, HEADS, TENSOR, TOKENS, VOCABULARY_MULTIPLE
 from ringattn.model.rope import rotate, rotations
 
 EPSILON = 1e-6
+CHUNK = 1024
+"""Tokens of each local row whose feed-forward exists at a time, where layers are computed again."""
+
+INWARD, OUTWARD = P(FSDP, TENSOR, None), P(TENSOR, None, FSDP)
+"""How a layer's projections to heads [E, heads, D] and from them [H, D, E] lie."""
 
 AttentionFunction = Callable[..., Float[Array, "B L H D"]]
 """Called as attention(query, key, value, segment_ids=segment_ids); a query sees keys of its own segment."""
@@ -28,16 +36,24 @@ Params = Any
 """An nnx.State: a tree of a model's parameters."""
 
 
-def gather(parameter: nnx.Param, dtype: str) -> Float[Array, "..."]:
-    """The parameter in `dtype`, whole but for the tensor axis: an all-gather over the FSDP axes.
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def whole(piece: Float[Array, "..."], dtype: DTypeLike, dim: int) -> Float[Array, "..."]:
+    """Inside a shard_map: the parameter of which `piece` is this device's, whole along `dim`, in `dtype`.
 
-    `reduced` says that each device's gradient of the whole is a summand yet to be added up, so that the gather's
-    transpose is one reduce-scatter and not an all-reduce of which all but a piece is thrown away.
+    An all-gather over the FSDP axes in `dtype`; the gradient is summed over the devices in the parameter's float32.
     """
-    array = parameter[...]
-    spec = jax.typeof(array).sharding.spec
-    whole = P(*(None if axis == FSDP else axis for axis in spec), reduced=frozenset(FSDP))
-    return jax.reshard(array.astype(dtype), whole)
+    return lax.all_gather(piece.astype(dtype), FSDP, axis=dim, tiled=True)
+
+
+def _whole_forward(piece: Array, dtype: DTypeLike, dim: int) -> tuple[Array, None]:
+    return whole(piece, dtype, dim), None
+
+
+def _whole_backward(dtype: DTypeLike, dim: int, _: None, gradient: Array) -> tuple[Array]:
+    return (lax.psum_scatter(gradient.astype(jnp.float32), FSDP, scatter_dimension=dim, tiled=True),)
+
+
+whole.defvjp(_whole_forward, _whole_backward)
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, spec: jax.sharding.PartitionSpec) -> nnx.Param:
@@ -48,57 +64,109 @@ def normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, spec: jax.shardin
 class RMSNorm(nnx.Module):
     """x / rms(x) * scale, in float32; the result is in the dtype of x."""
 
-    def __init__(self, dim: int):
-        self.scale = nnx.Param(jnp.ones(dim, jnp.float32, out_sharding=P(None)))
+    def __init__(self, *shape: int):
+        self.scale = nnx.Param(jnp.ones(shape, jnp.float32, out_sharding=P(*(None for _ in shape))))
 
     def __call__(self, x: Float[Array, "B L E"]) -> Float[Array, "B L E"]:
-        wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + EPSILON)
-        return (wide * self.scale[...][None, None, :]).astype(x.dtype)
+        return normalized(x, self.scale[...])
+
+
+def normalized(x: Float[Array, "... E"], scale: Float[Array, " E"]) -> Float[Array, "... E"]:
+    wide = x.astype(jnp.float32)
+    wide = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + EPSILON)
+    return (wide * jnp.expand_dims(scale, range(x.ndim - 1))).astype(x.dtype)
 
 
 class Attention(nnx.Module):
     def __init__(self, c: config.Model, attention: AttentionFunction, rngs: nnx.Rngs):
         self.dtype, self.attention = c.dtype, attention
-        heads, groups = (c.dim, c.heads, c.head_dim), (c.dim, c.kv_heads, c.head_dim)
+        heads, groups = (c.layers, c.dim, c.heads, c.head_dim), (c.layers, c.dim, c.kv_heads, c.head_dim)
         std, back = c.dim**-0.5, (2 * c.layers * c.heads * c.head_dim) ** -0.5
-        self.query = normal(rngs, heads, std, P(FSDP, TENSOR, None))
-        self.key = normal(rngs, groups, std, P(FSDP, TENSOR, None))
-        self.value = normal(rngs, groups, std, P(FSDP, TENSOR, None))
-        self.output = normal(rngs, heads[1:] + heads[:1], back, P(TENSOR, None, FSDP))
+        self.norm = RMSNorm(c.layers, c.dim)
+        self.query = normal(rngs, heads, std, P(None, *INWARD))
+        self.key = normal(rngs, groups, std, P(None, *INWARD))
+        self.value = normal(rngs, groups, std, P(None, *INWARD))
+        self.output = normal(rngs, (c.layers, c.heads, c.head_dim, c.dim), back, P(None, *OUTWARD))
 
     def __call__(
         self, x: Float[Array, "B L E"], angles: tuple[Array, Array], segment_ids: Int[Array, "B L"]
     ) -> Float[Array, "B L E"]:
-        query, key, value = (
-            jnp.einsum("ble,ehd->blhd", x, gather(weight, self.dtype)) for weight in (self.query, self.key, self.value)
-        )
-        mixed = self.attention(rotate(query, *angles), rotate(key, *angles), value, segment_ids=segment_ids)
-        return jnp.einsum("blhd,hde->ble", mixed, gather(self.output, self.dtype), out_sharding=ACTIVATIONS)
+        """x, and what attention adds to it."""
+        turned, pieces = P(*TOKENS, None, None), (self.query[...], self.key[...], self.value[...])
+
+        @partial(jax.shard_map, in_specs=(ACTIVATIONS, P(None), INWARD, (turned, turned)), out_specs=HEADS)
+        def inward(x, scale, pieces, angles):
+            x = normalized(x, scale)
+            query, key, value = (jnp.einsum("ble,ehd->blhd", x, whole(piece, self.dtype, 0)) for piece in pieces)
+            return rotate(query, *angles), rotate(key, *angles), value
+
+        @partial(jax.shard_map, in_specs=(ACTIVATIONS, HEADS, OUTWARD), out_specs=ACTIVATIONS)
+        def outward(x, mixed, piece):
+            return x + lax.psum(jnp.einsum("blhd,hde->ble", mixed, whole(piece, self.dtype, 2)), TENSOR)
+
+        query, key, value = inward(x, self.norm.scale[...], pieces, angles)
+        return outward(x, self.attention(query, key, value, segment_ids=segment_ids), self.output[...])
 
 
 class FeedForward(nnx.Module):
     def __init__(self, c: config.Model, rngs: nnx.Rngs):
-        self.dtype = c.dtype
-        self.gate = normal(rngs, (c.dim, c.feed_forward), c.dim**-0.5, P(FSDP, TENSOR))
-        self.up = normal(rngs, (c.dim, c.feed_forward), c.dim**-0.5, P(FSDP, TENSOR))
-        self.down = normal(rngs, (c.feed_forward, c.dim), (2 * c.layers * c.feed_forward) ** -0.5, P(TENSOR, FSDP))
+        self.dtype, self.in_chunks = c.dtype, c.remat != "off"
+        wide, back = (c.layers, c.dim, c.feed_forward), (2 * c.layers * c.feed_forward) ** -0.5
+        self.norm = RMSNorm(c.layers, c.dim)
+        self.gate = normal(rngs, wide, c.dim**-0.5, P(None, FSDP, TENSOR))
+        self.up = normal(rngs, wide, c.dim**-0.5, P(None, FSDP, TENSOR))
+        self.down = normal(rngs, (c.layers, c.feed_forward, c.dim), back, P(None, TENSOR, FSDP))
 
     def __call__(self, x: Float[Array, "B L E"]) -> Float[Array, "B L E"]:
-        gate, up = (jnp.einsum("ble,ef->blf", x, gather(weight, self.dtype)) for weight in (self.gate, self.up))
-        return jnp.einsum("blf,fe->ble", nnx.silu(gate) * up, gather(self.down, self.dtype), out_sharding=ACTIVATIONS)
+        """x, and what the feed-forward adds to it."""
+        weights = self.norm.scale[...], self.gate[...], self.up[...], self.down[...]
+        if self.in_chunks:  # as whole weights, or their gradients, are not to be held while attention computes
+            x, weights = lax.optimization_barrier((x, weights))
+        specs = P(None), P(FSDP, TENSOR), P(FSDP, TENSOR), P(TENSOR, FSDP)
+
+        @partial(jax.shard_map, in_specs=(ACTIVATIONS, *specs), out_specs=ACTIVATIONS)
+        def local(x, scale, gate, up, down):
+            # float32 here, and back in each chunk: the chunks' gradients are summed in this dtype.
+            gate, up, down = (
+                whole(piece, self.dtype, dim).astype(jnp.float32) for piece, dim in ((gate, 0), (up, 0), (down, 1))
+            )
+
+            def tokens(x):
+                normed = normalized(x, scale)
+                inner = nnx.silu(normed @ gate.astype(self.dtype)) * (normed @ up.astype(self.dtype))
+                return x + lax.psum(inner @ down.astype(self.dtype), TENSOR)
+
+            if not self.in_chunks:
+                return tokens(x)
+            by_position = lax.map(jax.checkpoint(tokens), jnp.moveaxis(x, 1, 0), batch_size=CHUNK)
+            return jnp.moveaxis(by_position, 0, 1)
+
+        return local(x, *weights)
 
 
 class Layer(nnx.Module):
+    """All layers, one after another: a scan over their stacked parameters."""
+
     def __init__(self, c: config.Model, attention: AttentionFunction, rngs: nnx.Rngs):
-        self.attention_norm, self.attention = RMSNorm(c.dim), Attention(c, attention, rngs)
-        self.feed_forward_norm, self.feed_forward = RMSNorm(c.dim), FeedForward(c, rngs)
+        self.attention, self.feed_forward = Attention(c, attention, rngs), FeedForward(c, rngs)
 
     def __call__(
         self, x: Float[Array, "B L E"], angles: tuple[Array, Array], segment_ids: Int[Array, "B L"]
     ) -> Float[Array, "B L E"]:
-        x = x + self.attention(self.attention_norm(x), angles, segment_ids)
-        return x + self.feed_forward(self.feed_forward_norm(x))
+        return self.feed_forward(self.attention(x, angles, segment_ids))
+
+
+KEPT = {
+    "on": jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse"),
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=["attention_lse"],
+        names_which_can_be_offloaded=["layer_input", "attention_out"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+}
+"""What a layer that is computed again keeps beside its input. With attention's output and log-sum-exp at hand, K/V need
+not go round the ring a third time."""
 
 
 class Transformer(nnx.Module):
@@ -114,7 +182,7 @@ class Transformer(nnx.Module):
         self.config = c
         rows = -(-vocabulary // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
         self.embedding = normal(rngs, (rows, c.dim), 0.02, P(TENSOR, FSDP))
-        self.layers = nnx.List([Layer(c, attention, rngs) for _ in range(c.layers)])
+        self.layers = Layer(c, attention, rngs)
         self.norm = RMSNorm(c.dim)
         if not c.tied:
             self.unembedding = normal(rngs, (rows, c.dim), 0.02, P(TENSOR, FSDP))
@@ -127,15 +195,38 @@ class Transformer(nnx.Module):
         The three arrays are int32 and lie in the order that `attention` expects; a position counts from the
         beginning of its document.
         """
-        x = gather(self.embedding, self.config.dtype).at[tokens].get(out_sharding=ACTIVATIONS)
-        angles = rotations(positions, self.config.head_dim, self.config.rope_theta)
-        for layer in self.layers:
-            x = layer(x, angles, segment_ids)
+        angles = rotations(positions, self.config)
+        graphdef, params = nnx.split(self.layers)
+
+        def layer(x, params):
+            x = checkpoint_name(x, "layer_input")
+            return nnx.merge(graphdef, params)(x, angles, segment_ids), None
+
+        if self.config.remat != "off":
+            layer = jax.checkpoint(layer, policy=KEPT[self.config.remat], prevent_cse=False)
+        x, _ = lax.scan(layer, embed(tokens, self.embedding[...], self.config.dtype), params)
         return self.norm(x)
 
     def output(self) -> Float[Array, "V E"]:
-        """The output projection in the compute dtype, in pieces as the parameter lies: the loss gathers it."""
-        return (self.embedding if self.config.tied else self.unembedding)[...].astype(self.config.dtype)
+        """The output projection, float32, in pieces as the parameter lies: the loss gathers it."""
+        return (self.embedding if self.config.tied else self.unembedding)[...]
+
+
+@partial(jax.jit, static_argnums=2)
+def embed(tokens: Int[Array, "B L"], table: Float[Array, "V E"], dtype: str) -> Float[Array, "B L E"]:
+    """The tokens' rows of the table, in `dtype`. The table stays in pieces, and its gradient is summed in float32.
+
+    Every device looks all tokens up in its piece of the table, and the found pieces of rows go where they belong.
+    """
+
+    @partial(jax.shard_map, in_specs=(TOKENS, P(TENSOR, FSDP)), out_specs=ACTIVATIONS)
+    def local(tokens, table):
+        everywhere = lax.all_gather(tokens, FSDP)
+        places = everywhere - lax.axis_index(TENSOR) * table.shape[0]
+        found = table.at[places].get(mode="fill", fill_value=0, wrap_negative_indices=False).astype(dtype)
+        return lax.psum(lax.all_to_all(found, FSDP, split_axis=0, concat_axis=3, tiled=True)[0], TENSOR)
+
+    return local(tokens, table)
 
 
 def count_parameters(params: Params) -> int:

@@ -8,9 +8,12 @@ from jax import P, lax
 from jaxtyping import Array, Float, Int
 
 from ringattn.mesh import ACTIVATIONS, FSDP, TENSOR, TOKENS
+from ringattn.model import whole
 
 CHUNK = 512
 """Tokens of each local row whose logits exist at a time."""
+ROWS = 32_768
+"""Most rows of the output projection that a device holds whole at a time."""
 
 
 def cross_entropy(
@@ -23,44 +26,68 @@ def cross_entropy(
     """The sum over all tokens of weight times -log p(target), in nats and float32.
 
     Args:
-      hidden: rows over the data axis, tokens over the context axis, in the compute dtype.
-      output: the output projection, V over the tensor axis and E over the FSDP axes, in the compute dtype; rows
-        from `vocabulary` on are padding and get no probability.
-      targets: int32, each below `vocabulary`.
+      hidden, output, targets, vocabulary: as `token_losses` takes them.
       weights: float32; weights that add up to 1 make the sum a weighted mean.
     """
+    return jnp.sum(weights * token_losses(hidden, output, targets, vocabulary))
 
-    @partial(
-        jax.shard_map,
-        in_specs=(ACTIVATIONS, P(TENSOR, FSDP), TOKENS, TOKENS),
-        out_specs=P(),
-    )
-    def local(hidden, output, targets, weights):
-        # float32 here, and back in each chunk: the chunks' gradients of the projection are summed in this dtype.
-        output = lax.all_gather(output, FSDP, axis=1, tiled=True).astype(jnp.float32)
+
+def token_losses(
+    hidden: Float[Array, "B L E"], output: Float[Array, "V E"], targets: Int[Array, "B L"], vocabulary: int
+) -> Float[Array, "B L"]:
+    """-log p(target) of every token, in nats and float32.
+
+    Args:
+      hidden: rows over the data axis, tokens over the context axes, in the compute dtype.
+      output: the output projection, float32, V over the tensor axis and E over the FSDP axes; rows from `vocabulary`
+        on are padding and get no probability.
+      targets: int32, each below `vocabulary`.
+    """
+
+    @partial(jax.shard_map, in_specs=(ACTIVATIONS, P(TENSOR, FSDP), TOKENS), out_specs=TOKENS)
+    def local(hidden, output, targets):
+        first = lax.axis_index(TENSOR) * output.shape[0]
+        slices = next(n for n in range(-(-output.shape[0] // ROWS), output.shape[0] + 1) if output.shape[0] % n == 0)
+        by_slice = output.reshape(slices, -1, output.shape[1])
+        by_position = jnp.moveaxis(hidden, 1, 0).astype(jnp.float32), targets.T
 
         @jax.checkpoint
-        def one_position(position):
-            hidden, targets, weights = position
-            return jnp.sum(weights * negative_log_likelihood(hidden, output, targets, vocabulary))
+        def one_slice(piece):
+            number, piece = piece
+            # float32 here as hidden above, and back in each chunk: their gradients are summed in this dtype.
+            rows = whole(piece, hidden.dtype, 1).astype(jnp.float32)
+            ids = first + number * piece.shape[0] + jnp.arange(piece.shape[0], dtype=jnp.int32)
 
-        by_position = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (hidden, targets, weights))
-        losses = lax.map(one_position, by_position, batch_size=CHUNK)
-        return lax.psum(jnp.sum(losses), FSDP)
+            @jax.checkpoint
+            def one_position(position):
+                return _sums(position[0].astype(hidden.dtype), rows.astype(hidden.dtype), ids, position[1], vocabulary)
 
-    return local(hidden, output, targets, weights)
+            return lax.map(one_position, by_position, batch_size=CHUNK)
+
+        shifts, totals, wanted = lax.map(one_slice, (jnp.arange(slices, dtype=jnp.int32), by_slice))
+        shift = lax.pmax(jnp.max(shifts, axis=0), TENSOR)
+        total = lax.psum(jnp.sum(totals * jnp.exp(shifts - shift[None]), axis=0), TENSOR)
+        return (jnp.log(total) + shift - lax.psum(jnp.sum(wanted, axis=0), TENSOR)).T
+
+    # The whole projection, and its gradient, are not to be held while the layers compute.
+    return local(*lax.optimization_barrier((hidden, output)), targets)
 
 
-def negative_log_likelihood(
-    hidden: Float[Array, "B E"], output: Float[Array, "v E"], targets: Int[Array, " B"], vocabulary: int
-) -> Float[Array, " B"]:
-    """-log p(target) in nats, inside a shard_map where each device of the tensor axis has v rows of `output`."""
-    logits = jnp.einsum("be,ve->bv", hidden, output.astype(hidden.dtype), preferred_element_type=jnp.float32)
-    first = lax.axis_index(TENSOR) * output.shape[0]
-    ids = first + jnp.arange(output.shape[0], dtype=jnp.int32)
+def _sums(
+    hidden: Float[Array, "B E"],
+    rows: Float[Array, "v E"],
+    ids: Int[Array, " v"],
+    targets: Int[Array, " B"],
+    vocabulary: int,
+) -> tuple[Float[Array, " B"], Float[Array, " B"], Float[Array, " B"]]:
+    """Of the logits of these `rows`: the largest (if all are padding, the least of numbers), the sum of exp(logit - largest), and the
+    target's, or 0 where it lies elsewhere.
+
+    Any shift gives the same loss; the largest logit gives no overflow. It takes no part in the gradient.
+    """
+    logits = jnp.einsum("be,ve->bv", hidden, rows, preferred_element_type=jnp.float32)
     logits = jnp.where((ids < vocabulary)[None, :], logits, -jnp.inf)
-    # Any shift gives the same sum; the largest logit gives no overflow. It takes no part in the gradient.
-    shift = lax.pmax(jnp.max(lax.stop_gradient(logits), axis=-1), TENSOR)
-    total = lax.psum(jnp.sum(jnp.exp(logits - shift[:, None]), axis=-1), TENSOR)
+    shift = jnp.max(lax.stop_gradient(logits), axis=-1)
+    shift = jnp.where(jnp.isfinite(shift), shift, jnp.finfo(jnp.float32).min)
     wanted = jnp.where(ids[None, :] == targets[:, None], logits, 0.0)
-    return jnp.log(total) + shift - lax.psum(jnp.sum(wanted, axis=-1), TENSOR)
+    return shift, jnp.sum(jnp.exp(logits - shift[:, None]), axis=-1), jnp.sum(wanted, axis=-1)

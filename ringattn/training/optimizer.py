@@ -4,6 +4,7 @@ import jax
 import optax
 
 from ringattn import config
+from ringattn.model import Params
 
 
 def learning_rate(c: config.Optimizer, steps: int) -> optax.Schedule:
@@ -17,6 +18,11 @@ def learning_rate(c: config.Optimizer, steps: int) -> optax.Schedule:
     )
 
 
+def _matrices(params: Params) -> Params:
+    """Which parameters are matrices: all but the norms' scales, although these are stacked over the layers, too."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: "scale" not in jax.tree_util.keystr(path), params)
+
+
 def optimizer(c: config.Optimizer, steps: int) -> optax.GradientTransformation:
     """Clips the gradient to a global norm, then AdamW (arXiv 1711.05101) with weight decay on matrices only."""
     return optax.chain(
@@ -26,6 +32,6 @@ def optimizer(c: config.Optimizer, steps: int) -> optax.GradientTransformation:
             b1=c.beta1,
             b2=c.beta2,
             weight_decay=c.weight_decay,
-            mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params),
+            mask=_matrices,
         ),
     )

@@ -12,12 +12,13 @@ from jax import Array, P
 
 from ringattn import Mask, attention, config, permute
 from ringattn.data import Batch, Loader, Tokenizer, load
-from ringattn.mesh import CONTEXT, TOKENS, place
+from ringattn.mesh import SEQUENCE, TOKENS, place, shards
 from ringattn.model import Params, Transformer, count_parameters
 from ringattn.training.optimizer import learning_rate, optimizer
 from ringattn.training.samples import NEW, PROMPT, NextLogits, as_text, continue_rows, make_next_logits
 from ringattn.training.step import (
     EvalStep,
+    MakeModel,
     TrainState,
     TrainStep,
     make_eval_step,
@@ -42,8 +43,8 @@ class Run:
 
     def on_devices(self, batch: Batch) -> Batch:
         """A host's batch [B, L] in the layout's order, as arrays [parts, B / parts, L] spread over the mesh."""
-        layout, shards, parts = self.config.attention.layout, self.mesh.shape[CONTEXT], self.config.train.accumulate
-        laid = jax.tree.map(lambda x: permute(x, layout, shards).reshape(parts, -1, x.shape[1]), batch)
+        layout, size, parts = self.config.attention.layout, shards(self.mesh), self.config.train.accumulate
+        laid = jax.tree.map(lambda x: permute(x, layout, size).reshape(parts, -1, x.shape[1]), batch)
         return place(laid, self.mesh, P(None, *TOKENS))
 
     def evaluate(self, params: Params) -> dict[str, float]:
@@ -64,13 +65,13 @@ class Run:
 
     def samples(self, params: Params) -> str:
         """The beginnings of a few held-out rows, and how the model goes on."""
-        layout, shards = self.config.attention.layout, self.mesh.shape[CONTEXT]
+        layout, size = self.config.attention.layout, shards(self.mesh)
 
         def next_logits(rows: Batch, here: np.ndarray) -> Array:
             arrays = rows.tokens, rows.positions, rows.segment_ids, here
-            return self.next_logits(params, *place([permute(x, layout, shards) for x in arrays], self.mesh, TOKENS))
+            return self.next_logits(params, *place([permute(x, layout, size) for x in arrays], self.mesh, TOKENS))
 
-        unit = 2 * shards  # fits every layout
+        unit = 2 * size  # fits every layout
         length = min(-(-(PROMPT + NEW) // unit) * unit, self.config.data.seq_len)
         prompt = max(length * PROMPT // (PROMPT + NEW), 1)
         rows = Batch(*(x[:, :length] for x in self.held_out.batch(0)))
@@ -80,13 +81,8 @@ class Run:
 def prepare(c: config.Config, mesh: jax.sharding.Mesh) -> Run:
     """Text, model and steps of a run, under `jax.set_mesh(mesh)`; no device holds anything yet."""
     tokenizer, rows, held_out = load(c.data, c.train.batch_size, c.train.seed)
-    mask = Mask(causal=True, window=None if c.attention.window is None else (c.attention.window, 0))
-    attend = partial(attention, mask=mask, layout=c.attention.layout, strategy=c.attention.strategy)
+    vocabulary, make_model = tokenizer.size, model_of(c, tokenizer.size)
     update, schedule = optimizer(c.optimizer, c.train.steps), learning_rate(c.optimizer, c.train.steps)
-
-    def make_model() -> Transformer:
-        return Transformer(c.model, tokenizer.size, attend, nnx.Rngs(params=c.train.seed))
-
     return Run(
         config=c,
         mesh=mesh,
@@ -94,10 +90,24 @@ def prepare(c: config.Config, mesh: jax.sharding.Mesh) -> Run:
         rows=rows,
         held_out=held_out,
         initial_state=make_initial_state(make_model, update),
-        train_step=make_train_step(make_model, tokenizer.size, update, schedule),
-        eval_step=make_eval_step(make_model, tokenizer.size),
-        next_logits=make_next_logits(make_model, tokenizer.size),
+        train_step=make_train_step(make_model, vocabulary, update, schedule),
+        eval_step=make_eval_step(make_model, vocabulary),
+        next_logits=make_next_logits(make_model, vocabulary),
     )
+
+
+def model_of(c: config.Config, vocabulary: int) -> MakeModel:
+    """The model of a run whose tokenizer has `vocabulary` ids; ValueError if it was to have fewer."""
+    rows = vocabulary if c.model.vocabulary is None else c.model.vocabulary
+    if rows < vocabulary:
+        raise ValueError(f"model.vocabulary={rows}, but the tokenizer has {vocabulary} ids: use {vocabulary}, or None")
+    mask = Mask(causal=True, window=None if c.attention.window is None else (c.attention.window, 0))
+    attend = partial(attention, mask=mask, axis=SEQUENCE, layout=c.attention.layout, strategy=c.attention.strategy)
+
+    def make_model() -> Transformer:
+        return Transformer(c.model, rows, attend, nnx.Rngs(params=c.train.seed))
+
+    return make_model
 
 
 def describe(run: Run, state: TrainState) -> Iterator[str]:

@@ -40,7 +40,10 @@ def make_next_logits(make_model: MakeModel, vocabulary: int) -> NextLogits:
         rows = P(TOKENS[0], None)
         there = jnp.einsum("bl,ble->be", here.astype(hidden.dtype), hidden, out_sharding=rows)
         logits = jnp.einsum(
-            "be,ve->bv", there, jax.reshard(model.output(), P(TENSOR, None)), out_sharding=P(None, None)
+            "be,ve->bv",
+            there,
+            jax.reshard(model.output().astype(hidden.dtype), P(TENSOR, None)),
+            out_sharding=P(None, None),
         )
         return logits.astype(jnp.float32)[:, :vocabulary]
 

@@ -1,0 +1,148 @@
+"""The whole train step, compiled ahead of time for a named topology of TPUs: does it fit, and what takes the room."""
+
+import importlib.util
+import math
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import P
+from jax.experimental import topologies
+
+from ringattn import config
+from ringattn.data import Batch
+from ringattn.hardware import CHIPS
+from ringattn.mesh import TOKENS, arrange, check, resolve
+from ringattn.model import count_parameters
+from ringattn.training.optimizer import learning_rate, optimizer
+from ringattn.training.run import model_of
+from ringattn.training.step import TrainState, make_initial_state, make_train_step
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes are those of each device."""
+
+    topology: str
+    device_kind: str
+    mesh: dict[str, int]
+    parameters: int
+    tokens: int
+    """Of one row."""
+    state_bytes: int
+    """Parameters and optimizer state, float32, this device's pieces."""
+    gradient_bytes: int
+    """This device's pieces of the gradient, float32."""
+    argument_bytes: int
+    """What the step is given: the state and the batch."""
+    temporary_bytes: int | None
+    """What it needs beside that; None if it does not fit."""
+    host_bytes: int | None
+    """What it keeps in the host's memory meanwhile, for each device."""
+    memory_bytes: int | None
+    """What a device has, where that is known."""
+    compile_seconds: float
+    refusal: str | None
+    """What the compiler says where it does not fit."""
+
+
+def plan(c: config.Config, topology: str) -> Plan:
+    """Compiles one update of `c` for a topology such as 'v5e:8x8' or 'v5p:4x4x4'. Nothing is run, nothing allocated.
+
+    Raises ValueError if there is no such topology, no TPU compiler (the extra `tpu`), or if `c` does not fit its mesh.
+    """
+    devices = _devices(topology)
+    mesh = arrange(resolve(c.mesh, len(devices)), devices)
+    check(c, mesh)
+    vocabulary = c.model.vocabulary
+    if vocabulary is None:
+        raise ValueError(
+            "model.vocabulary=None: a plan reads no text and no tokenizer, so say --model.vocabulary 32000"
+        )
+    make_model = model_of(c, vocabulary)
+    update, schedule = optimizer(c.optimizer, c.train.steps), learning_rate(c.optimizer, c.train.steps)
+    with jax.set_mesh(mesh):
+        state = jax.tree.map(lambda leaf: _placed(leaf, mesh), jax.eval_shape(make_initial_state(make_model, update)))
+        batch = _batch(c, mesh)
+        step: Any = make_train_step(make_model, vocabulary, update, schedule)
+        began, refusal, found = time.monotonic(), None, None
+        try:
+            found = step.lower(state, batch).compile().memory_analysis()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            refusal = next((line.strip() for line in str(error).splitlines() if "xceed" in line), str(error)[:500])
+    gradient = _bytes(state.params)
+    chip = CHIPS.get(devices[0].device_kind)
+    return Plan(
+        topology=topology,
+        device_kind=devices[0].device_kind,
+        mesh=dict(mesh.shape),
+        parameters=count_parameters(state.params),
+        tokens=c.data.seq_len,
+        state_bytes=_bytes(state),
+        gradient_bytes=gradient,
+        argument_bytes=_bytes(state) + _bytes(batch),
+        temporary_bytes=None if found is None else found.temp_size_in_bytes,
+        host_bytes=None if found is None else found.host_temp_size_in_bytes,
+        memory_bytes=None if chip is None else int(chip.memory),
+        compile_seconds=time.monotonic() - began,
+        refusal=refusal,
+    )
+
+
+def _devices(topology: str) -> Any:
+    if importlib.util.find_spec("libtpu") is None:
+        raise ValueError("a plan needs the TPU compiler: pip install -e '.[tpu]' (it runs on any Linux machine)")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")  # libtpu asks for it where it finds no TPU
+    jax.config.update("jax_platforms", "cpu")
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    except Exception as error:  # the plugin raises nothing narrower
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"--topology {topology}: {reason}: use one such as v5e:8x8, v5p:4x4x4 or v6e:16x16") from None
+
+
+def _placed(leaf: Any, mesh: jax.sharding.Mesh) -> jax.ShapeDtypeStruct:
+    spec = P() if leaf.sharding is None else leaf.sharding.spec
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=jax.NamedSharding(mesh, spec))
+
+
+def _batch(c: config.Config, mesh: jax.sharding.Mesh) -> Batch:
+    parts = c.train.accumulate
+    shape, sharding = (parts, c.train.batch_size // parts, c.data.seq_len), jax.NamedSharding(mesh, P(None, *TOKENS))
+    kinds = dict.fromkeys(Batch._fields, jnp.int32) | {"weights": jnp.float32}
+    arrays: dict[str, Any] = {
+        name: jax.ShapeDtypeStruct(shape, kind, sharding=sharding) for name, kind in kinds.items()
+    }
+    return Batch(**arrays)
+
+
+def _bytes(tree: Any) -> int:
+    """Of a tree of abstract arrays, on each device."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def report(found: Plan) -> Iterator[str]:
+    """A plan in words, line by line."""
+    mesh = " x ".join(f"{name}={size}" for name, size in found.mesh.items() if size > 1) or "one device"
+    yield f"{found.topology}, {math.prod(found.mesh.values())} of {found.device_kind}, mesh {mesh}"
+    yield f"{found.parameters:,} parameters, rows of {found.tokens:,} tokens"
+    rows = {"state (parameters, AdamW)": found.state_bytes, "arguments (state, batch)": found.argument_bytes}
+    if found.temporary_bytes is not None:
+        activations = found.temporary_bytes - found.gradient_bytes
+        rows |= {"temporaries": found.temporary_bytes, "  without the gradient": activations}
+        rows |= {"arguments and temporaries": found.argument_bytes + found.temporary_bytes}
+    if found.host_bytes:
+        rows["in the host's memory"] = found.host_bytes
+    yield "of each device:"
+    for name, size in rows.items():
+        yield f"  {name:<28}{size / 2**30:9.2f} GiB"
+    yield f"compiled in {found.compile_seconds:.0f} s: " + (
+        "it fits" if found.refusal is None else f"it does not fit: {found.refusal}"
+    )

@@ -1,0 +1,37 @@
+"""What one update would take on TPUs: python scripts/plan.py --config configs/llama3_8b_1m.py --topology v5e:8x8
+
+Compiles the train step for a topology of TPUs that need not be there, by their real compiler (the extra `tpu`), and says
+how much memory each device would need. --json FILE writes it as JSON, too. Any field of the config can be overridden.
+Exit status 1 if it does not fit.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from ringattn import config, planning
+
+
+def main() -> int:
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    own.add_argument("--topology")
+    own.add_argument("--json", type=Path)
+    with config.reported_errors():
+        try:
+            asked, rest = own.parse_known_args()
+        except argparse.ArgumentError as error:
+            raise ValueError(str(error)) from None
+        run = config.parse(rest, __doc__ or "")
+        if asked.topology is None:
+            raise ValueError("no topology given: name one, such as --topology v5e:8x8")
+        found = planning.plan(run, asked.topology)
+        print(*planning.report(found), sep="\n")
+        if asked.json is not None:
+            asked.json.write_text(json.dumps(asdict(found), indent=2) + "\n", encoding="utf-8")
+    return int(found.refusal is not None)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
