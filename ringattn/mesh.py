@@ -14,7 +14,7 @@ from ringattn import config
 from ringattn.layout import check_length
 
 DATA, CONTEXT_OUTER, CONTEXT, TENSOR = "data", "context_outer", "context", "tensor"
-"""Over which rows of a batch are spread; rings and the ring, over which each row is; heads, feed-forward, vocabulary."""
+"""Over these lie a batch's rows; a row's tokens (rings, and a ring); heads, feed-forward and vocabulary."""
 AXES: tuple[str, ...] = (DATA, CONTEXT_OUTER, CONTEXT, TENSOR)
 SEQUENCE = (CONTEXT_OUTER, CONTEXT)
 """Over which a row's tokens are spread: the axis of attention."""

@@ -1,8 +1,8 @@
-"""What one update would take on TPUs: python scripts/plan.py --config configs/llama3_8b_1m.py --topology v5e:8x8
+"""What an update would take: python scripts/plan.py --config configs/llama3_8b_1m.py --topology v5e:8x8 [--json FILE]
 
-Compiles the train step for a topology of TPUs that need not be there, by their real compiler (the extra `tpu`), and says
-how much memory each device would need. --json FILE writes it as JSON, too. Any field of the config can be overridden.
-Exit status 1 if it does not fit.
+Compiles the train step for TPUs that need not be there (v5e:8x8, v5p:4x4x4, ...), by their real compiler (the extra
+`tpu`), or for cpu:N, and says how much memory each device would need. --json FILE writes it down, too. Any field of the
+config can be overridden. Exit status 1 if it does not fit.
 """
 
 import argparse

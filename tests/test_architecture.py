@@ -30,7 +30,7 @@ ROOMS = {
     "benchmark": BELOW | {"attention"},
     "generation": BELOW | {"attention", "model", "data"},
     "evaluation": BELOW | {"attention", "model", "data"},
-    "planning": BELOW | {"attention", "model", "data"},
+    "planning": BELOW | {"attention", "model", "data", "training"},
 }
 MANY_PARAMETERS = {
     "attention",

@@ -11,7 +11,8 @@ from ringattn.mesh import check, resolve
 ROOT = Path(__file__).parents[1]
 ALL = sorted((ROOT / "configs").glob("*.py"))
 BENCHMARKS = [path for path in ALL if "scripts/benchmark.py" in path.read_text(encoding="utf-8")]
-CONFIGS = [path for path in ALL if path not in BENCHMARKS]
+PLANS = [path for path in ALL if "scripts/plan.py" in path.read_text(encoding="utf-8")]
+CONFIGS = [path for path in ALL if path not in BENCHMARKS + PLANS]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -24,16 +25,24 @@ def test_a_config_fits_its_mesh(path, make_mesh):
 
 def test_the_configs_show_the_range():
     """What an experiment may choose is chosen differently by two of them."""
-    found = [config.read(path) for path in CONFIGS]
-    assert {"ring", "gather"} == {each.attention.strategy for each in found}
+    found = [config.read(path) for path in CONFIGS + PLANS]
+    assert {"ring", "gather", "usp"} == {each.attention.strategy for each in found}
     assert {"zigzag", "contiguous"} <= {each.attention.layout for each in found}
     assert {"float32", "bfloat16"} == {each.model.dtype for each in found}
     assert {True, False} == {each.model.tied for each in found}
-    for name in ("data", "context", "tensor"):
-        assert len({resolve(each.mesh, each.mesh.simulate)[name] for each in found}) > 1
+    for name in ("layers", "vocabulary", "rope_theta", "rope_scaling", "rope_factor", "remat"):
+        assert len({vars(each.model)[name] for each in found}) > 1, name
+    for name in ("data", "context_outer", "context", "tensor"):
+        assert len({resolve(each.mesh, each.mesh.simulate or 64)[name] for each in found}) > 1
     assert len({each.attention.window for each in found}) > 1
     assert len({each.data.seq_len for each in found}) > 1
     assert len({each.train.accumulate for each in found}) > 1
+
+
+@pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
+def test_a_plan_is_read(path):
+    assert config.read(path).name == path.stem
+    assert f"\n    python scripts/plan.py --config configs/{path.name} --topology " in path.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("path", BENCHMARKS, ids=lambda path: path.stem)

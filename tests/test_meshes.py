@@ -3,6 +3,7 @@
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -27,10 +28,10 @@ def text(tmp_path_factory):
     return folder
 
 
-def losses(text, mesh, strategy="ring", remat="off", dtype="float32", accumulate=1) -> np.ndarray:
+def losses(text, mesh, strategy: Any = "ring", accumulate=1, **model) -> np.ndarray:
     """Loss and gradient norm of each step, of a run on `mesh`."""
     c = config.Config(
-        model=replace(MODEL, remat=remat, dtype=dtype),
+        model=replace(MODEL, **model),
         data=config.Data(path=str(text), seq_len=64, validation=0.2),
         attention=config.Attention(strategy=strategy),
         optimizer=config.Optimizer(warmup_steps=4),

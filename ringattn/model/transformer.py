@@ -36,24 +36,28 @@ Params = Any
 """An nnx.State: a tree of a model's parameters."""
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def whole(piece: Float[Array, "..."], dtype: DTypeLike, dim: int) -> Float[Array, "..."]:
     """Inside a shard_map: the parameter of which `piece` is this device's, whole along `dim`, in `dtype`.
 
     An all-gather over the FSDP axes in `dtype`; the gradient is summed over the devices in the parameter's float32.
     """
+    return _whole(piece, dtype, dim)
+
+
+def _gathered(piece: Array, dtype: DTypeLike, dim: int) -> Array:
     return lax.all_gather(piece.astype(dtype), FSDP, axis=dim, tiled=True)
 
 
-def _whole_forward(piece: Array, dtype: DTypeLike, dim: int) -> tuple[Array, None]:
-    return whole(piece, dtype, dim), None
+def _gathered_forward(piece: Array, dtype: DTypeLike, dim: int) -> tuple[Array, None]:
+    return _gathered(piece, dtype, dim), None
 
 
-def _whole_backward(dtype: DTypeLike, dim: int, _: None, gradient: Array) -> tuple[Array]:
+def _gathered_backward(dtype: DTypeLike, dim: int, _: None, gradient: Array) -> tuple[Array]:
     return (lax.psum_scatter(gradient.astype(jnp.float32), FSDP, scatter_dimension=dim, tiled=True),)
 
 
-whole.defvjp(_whole_forward, _whole_backward)
+_whole: Any = jax.custom_vjp(_gathered, nondiff_argnums=(1, 2))
+_whole.defvjp(_gathered_forward, _gathered_backward)
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, spec: jax.sharding.PartitionSpec) -> nnx.Param:

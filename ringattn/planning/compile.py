@@ -1,10 +1,10 @@
-"""The whole train step, compiled ahead of time for a named topology of TPUs: does it fit, and what takes the room."""
+"""The whole train step, compiled ahead of time for devices that need not be there: does it fit, what takes the room."""
 
 import importlib.util
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from jax.experimental import topologies
 from ringattn import config
 from ringattn.data import Batch
 from ringattn.hardware import CHIPS
-from ringattn.mesh import TOKENS, arrange, check, resolve
+from ringattn.mesh import TOKENS, arrange, check, resolve, start
 from ringattn.model import count_parameters
 from ringattn.training.optimizer import learning_rate, optimizer
 from ringattn.training.run import model_of
@@ -51,32 +51,22 @@ class Plan:
 
 
 def plan(c: config.Config, topology: str) -> Plan:
-    """Compiles one update of `c` for a topology such as 'v5e:8x8' or 'v5p:4x4x4'. Nothing is run, nothing allocated.
+    """Compiles one update of `c` for a topology such as 'v5e:8x8', 'v5p:4x4x4' or 'cpu:8'. No device holds anything.
 
     Raises ValueError if there is no such topology, no TPU compiler (the extra `tpu`), or if `c` does not fit its mesh.
     """
     devices = _devices(topology)
     mesh = arrange(resolve(c.mesh, len(devices)), devices)
     check(c, mesh)
-    vocabulary = c.model.vocabulary
-    if vocabulary is None:
-        raise ValueError(
-            "model.vocabulary=None: a plan reads no text and no tokenizer, so say --model.vocabulary 32000"
-        )
-    make_model = model_of(c, vocabulary)
-    update, schedule = optimizer(c.optimizer, c.train.steps), learning_rate(c.optimizer, c.train.steps)
+    began, refusal, found = time.monotonic(), None, None
     with jax.set_mesh(mesh):
-        state = jax.tree.map(lambda leaf: _placed(leaf, mesh), jax.eval_shape(make_initial_state(make_model, update)))
-        batch = _batch(c, mesh)
-        step: Any = make_train_step(make_model, vocabulary, update, schedule)
-        began, refusal, found = time.monotonic(), None, None
+        state, batch, step = abstract_step(c, mesh)
         try:
             found = step.lower(state, batch).compile().memory_analysis()
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             refusal = next((line.strip() for line in str(error).splitlines() if "xceed" in line), str(error)[:500])
-    gradient = _bytes(state.params)
     chip = CHIPS.get(devices[0].device_kind)
     return Plan(
         topology=topology,
@@ -85,7 +75,7 @@ def plan(c: config.Config, topology: str) -> Plan:
         parameters=count_parameters(state.params),
         tokens=c.data.seq_len,
         state_bytes=_bytes(state),
-        gradient_bytes=gradient,
+        gradient_bytes=_bytes(state.params),
         argument_bytes=_bytes(state) + _bytes(batch),
         temporary_bytes=None if found is None else found.temp_size_in_bytes,
         host_bytes=None if found is None else found.host_temp_size_in_bytes,
@@ -95,16 +85,33 @@ def plan(c: config.Config, topology: str) -> Plan:
     )
 
 
-def _devices(topology: str) -> Any:
+def abstract_step(c: config.Config, mesh: jax.sharding.Mesh) -> tuple[TrainState, Batch, Any]:
+    """Shapes of the state and of a batch, as they lie on the mesh, and the jitted step that takes them."""
+    vocabulary = c.model.vocabulary
+    if vocabulary is None:
+        raise ValueError(
+            "model.vocabulary=None: a plan reads no tokenizer, so say how many ids: --model.vocabulary 32000"
+        )
+    make_model = model_of(c, vocabulary)
+    update, schedule = optimizer(c.optimizer, c.train.steps), learning_rate(c.optimizer, c.train.steps)
+    state = jax.tree.map(lambda leaf: _placed(leaf, mesh), jax.eval_shape(make_initial_state(make_model, update)))
+    return state, _batch(c, mesh), make_train_step(make_model, vocabulary, update, schedule)
+
+
+def _devices(topology: str) -> Sequence[Any]:
+    platform, _, size = topology.partition(":")
+    if platform == "cpu" and size.isdecimal():
+        return list(start(config.Mesh(simulate=int(size))).devices.flat)
     if importlib.util.find_spec("libtpu") is None:
-        raise ValueError("a plan needs the TPU compiler: pip install -e '.[tpu]' (it runs on any Linux machine)")
+        raise ValueError("a plan for TPUs needs their compiler: pip install -e '.[tpu]' (on any Linux machine)")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")  # libtpu asks for it where it finds no TPU
     jax.config.update("jax_platforms", "cpu")
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     except Exception as error:  # the plugin raises nothing narrower
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"--topology {topology}: {reason}: use one such as v5e:8x8, v5p:4x4x4 or v6e:16x16") from None
+        cure = "use one such as v5e:8x8, v5p:4x4x4, v6e:16x16 or cpu:8"
+        raise ValueError(f"--topology {topology}: {reason}: {cure}") from None
 
 
 def _placed(leaf: Any, mesh: jax.sharding.Mesh) -> jax.ShapeDtypeStruct:

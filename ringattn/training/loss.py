@@ -1,6 +1,7 @@
 """Weighted cross entropy over a vocabulary, without ever holding the logits of a whole row."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,25 +53,28 @@ def token_losses(
         by_position = jnp.moveaxis(hidden, 1, 0).astype(jnp.float32), targets.T
 
         @jax.checkpoint
-        def one_slice(piece):
-            number, piece = piece
+        def one_slice(numbered: Any) -> Any:
+            number, piece = numbered
             # float32 here as hidden above, and back in each chunk: their gradients are summed in this dtype.
             rows = whole(piece, hidden.dtype, 1).astype(jnp.float32)
             ids = first + number * piece.shape[0] + jnp.arange(piece.shape[0], dtype=jnp.int32)
 
             @jax.checkpoint
-            def one_position(position):
-                return _sums(position[0].astype(hidden.dtype), rows.astype(hidden.dtype), ids, position[1], vocabulary)
+            def one_position(position: Any) -> Any:
+                token, target = position
+                return _sums(token.astype(hidden.dtype), rows.astype(hidden.dtype), ids, target, vocabulary)
 
             return lax.map(one_position, by_position, batch_size=CHUNK)
 
-        shifts, totals, wanted = lax.map(one_slice, (jnp.arange(slices, dtype=jnp.int32), by_slice))
+        numbered = jnp.arange(slices, dtype=jnp.int32), by_slice
+        shifts, totals, wanted = lax.map(one_slice, numbered)
         shift = lax.pmax(jnp.max(shifts, axis=0), TENSOR)
         total = lax.psum(jnp.sum(totals * jnp.exp(shifts - shift[None]), axis=0), TENSOR)
         return (jnp.log(total) + shift - lax.psum(jnp.sum(wanted, axis=0), TENSOR)).T
 
     # The whole projection, and its gradient, are not to be held while the layers compute.
-    return local(*lax.optimization_barrier((hidden, output)), targets)
+    hidden, output = lax.optimization_barrier((hidden, output))
+    return local(hidden, output, targets)
 
 
 def _sums(
@@ -80,8 +84,9 @@ def _sums(
     targets: Int[Array, " B"],
     vocabulary: int,
 ) -> tuple[Float[Array, " B"], Float[Array, " B"], Float[Array, " B"]]:
-    """Of the logits of these `rows`: the largest (if all are padding, the least of numbers), the sum of exp(logit - largest), and the
-    target's, or 0 where it lies elsewhere.
+    """Of the logits of these `rows`: the largest, the sum of exp(logit - largest), and the target's.
+
+    The last is 0 where the target lies elsewhere; the first the least of numbers where all rows are padding.
 
     Any shift gives the same loss; the largest logit gives no overflow. It takes no part in the gradient.
     """
