@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -174,18 +175,26 @@ STAGES = (
 @pytest.fixture(scope="module")
 def staged(base):
     """A run of three stages, its rows twice as long and its ring twice as large in each."""
-    return replace(base, name="staged", stages=STAGES, evaluate=replace(base.evaluate, every=50))
+    return replace(
+        base,
+        name="staged",
+        stages=STAGES,
+        evaluate=replace(base.evaluate, every=50),
+        checkpoint=config.Checkpoint(every=3, keep=4),
+    )
 
 
 @pytest.fixture(scope="module")
 def whole(staged):
     """Its folder, once it went through its first two stages in one go."""
     with pytest.MonkeyPatch.context() as patch:
-        reads, usual = [], loop.load
-        patch.setattr(loop, "load", lambda *words: reads.append(words) or usual(*words))
+        calls = []
+        for name, usual in (("load", loop.load), ("prefetch", loop.prefetch)):
+            patch.setattr(loop, name, lambda *words, _=(name, usual): calls.append((_[0], *words)) or _[1](*words))
         c = replace(staged, stages=STAGES[:2])
         assert train(c) == 0
-    assert len(reads) == 1, "the text is read once, not once a stage"
+    # The text is read once, not once a stage, and each stage begins with the first of its own rows.
+    assert [(name, *words[-2:]) for name, *words in calls] == [("load", 4, 0), ("prefetch", 0, 4), ("prefetch", 0, 4)]
     return folder_of(c)
 
 
@@ -224,38 +233,35 @@ def test_stages_are_trained_one_after_another(staged, whole):
     assert stage_ends([row for row in rows if row["stage"] == 1]) == []
 
 
-def test_cut_off_inside_every_stage_and_damaged_it_ends_the_same(staged, whole, monkeypatch, capsys):
+def test_cut_off_inside_every_stage_it_ends_the_same(staged, whole, monkeypatch, capsys):
     c = replace(staged, name="cut", stages=STAGES[:2])
     for step in (2, 7):
         broken_at(step, c, monkeypatch)
     # Step 4 is the first stage's last.
-    assert saved_steps(folder_of(c) / "checkpoints") == [6, 4]
+    assert saved_steps(folder_of(c) / "checkpoints") == [6, 4, 3]
     capsys.readouterr()
-    broken_at(8, c, monkeypatch)
+    assert train(c) == 0
     out = capsys.readouterr().out
     assert "stage 2 of 2, steps 5 to 8: 2 rows of 32 tokens, a ring of 4\n" in out
     assert "going on from step 6" in out
     assert "stage 1" not in out
-    assert train(c) == 0
     assert kept(folder_of(c) / "metrics.jsonl") == kept(whole / "metrics.jsonl")
-    capsys.readouterr()
     assert train(c) == 0
     assert "at step 8 of 8; to go on raise --stages.2.steps" in capsys.readouterr().out
 
 
-def test_a_damaged_checkpoint_leads_back_into_the_stage_before(staged, whole, monkeypatch, capsys):
+def test_damaged_checkpoints_lead_back_into_the_stage_before(staged, whole, monkeypatch, capsys):
     c = replace(staged, name="damaged", stages=STAGES[:2])
-    broken_at(5, c, monkeypatch)
-    assert saved_steps(folder_of(c) / "checkpoints") == [4, 3]
-    for path in (folder_of(c) / "checkpoints" / "4" / "state").rglob("*"):
-        if path.is_file():
-            path.write_bytes(b"")
-    capsys.readouterr()
-    broken_at(5, c, monkeypatch)
+    shutil.copytree(whole, folder_of(c))
+    for step in (8, 6, 4):
+        for path in (folder_of(c) / "checkpoints" / str(step) / "state").rglob("*"):
+            if path.is_file():
+                path.write_bytes(b"")
+    broken_at(4, c, monkeypatch)
     out = capsys.readouterr().out
-    assert "checkpoint 4 is damaged, going back" in out
-    assert out.index("damaged") < out.index("stage 1 of 2") < out.index("going on from step 3") < out.index("stage 2")
-    before = [row for row in kept(whole / "metrics.jsonl") if row["stage"] == 1]
+    assert all(f"checkpoint {step} is damaged, going back" in out for step in (8, 6, 4))
+    assert out.index("damaged") < out.index("stage 1 of 2") < out.index("going on from step 3")
+    before = [row for row in kept(whole / "metrics.jsonl") if row["step"] < 4]
     assert kept(folder_of(c) / "metrics.jsonl") == before
 
 

@@ -110,7 +110,7 @@ def test_killed_once_inside_each_stage_is_the_same_to_the_last_bit(start, tmp_pa
         assert reached["stage"] == stage
         assert reached["step"] < last
     out = finish(start("killed", "staged"))
-    assert "stage 3 of 3, steps 25 to 36: 1 rows of 4,096 tokens, a ring of 8" in out
+    assert "stage 3 of 3, steps 25 to 36: 1 row of 4,096 tokens, a ring of 8" in out
     out = finish(start("whole", "staged"))
     assert all(f"stage {stage} of 3" in out for stage in (1, 2, 3))
     assert kept(killed) == kept(whole)

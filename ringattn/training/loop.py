@@ -100,11 +100,9 @@ def _train_stage(c: config.Config, number: int, text: Text, folder: Path) -> int
         if status == 0 and number < len(c.stages):
             if not stop.number:
                 return None
-            # It came during the stage's last step, and is not to begin the next.
-            status, result = (
-                128 + stop.number,
-                f"stopped by {signal.Signals(stop.number).name} after step {run.last}, saved",
-            )
+            # A signal during the stage's last step is not to begin the next.
+            status, name = 128 + stop.number, signal.Signals(stop.number).name
+            result = f"stopped by {name} after step {run.last}, saved"
         if status == 0:
             finish(run, state, folder)
         screen.say(f"{result}; run folder {folder}")
@@ -113,10 +111,8 @@ def _train_stage(c: config.Config, number: int, text: Text, folder: Path) -> int
 
 def _introduced(c: config.Config, run: Run, number: int) -> Iterator[str]:
     if len(c.stages) > 1:
-        rows, ring = (
-            f"{run.config.train.batch_size} rows of {run.config.data.seq_len:,} tokens",
-            run.mesh.shape[CONTEXT],
-        )
+        count, ring = run.config.train.batch_size, run.mesh.shape[CONTEXT]
+        rows = f"{count} row{'s' * (count > 1)} of {run.config.data.seq_len:,} tokens"
         yield f"stage {number} of {len(c.stages)}, steps {run.first + 1} to {run.last}: {rows}, a ring of {ring}"
 
 
