@@ -44,11 +44,16 @@ def start(section: config.Mesh) -> jax.sharding.Mesh:
     if section.simulate:
         _simulate(section.simulate)
     _join_processes()
-    sizes = resolve(section, len(jax.devices()))
+    mesh = over_all(section)
     if section.simulate and jax.default_backend() != "cpu":
         there = f"JAX already runs on {jax.default_backend()}"
         raise ValueError(f"mesh.simulate={section.simulate}, but {there}: start the mesh before anything else uses JAX")
-    return arrange(sizes, jax.devices())
+    return mesh
+
+
+def over_all(section: config.Mesh) -> jax.sharding.Mesh:
+    """Another mesh over all devices, once `start` has been called; raises ValueError as it does."""
+    return arrange(resolve(section, len(jax.devices())), jax.devices())
 
 
 def ring(size: int) -> jax.sharding.Mesh:

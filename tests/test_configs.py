@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from ringattn import config
+from ringattn.config.stages import REPLACES
 from ringattn.mesh import check, resolve
 
 ROOT = Path(__file__).parents[1]
@@ -18,7 +19,8 @@ CONFIGS = [path for path in ALL if path not in BENCHMARKS + PLANS]
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_config_fits_its_mesh(path, make_mesh):
     found = config.read(path)
-    check(found, make_mesh(**resolve(found.mesh, found.mesh.simulate)))
+    for stage in map(found.stage, range(1, len(found.stages) + 1)):
+        check(stage, make_mesh(**resolve(stage.mesh, stage.mesh.simulate)))
     assert found.name == path.stem, "two configs with one name would share a folder"
     assert f"\n    python scripts/train.py --config configs/{path.name}\n" in path.read_text(encoding="utf-8")
 
@@ -37,6 +39,8 @@ def test_the_configs_show_the_range():
     assert len({each.attention.window for each in found}) > 1
     assert len({each.data.seq_len for each in found}) > 1
     assert len({each.train.accumulate for each in found}) > 1
+    for name in REPLACES:
+        assert len({vars(stage)[name] for each in found for stage in each.stages}) > 1, name
 
 
 @pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)

@@ -190,3 +190,17 @@ def test_document_in_the_wrong_encoding_is_named():
     documents = [Document("good.txt", b"good"), Document("bad.txt", b"caf\xe9!")]
     with pytest.raises(ValueError, match=r"bad.txt is not UTF-8 \(invalid .* at byte 3\): .* data.tokenizer=bytes"):
         tokenize(documents, Utf8())
+
+
+def test_each_stage_has_an_order_of_its_own_and_the_first_that_of_a_run_without(corpus: Corpus):
+    loader = Loader(corpus, 16, 3, seed=7)
+    np.testing.assert_array_equal(np.random.PCG64([7, 5, 0]).random_raw(9), np.random.PCG64([7, 5]).random_raw(9))
+    again, other = loader.recut(16, 3, stage=0), loader.recut(16, 3, stage=1)
+    assert same(again.batch(30), loader.batch(30))
+    assert not same(other.batch(30), loader.batch(30))
+    assert other.fingerprint == loader.fingerprint
+    longer = loader.recut(32, 2, stage=1)
+    assert longer.batch(0).tokens.shape == (2, 32)
+    assert same(longer.batch(4), Loader(corpus, 32, 2, seed=7, stage=1).batch(4))
+    with pytest.raises(ValueError, match=r"the training text holds .* 0 rows of data.seq_len=9999"):
+        loader.recut(9999, 1, stage=1)

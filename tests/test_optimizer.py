@@ -53,3 +53,22 @@ def test_a_run_may_end_within_its_warm_up():
     rate = learning_rate(SECTION, 5)
     rates = np.array([np.asarray(rate(step)) for step in range(5)])
     np.testing.assert_allclose(np.diff(rates), (0.01 - 0.01 / 11) / 10, rtol=1e-3)
+
+
+def test_a_later_stage_warms_up_and_falls_anew():
+    rate, alone = learning_rate(SECTION, 110, first=50), learning_rate(SECTION, 110)
+    for step in (0, 3, 10, 60, 110):
+        np.testing.assert_array_equal(np.asarray(rate(jnp.int32(50 + step))), np.asarray(alone(jnp.int32(step))))
+
+
+def test_moments_go_on_into_the_next_stage_and_the_rate_is_the_stages():
+    params, gradient = {"a": jnp.ones((2, 2))}, {"a": jnp.full((2, 2), 0.1)}
+    before, after = optimizer(SECTION, 5), optimizer(SECTION, 30, first=5)
+    state = before.init(params)
+    for _ in range(5):
+        _, state = before.update(gradient, state, params)
+    updates, state = after.update(gradient, state, params)
+    # A constant gradient's moments, corrected for their start, stay what they are: g and g squared.
+    expected = -(0.01 / 11) * (1 + SECTION.weight_decay)
+    np.testing.assert_allclose(jax.tree.leaves(updates)[0], expected, rtol=1e-4)
+    assert [int(leaf) for leaf in jax.tree.leaves(state) if leaf.shape == ()] == [6, 6]

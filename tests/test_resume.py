@@ -29,14 +29,35 @@ config = Config(
 """
 
 
+STAGED = """
+from dataclasses import replace
+from ringattn.config import Stage
+from tiny import config as tiny
+
+config = replace(
+    tiny,
+    mesh=replace(tiny.mesh, data=-1, simulate=8),
+    optimizer=replace(tiny.optimizer, warmup_steps=3),
+    stages=(
+        Stage(steps=12, seq_len=1024, batch_size=4, context=2),
+        Stage(steps=12, seq_len=2048, batch_size=2, context=4, rope_theta=30_000.0, learning_rate=1e-3),
+        Stage(steps=12, seq_len=4096, batch_size=1, context=8, rope_theta=100_000.0, learning_rate=1e-3),
+    ),
+    checkpoint=replace(tiny.checkpoint, every=5),
+    log=replace(tiny.log, every=1),
+)
+"""
+
+
 @pytest.fixture
 def start(tmp_path):
     """start(name): the run as a user starts it, a process of its own."""
-    path = tmp_path / "tiny.py"
-    path.write_text(CONFIG.format(text=str(ROOT / "ringattn"), runs=str(tmp_path / "runs")))
+    for name, text in (("tiny", CONFIG), ("staged", STAGED)):
+        (tmp_path / f"{name}.py").write_text(text.format(text=str(ROOT / "ringattn"), runs=str(tmp_path / "runs")))
     environ = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {"PYTHONPATH": str(ROOT)}
 
-    def start(name: str) -> subprocess.Popen[str]:
+    def start(name: str, config: str = "tiny") -> subprocess.Popen[str]:
+        path = tmp_path / f"{config}.py"
         command = [sys.executable, str(ROOT / "scripts" / "train.py"), "--config", str(path), "--name", name]
         return subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -72,3 +93,25 @@ def test_killed_and_started_again_is_the_same_to_the_last_bit(start, tmp_path):
     assert kept(killed) == kept(whole)
     assert kept(killed)[-1]["step"] == 200
     assert saved_steps(killed.parent / "checkpoints")[0] == 200
+
+
+@pytest.mark.slow
+def test_killed_once_inside_each_stage_is_the_same_to_the_last_bit(start, tmp_path):
+    """Rows of 1,024, 2,048 and 4,096 tokens, on rings of 2, 4 and 8."""
+    killed, whole = (tmp_path / "runs" / name / "metrics.jsonl" for name in ("killed", "whole"))
+    for stage, last in ((1, 12), (2, 24), (3, 36)):
+        process = start("killed", "staged")
+        while process.poll() is None and not any(row["step"] > last - 6 for row in read_rows(killed)):
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        out, _ = process.communicate()
+        assert process.returncode == -signal.SIGKILL, out
+        reached = read_rows(killed)[-1]
+        assert reached["stage"] == stage
+        assert reached["step"] < last
+    out = finish(start("killed", "staged"))
+    assert "stage 3 of 3, steps 25 to 36: 1 row of 4,096 tokens, a ring of 8" in out
+    out = finish(start("whole", "staged"))
+    assert all(f"stage {stage} of 3" in out for stage in (1, 2, 3))
+    assert kept(killed) == kept(whole)
+    assert [row["step"] for row in kept(killed) if "loss" in row] == list(range(1, 37))

@@ -15,6 +15,7 @@ from ringattn.config.sections import (
     Optimizer,
     Train,
 )
+from ringattn.config.stages import Stage, flag, said_of
 
 __all__ = [
     "Attention",
@@ -27,14 +28,17 @@ __all__ = [
     "Mesh",
     "Model",
     "Optimizer",
+    "Stage",
     "Subject",
     "Train",
+    "flag",
     "load",
     "nearest_multiples",
     "parse",
     "parse_subject",
     "read",
     "reported_errors",
+    "said_of",
     "save",
     "summary",
 ]

@@ -11,13 +11,14 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
 import tyro
 
 from ringattn.config.benchmark import Benchmark
 from ringattn.config.checks import described, fits, prefix, unknown
 from ringattn.config.sections import Config
+from ringattn.config.stages import REPLACES, Stage, changed
 
 Kind = TypeVar("Kind", Config, Benchmark)
 SCRIPTS: dict[type, tuple[str, str]] = {
@@ -37,11 +38,17 @@ def _sections(kind: type) -> dict[str, Any]:
     return {name: each for name, each in _kinds(kind).items() if dataclasses.is_dataclass(each)}
 
 
-def _all_kinds(kind: type) -> dict[str, Any]:
-    """Every field as a user writes it ('model.heads', 'name'), with its type."""
+def _all_kinds(kind: type, argv: Sequence[str]) -> dict[str, Any]:
+    """Every field as a user writes it ('model.heads', 'name'), with its type.
+
+    Those of stages bear the stage's number ('stages.2.steps'): they are given for stage 1, and all that argv names.
+    """
     sections = _sections(kind)
+    if "stages" in _kinds(kind):
+        numbers = [re.match(r"--stages\.(\d+)\.", word) for word in argv]
+        sections |= {f"stages.{number}": Stage for number in ("1", *(found[1] for found in numbers if found))}
     inner = {f"{name}.{each}": type_ for name in sections for each, type_ in _kinds(sections[name]).items()}
-    return {name: type_ for name, type_ in _kinds(kind).items() if name not in sections} | inner
+    return {name: type_ for name, type_ in _kinds(kind).items() if name not in {*sections, "stages"}} | inner
 
 
 @contextlib.contextmanager
@@ -74,7 +81,7 @@ def parse(argv: Sequence[str], description: str, kind: type[Kind] = Config) -> K
 
 def _flags(argv: Sequence[str], kind: type) -> dict[str, Any]:
     """Fields and their values; names and types are checked here, where one line can say what is wrong."""
-    kinds, flags, words = _all_kinds(kind) | {"config": str}, {}, list(argv)
+    kinds, flags, words = _all_kinds(kind, argv) | {"config": str}, {}, list(argv)
     while words:
         word = words.pop(0)
         name, equals, text = word.removeprefix("--").partition("=")
@@ -82,7 +89,9 @@ def _flags(argv: Sequence[str], kind: type) -> dict[str, Any]:
             raise ValueError(f"unexpected {word!r}: write --section.field VALUE")
         name = name.replace("-", "_")
         if name not in kinds:
-            raise ValueError(unknown(f"--{name}", [f"--{valid}" for valid in kinds]))
+            of_stages = name.startswith("stage")  # else '--learning_rate' would be nearest to a stage's
+            valid = [f"--{each}" for each in kinds if each.startswith("stages.") == of_stages]
+            raise ValueError(unknown(f"--{name}", valid))
         several, texts = get_origin(kinds[name]) is tuple, [text] * bool(equals)
         while words and not words[0].startswith("--") and (several or not texts):
             texts.append(words.pop(0))
@@ -105,22 +114,49 @@ def _value(text: str, kind: Any) -> Any:
 
 
 def _override(config: Kind, flags: dict[str, Any]) -> Kind:
-    own = {name: value for name, value in flags.items() if "." not in name}
-    inner: dict[str, dict[str, Any]] = {}
-    for name, value in flags.items():
-        section, dot, each = name.partition(".")
-        if dot:
-            inner.setdefault(section, {})[each] = value
-    sections = {name: dataclasses.replace(vars(config)[name], **values) for name, values in inner.items()}
-    return dataclasses.replace(config, **own, **sections)
+    of_stages = {name: value for name, value in flags.items() if name.startswith("stages.")}
+    rest = {name: value for name, value in flags.items() if name not in of_stages}
+    if not isinstance(config, Config):
+        return changed(config, rest)
+    stages = list(config.stages)
+    for name, value in of_stages.items():
+        _, number, each = name.split(".")
+        if not 0 < int(number) <= len(stages):
+            cure = f"use --stages.{len(stages)}.{each}, or add a Stage(...) to the config's file"
+            raise ValueError(f"--{name}, but the config's stages are numbered 1 to {len(stages)}: {cure}")
+        stages[int(number) - 1] = dataclasses.replace(stages[int(number) - 1], **{each: value})
+    _check_effect(tuple(stages), rest)
+    return changed(config, rest | {"stages": tuple(stages)})
+
+
+def _check_effect(stages: tuple[Stage, ...], flags: dict[str, Any]) -> None:
+    """Raises ValueError for a flag that every stage overrules."""
+    for each, name in REPLACES.items():
+        if name in flags and all(name in stage.own() for stage in stages):
+            cure = " ".join(f"--stages.{number}.{each} {flags[name]}" for number in range(1, len(stages) + 1))
+            raise ValueError(f"--{name} {flags[name]} changes nothing, for every stage has its own: use {cure}")
 
 
 def _help(config: Any, description: str) -> NoReturn:
     usage = "--config FILE: a Python file that defines `config`, or a run's config.json. The rest overrides it."
     markers = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
-    text = f"{description}\n{usage}"
-    tyro.cli(type(config), description=text, args=["--help"], default=config, use_underscores=True, config=markers)
+    text, kind = f"{description}\n{usage}", type(config)
+    if isinstance(config, Config):
+        kind, config = _with_numbered_stages(config)
+    tyro.cli(kind, description=text, args=["--help"], default=config, use_underscores=True, config=markers)
     raise AssertionError("--help ends the process")
+
+
+def _with_numbered_stages(config: Config) -> tuple[type, Any]:
+    """For --help: a class like Config, and its value, whose stages are a section of stages numbered from 1."""
+    numbered = {f"stage_{number}": stage for number, stage in enumerate(config.stages, 1)}
+    kinds = [(name, Annotated[Stage, tyro.conf.arg(name=name.removeprefix("stage_"))]) for name in numbered]
+    stages = dataclasses.make_dataclass("Stages", kinds, frozen=True)
+    unchecked = {"__post_init__": lambda self: None}
+    kind = dataclasses.make_dataclass(
+        "Config", [("stages", stages)], bases=(Config,), frozen=True, kw_only=True, namespace=unchecked
+    )
+    return kind, kind(**(vars(config) | {"stages": stages(**numbered)}))
 
 
 def read(path: Path, kind: type[Kind] = Config) -> Kind:
@@ -166,7 +202,7 @@ def _blame(error: Exception, path: Path) -> str:
     if isinstance(error, SyntaxError):
         return f"{error.filename}, line {error.lineno}: {error.msg}"
     misspelt = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
-    sections = {kind.__name__: kind for whole in SCRIPTS for kind in (whole, *_sections(whole).values())}
+    sections = {kind.__name__: kind for whole in SCRIPTS for kind in (whole, Stage, *_sections(whole).values())}
     if misspelt and misspelt[1] in sections:
         section = sections[misspelt[1]]
         valid = [prefix(section) + name for name in _kinds(section)]
@@ -184,22 +220,30 @@ def load(path: Path, kind: type[Kind] = Config) -> Kind:
         if other is not kind and isinstance(values, dict) and values.keys() == _kinds(other).keys():
             raise ValueError(f"{path} {_other_kind(other, kind)}")
     try:
-        return _build(kind, values)
+        return _build(kind, values, "")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
-def _build(section: type, values: Any) -> Any:
+def _build(section: type, values: Any, before: str) -> Any:
+    """A dataclass from JSON's objects and lists; `before` is how its fields' names begin in messages: 'stages.2.'."""
     if not isinstance(values, dict):
-        raise ValueError(f"{prefix(section).rstrip('.') or 'the config'}={values!r} must be a JSON object")
-    kinds = _kinds(section)
-    for name in values:
+        raise ValueError(f"{before.rstrip('.') or 'the config'}={values!r} must be a JSON object")
+    kinds, found = _kinds(section), {}
+    for name, value in values.items():
         if name not in kinds:
-            raise ValueError(unknown(prefix(section) + name, [prefix(section) + valid for valid in kinds]))
-    inner = {name: _build(kinds[name], values[name]) for name in values if dataclasses.is_dataclass(kinds[name])}
-    # JSON knows no tuples.
-    inner |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
-    return section(**(values | inner))
+            raise ValueError(unknown(before + name, [before + valid for valid in kinds]))
+        if dataclasses.is_dataclass(kinds[name]):
+            value = _build(kinds[name], value, f"{name}.")
+        elif name == "stages" and isinstance(value, list):
+            value = [_build(Stage, each, f"stages.{number}.") for number, each in enumerate(value, 1)]
+        # JSON knows no tuples.
+        found[name] = tuple(value) if isinstance(value, list) else value
+    try:
+        return section(**found)
+    except ValueError as error:
+        own = str(error).removeprefix(prefix(section))
+        raise ValueError(str(error) if own == str(error) else before + own) from None
 
 
 def save(config: Any, path: Path) -> None:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ringattn.config.checks import at_least, check_folder_name, check_types, nearest_multiples, require
+from ringattn.config.stages import Stage, changed, said_of
 
 Layout = Literal["contiguous", "striped", "zigzag"]
 
@@ -212,7 +213,26 @@ class Config:
     evaluate: Evaluate = field(default_factory=Evaluate)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     log: Log = field(default_factory=Log)
+    stages: tuple[Stage, ...] = (Stage(),)
+    """Parts of the training, one after another, each with its own steps; by default one, as the sections say."""
 
     def __post_init__(self) -> None:
         check_types(self)
         check_folder_name(self, "name")
+        if self.stages != (Stage(),):
+            for number in range(1, len(self.stages) + 1):
+                with said_of(self.stages, number):
+                    self.stage(number)
+
+    def stage(self, number: int) -> "Config":
+        """Stage `number`, counted from 1, as a config of its own, which has this stage alone."""
+        return changed(self, {"stages": (Stage(),)} | self.stages[number - 1].own())
+
+    def steps_before(self, number: int) -> int:
+        """Updates that come before stage `number`; those of the whole run, if `number` is one past the last."""
+        return sum(self.stage(each).train.steps for each in range(1, number))
+
+    def stage_after(self, step: int) -> int:
+        """The stage of the update that follows the first `step` of all; the last stage, if there is none left."""
+        ends = [self.steps_before(number + 1) for number in range(1, len(self.stages) + 1)]
+        return next((number for number, end in enumerate(ends, 1) if end > step), len(ends))

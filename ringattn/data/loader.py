@@ -50,18 +50,25 @@ def _cut(document: Document, share: float) -> tuple[list[Document], list[Documen
 class Loader:
     """Deals out the packed rows of `corpus`, epoch after epoch, `batch_size` rows a step, `seq_len` tokens a row.
 
-    Epoch e's documents, and then its rows, come in an order drawn from (seed, e). The rows that an epoch's end
+    Epoch e's documents, and then its rows, come in an order drawn from (seed, e, stage). The rows that an epoch's end
     leaves are followed, in the same batch, by the next epoch's first. Raises ValueError, calling the text `name`, if
     it has less than a batch of rows, or if `seed` is negative.
     """
 
-    def __init__(self, corpus: Corpus, seq_len: int, batch_size: int, seed: int, name: str = "training"):
+    def __init__(
+        self, corpus: Corpus, seq_len: int, batch_size: int, seed: int, name: str = "training", stage: int = 0
+    ):
         if seed < 0:
             raise ValueError(f"train.seed={seed} must not be negative: use 0 or more")
         _check_rows(corpus.tokens.size, seq_len, batch_size, name)
         self._corpus, self._seq_len, self._batch_size, self._seed = corpus, seq_len, batch_size, seed
+        self._name, self._stage = name, stage
         self.rows_per_epoch: int = corpus.tokens.size // seq_len
         self._epoch = lru_cache(maxsize=2)(self._pack)  # a batch touches two epochs at most
+
+    def recut(self, seq_len: int, batch_size: int, stage: int) -> "Loader":
+        """The same text in other rows, from step 0 on, in an order that is the stage's own. Raises as `Loader` does."""
+        return Loader(self._corpus, seq_len, batch_size, self._seed, self._name, stage)
 
     @property
     def fingerprint(self) -> str:
@@ -83,7 +90,8 @@ class Loader:
     def _pack(self, epoch: int) -> tuple[PackedRows, np.ndarray]:
         """The epoch's rows, and the order in which they are dealt: a batch is not the pages of one long document."""
         # Raw bits, since NumPy may change from one version to the next what a Generator makes of them.
-        bits = np.random.PCG64([self._seed, epoch])
+        # Trailing zeros change nothing: stage 0 is what a run without stages draws.
+        bits = np.random.PCG64([self._seed, epoch, self._stage])
         counts = self._corpus.offsets.size - 1, self.rows_per_epoch
         documents, rows = (np.argsort(bits.random_raw(count), kind="stable") for count in counts)
         return PackedRows(self._corpus, self._seq_len, documents), rows

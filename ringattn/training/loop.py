@@ -2,59 +2,118 @@
 
 import signal
 import time
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
 import jax
 
 from ringattn import config
-from ringattn.data import prefetch
-from ringattn.mesh import check, start
+from ringattn.data import load, prefetch
+from ringattn.mesh import CONTEXT, check, over_all, start
 from ringattn.model import count_parameters
-from ringattn.training.checkpoint import Checkpoints
+from ringattn.training.checkpoint import Checkpoints, saved_steps
 from ringattn.training.folder import check_resumable, describe_to, restore
 from ringattn.training.metrics import MetricsFile, Recorder, Screen, ideal_seconds, plot_loss, read_rows
-from ringattn.training.run import Run, describe, prepare
+from ringattn.training.run import Run, Text, describe, prepare, recut, tokens_a_step
 from ringattn.training.signals import Stop, stopped_by_signal
 from ringattn.training.step import TrainState
 
 
 def train(c: config.Config) -> int:
-    """Trains until `c.train.steps`, from the newest checkpoint if there is one, and leaves all in the run's folder.
+    """Trains all stages to their ends, from the newest checkpoint if there is one, and leaves all in the run's folder.
 
     Returns the process's exit status: 0, or 128 + the number of the signal that ended the run early. Raises
     ValueError, with a cure, where the config, the text, the devices or the run's folder do not fit each other, and
     if loss or gradient are no longer finite.
     """
-    mesh = start(c.mesh)
-    check(c, mesh)
     folder = Path(c.log.directory) / c.name
-    found = check_resumable(c, folder)
+    check_resumable(c, folder)
+    current = _current(c, folder)
+    with config.said_of(c.stages, current):
+        start(c.stage(current).mesh)
+    text = _checked_text(c, current)
+    status = None
+    while status is None:
+        # A stage begins as a run does that was cut off: from the newest checkpoint.
+        current = _current(c, folder)
+        with config.said_of(c.stages, current):
+            status = _train_stage(c, current, text, folder)
+    return status
+
+
+def _current(c: config.Config, folder: Path) -> int:
+    """The number of the stage that the newest checkpoint is to go on with."""
+    return c.stage_after(max(saved_steps(folder / "checkpoints"), default=0))
+
+
+def _checked_text(c: config.Config, current: int) -> Text:
+    """The text, read once; raises ValueError if a stage from `current` on does not fit it or the devices."""
+    text = None
+    for number in range(current, len(c.stages) + 1):
+        with config.said_of(c.stages, number):
+            stage = c.stage(number)
+            _fitting_mesh(stage)
+            text = text or load(stage.data, stage.train.batch_size, stage.train.seed)
+            recut(text, stage, number)
+    assert text is not None
+    return text
+
+
+def _fitting_mesh(stage: config.Config) -> jax.sharding.Mesh:
+    mesh = over_all(stage.mesh)
+    check(stage, mesh)
+    return mesh
+
+
+def _train_stage(c: config.Config, number: int, text: Text, folder: Path) -> int | None:
+    """Trains stage `number` to its end; the process's exit status, or None if another stage is to come."""
+    mesh = _fitting_mesh(c.stage(number))
+    steps = c.steps_before(len(c.stages) + 1)
     with jax.set_mesh(mesh):
-        run = prepare(c, mesh)
+        run = prepare(c, mesh, number, text)
+        found = saved_steps(folder / "checkpoints")
         state, notes = restore(run, folder) if found else (run.initial_state(), [])
         done = int(state.step)
-        screen = Screen(c.train.steps, done)
-        for line in [*describe(run, state), *notes]:
+        screen = Screen(steps, done)
+        if done < run.first:  # the newest was damaged, and the one before it is of an earlier stage
+            for line in notes:
+                screen.say(line)
+            return None
+        for line in [*_introduced(c, run, number), *describe(run, state), *notes]:
             screen.say(line)
-        if done >= c.train.steps:
+        if done >= run.last:
             if not (folder / "plots" / "loss.png").is_file():  # it was cut off after its last step
                 finish(run, state, folder)
-            screen.say(f"nothing to do: {folder} is at step {done} of {c.train.steps}; to go on raise --train.steps")
+            more = f"to go on raise --{config.flag(c.stages, number, 'train.steps')}"
+            screen.say(f"nothing to do: {folder} is at step {done} of {steps}; {more}")
             return 0
         if done:
             screen.say(f"going on from step {done} of {folder}")
-        describe_to(folder, run)
+        describe_to(folder, c, run)
         with (
             stopped_by_signal(screen) as stop,  # outermost: the first signal lets the last checkpoint be written
-            MetricsFile(folder / "metrics.jsonl", after=done) as file,
+            MetricsFile(folder / "metrics.jsonl", after=done, stage=number) as file,
             Checkpoints(folder / "checkpoints", c.checkpoint.keep) as checkpoints,
         ):
             status, state, result = advance(run, state, screen, file, checkpoints, stop)
+        if status == 0 and number < len(c.stages):
+            if not stop.number:
+                return None
+            # A signal during the stage's last step is not to begin the next.
+            status, name = 128 + stop.number, signal.Signals(stop.number).name
+            result = f"stopped by {name} after step {run.last}, saved"
         if status == 0:
             finish(run, state, folder)
         screen.say(f"{result}; run folder {folder}")
         return status
+
+
+def _introduced(c: config.Config, run: Run, number: int) -> Iterator[str]:
+    if len(c.stages) > 1:
+        count, ring = run.config.train.batch_size, run.mesh.shape[CONTEXT]
+        rows = f"{count} row{'s' * (count > 1)} of {run.config.data.seq_len:,} tokens"
+        yield f"stage {number} of {len(c.stages)}, steps {run.first + 1} to {run.last}: {rows}, a ring of {ring}"
 
 
 def finish(run: Run, state: TrainState, folder: Path) -> None:
@@ -70,17 +129,18 @@ def advance(
 ) -> tuple[int, TrainState, str]:
     """The steps that are left: the exit status, the state they end in, and what came of them in words."""
     c, begin, began = run.config, int(state.step), time.monotonic()
-    train_step = run.train_step.lower(state, run.on_devices(run.rows.batch(begin))).compile()
+    train_step = run.train_step.lower(state, run.on_devices(run.rows.batch(begin - run.first))).compile()
     screen.say(f"compiled in {time.monotonic() - began:.1f} s")
     looked_up = 0 if c.model.tied else state.params["embedding"][...].size
     ideal = ideal_seconds(c, count_parameters(state.params) - looked_up)
-    recorder = Recorder(file, screen, c.log.every, c.train.batch_size * c.data.seq_len, ideal)
+    tokens = tokens_a_step(c)
+    recorder = Recorder(file, screen, c.log.every, tokens, ideal, run.tokens_before - run.first * tokens)
     result = ""
-    with screen, closing(prefetch(run.rows, begin, c.train.steps)) as batches:
+    with screen, closing(prefetch(run.rows, begin - run.first, run.last - run.first)) as batches:
         for step, batch in enumerate(batches, begin + 1):
             state, metrics = train_step(state, run.on_devices(batch))
             recorder.step(step, metrics)
-            last, signal_number = step == c.train.steps, stop.number
+            last, signal_number = step == run.last, stop.number
             to_evaluate = last or step % c.evaluate.every == 0
             to_save = last or signal_number > 0 or step % c.checkpoint.every == 0
             if to_evaluate or to_save:

@@ -20,10 +20,13 @@ from ringattn.training.step import Metrics
 class MetricsFile:
     """metrics.jsonl: one JSON object a line, on disk as soon as it is written, by the first process alone."""
 
-    def __init__(self, path: Path, after: int):
-        """Opens `path` to go on after step `after`: rows beyond it, of a run that was cut off, are cut away."""
+    def __init__(self, path: Path, after: int, stage: int = 1):
+        """Opens `path` to go on after step `after`: rows beyond it, of a run that was cut off, are cut away.
+
+        What is written bears the number of its stage.
+        """
         kept = [row for row in read_rows(path) if row["step"] <= after]
-        self._file = None
+        self._file, self._stage = None, stage
         if jax.process_index() == 0:
             unfinished = path.with_name(f".{path.name}.{os.getpid()}")
             unfinished.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
@@ -39,7 +42,7 @@ class MetricsFile:
 
     def write(self, row: dict[str, Any]) -> None:
         if self._file is not None:
-            self._file.write(json.dumps(row, allow_nan=False) + "\n")
+            self._file.write(json.dumps(row | {"stage": self._stage}, allow_nan=False) + "\n")
             self._file.flush()
 
     def sync(self) -> None:
@@ -94,9 +97,21 @@ class Screen:
 class Recorder:
     """Reads each step's metrics when the next step is already on its way, so that the device never waits."""
 
-    def __init__(self, file: MetricsFile, screen: Screen, every: int, tokens: int, ideal_seconds: float | None):
-        """Rows come every `every` steps of `tokens` tokens; `ideal_seconds` is a step's time at the devices' peak."""
+    def __init__(
+        self,
+        file: MetricsFile,
+        screen: Screen,
+        every: int,
+        tokens: int,
+        ideal_seconds: float | None,
+        tokens_before: int = 0,
+    ):
+        """Rows come every `every` steps of `tokens` tokens; `ideal_seconds` is a step's time at the devices' peak.
+
+        `tokens_before` is what the steps of earlier stages had more (or, negative, less) than this one's would have.
+        """
         self._file, self._screen, self._every, self._tokens, self._ideal = file, screen, every, tokens, ideal_seconds
+        self._before = tokens_before
         self._pending: tuple[int, Metrics] | None = None
         self._seconds, self._steps, self._mark = 0.0, 0, time.monotonic()
 
@@ -147,7 +162,7 @@ class Recorder:
     def _speed(self, step: int) -> dict[str, Any]:
         seconds = self._seconds / self._steps
         return {
-            "tokens": step * self._tokens,
+            "tokens": self._before + step * self._tokens,
             "tokens_per_second": self._tokens / seconds,
             "step_seconds": seconds,
             "mfu": None if self._ideal is None else self._ideal / seconds,
@@ -178,13 +193,21 @@ def peak_bytes() -> int | None:
     return max(known) if known else None
 
 
+def stage_ends(rows: list[dict[str, Any]]) -> list[int]:
+    """The last step of each stage that another follows: a row is written there, for a stage ends with a validation."""
+    last = {row["stage"]: row["step"] for row in rows}
+    return [step for _, step in sorted(last.items())][:-1]
+
+
 def plot_loss(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draws training and validation loss over the steps as a PNG."""
+    """Draws training and validation loss over the steps as a PNG, a line where a stage ends and the next begins."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for key, label in (("loss", "training"), ("eval/loss", "validation")):
         points = [(row["step"], row[key]) for row in rows if key in row]
         axes.plot(*zip(*points, strict=True), label=label, marker="." if key.startswith("eval") else None)
+    for step in stage_ends(rows):
+        axes.axvline(step, color="gray", linestyle=":")
     axes.set(xlabel="step", ylabel="loss (nats per token)")
     axes.legend()
     path.parent.mkdir(exist_ok=True)

@@ -26,16 +26,26 @@ from ringattn.training.step import (
     make_train_step,
 )
 
+Text = tuple[Tokenizer, Loader, Loader]
+"""A tokenizer, and the rows of training and of validation."""
+
 
 @dataclass(frozen=True)
 class Run:
-    """What does not change while a run goes on."""
+    """What does not change while a run, or a stage of it, goes on."""
 
     config: config.Config
+    """Of this stage alone."""
     mesh: jax.sharding.Mesh
     tokenizer: Tokenizer
     rows: Loader
     held_out: Loader
+    first: int
+    """Updates of the stages before this one: where its schedule and its rows begin."""
+    last: int
+    """Updates that are done when it ends."""
+    tokens_before: int
+    """Tokens of the stages before this one."""
     initial_state: Callable[[], TrainState]
     train_step: TrainStep
     eval_step: EvalStep
@@ -78,17 +88,37 @@ class Run:
         return as_text(continue_rows(rows, prompt, self.config.train.seed, next_logits), prompt, self.tokenizer)
 
 
-def prepare(c: config.Config, mesh: jax.sharding.Mesh) -> Run:
-    """Text, model and steps of a run, under `jax.set_mesh(mesh)`; no device holds anything yet."""
-    tokenizer, rows, held_out = load(c.data, c.train.batch_size, c.train.seed)
+def tokens_a_step(c: config.Config) -> int:
+    return c.train.batch_size * c.data.seq_len
+
+
+def recut(text: Text, c: config.Config, number: int) -> Text:
+    """The text in the rows of `c`, stage `number`. Raises ValueError if it has less than a batch of them."""
+    tokenizer, rows, held_out = text
+    sizes = c.data.seq_len, c.train.batch_size
+    # A stage draws its own order, but for validation, so that all stages see the same documents first.
+    return tokenizer, rows.recut(*sizes, stage=number - 1), held_out.recut(*sizes, stage=0)
+
+
+def prepare(whole: config.Config, mesh: jax.sharding.Mesh, number: int = 1, text: Text | None = None) -> Run:
+    """Text, model and steps of stage `number`, under `jax.set_mesh(mesh)`; no device holds anything yet.
+
+    `text` is that of any stage, where it has been read before.
+    """
+    c, first = whole.stage(number), whole.steps_before(number)
+    tokenizer, rows, held_out = recut(text or load(c.data, c.train.batch_size, c.train.seed), c, number)
     vocabulary, make_model = tokenizer.size, model_of(c, tokenizer.size)
-    update, schedule = optimizer(c.optimizer, c.train.steps), learning_rate(c.optimizer, c.train.steps)
+    rate = c.optimizer, c.train.steps, first
+    update, schedule = optimizer(*rate), learning_rate(*rate)
     return Run(
         config=c,
         mesh=mesh,
         tokenizer=tokenizer,
         rows=rows,
         held_out=held_out,
+        first=first,
+        last=first + c.train.steps,
+        tokens_before=sum(each.train.steps * tokens_a_step(each) for each in map(whole.stage, range(1, number))),
         initial_state=make_initial_state(make_model, update),
         train_step=make_train_step(make_model, vocabulary, update, schedule),
         eval_step=make_eval_step(make_model, vocabulary),
@@ -113,6 +143,6 @@ def model_of(c: config.Config, vocabulary: int) -> MakeModel:
 def describe(run: Run, state: TrainState) -> Iterator[str]:
     c, devices = run.config, run.mesh.devices
     mesh = " x ".join(f"{name}={size}" for name, size in run.mesh.shape.items())
-    numbers = f"{count_parameters(state.params):,} parameters, {c.train.batch_size * c.data.seq_len:,} tokens a step"
+    numbers = f"{count_parameters(state.params):,} parameters, {tokens_a_step(c):,} tokens a step"
     yield f"{devices.size} {devices.flat[0].device_kind} devices, mesh {mesh}, {numbers}"
     yield config.summary(c)

@@ -1,0 +1,33 @@
+"""A model that knows rows of 1,024 bytes learns rows of 4,096 in fifty steps, its rotary positions scaled by YaRN.
+
+    python scripts/train.py --config configs/yarn.py
+
+The second stage lies on two rings of four devices: a ring of rings. Compare with --stages.2.rope_scaling linear (or ntk).
+Expect some two minutes on two CPU cores.
+"""
+
+from dataclasses import replace
+
+from quickstart import config as quickstart
+
+from ringattn.config import Stage
+
+config = replace(
+    quickstart,
+    name="yarn",
+    model=replace(quickstart.model, rope_original=1024),
+    stages=(
+        Stage(steps=200, seq_len=1024, batch_size=4, data=4, context=2),
+        Stage(
+            steps=50,
+            seq_len=4096,
+            batch_size=1,
+            learning_rate=1e-3,
+            rope_scaling="yarn",
+            rope_factor=4.0,
+            data=1,
+            context_outer=2,
+            context=4,
+        ),
+    ),
+)
