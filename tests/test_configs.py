@@ -34,6 +34,8 @@ def test_the_configs_show_the_range():
     assert len({each.attention.window for each in found}) > 1
     assert len({each.data.seq_len for each in found}) > 1
     assert len({each.train.accumulate for each in found}) > 1
+    assert len({each.log.tensorboard for each in found}) > 1
+    assert len({each.log.wandb for each in found}) > 1
 
 
 @pytest.mark.parametrize("path", BENCHMARKS, ids=lambda path: path.stem)

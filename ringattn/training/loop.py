@@ -1,7 +1,6 @@
 """A run from its config to its folder, in the order in which data flows."""
 
 import signal
-import time
 from contextlib import closing
 from pathlib import Path
 
@@ -10,13 +9,18 @@ import jax
 from ringattn import config
 from ringattn.data import prefetch
 from ringattn.mesh import check, start
-from ringattn.model import count_parameters
+from ringattn.training import compiled
 from ringattn.training.checkpoint import Checkpoints
+from ringattn.training.compiled import compile_step
+from ringattn.training.flops import peak_flops, step_flops
 from ringattn.training.folder import check_resumable, describe_to, restore
-from ringattn.training.metrics import MetricsFile, Recorder, Screen, ideal_seconds, plot_loss, read_rows
+from ringattn.training.metrics import MetricsFile, Recorder, Row, Screen, read_rows
+from ringattn.training.plots import plot_loss
+from ringattn.training.profile import Profile
 from ringattn.training.run import Run, describe, prepare
 from ringattn.training.signals import Stop, stopped_by_signal
 from ringattn.training.step import TrainState
+from ringattn.training.writers import Writers
 
 
 def train(c: config.Config) -> int:
@@ -69,30 +73,42 @@ def advance(
     run: Run, state: TrainState, screen: Screen, file: MetricsFile, checkpoints: Checkpoints, stop: Stop
 ) -> tuple[int, TrainState, str]:
     """The steps that are left: the exit status, the state they end in, and what came of them in words."""
-    c, begin, began = run.config, int(state.step), time.monotonic()
-    train_step = run.train_step.lower(state, run.on_devices(run.rows.batch(begin))).compile()
-    screen.say(f"compiled in {time.monotonic() - began:.1f} s")
-    looked_up = 0 if c.model.tied else state.params["embedding"][...].size
-    ideal = ideal_seconds(c, count_parameters(state.params) - looked_up)
-    recorder = Recorder(file, screen, c.log.every, c.train.batch_size * c.data.seq_len, ideal)
+    c, begin = run.config, int(state.step)
     result = ""
-    with screen, closing(prefetch(run.rows, begin, c.train.steps)) as batches:
-        for step, batch in enumerate(batches, begin + 1):
-            state, metrics = train_step(state, run.on_devices(batch))
-            recorder.step(step, metrics)
-            last, signal_number = step == c.train.steps, stop.number
-            to_evaluate = last or step % c.evaluate.every == 0
-            to_save = last or signal_number > 0 or step % c.checkpoint.every == 0
-            if to_evaluate or to_save:
-                recorder.settle()
-            if to_evaluate:
-                result = recorder.evaluation(step, run.evaluate(state.params))
-            if to_save:
-                file.sync()
-                checkpoints.save(state)
-            if to_evaluate or to_save:
-                recorder.restart_clock()
-            if signal_number and not last:
-                stopped = f"stopped by {signal.Signals(signal_number).name} after step {step}, saved"
-                return 128 + signal_number, state, stopped
+    with (
+        Profile(c.profile, begin, c.train.steps, c.folder / "profile", screen) as profile,
+        Writers(c, begin, screen) as writers,
+    ):
+        train_step, facts = compile_step(run, state)
+        compiled.write(facts, c.folder / "compiled.json")
+        for line in compiled.in_words(facts):
+            screen.say(line)
+
+        def write(row: Row) -> None:
+            file.write(row)
+            writers.write(row)
+
+        recorder = Recorder(write, screen, c.log.every, c.train.batch_size * c.data.seq_len, peak_flops())
+        with screen, closing(prefetch(run.rows, begin, c.train.steps)) as batches:
+            for step, batch in enumerate(batches, begin + 1):
+                profile.before(step, recorder)
+                with jax.profiler.StepTraceAnnotation("step", step_num=step):
+                    state, metrics = train_step(state, run.on_devices(batch))
+                recorder.step(step, metrics, step_flops(c, run.tokenizer.size, batch))
+                profile.after(step, recorder)
+                last, signal_number = step == c.train.steps, stop.number
+                to_evaluate = last or step % c.evaluate.every == 0
+                to_save = last or signal_number > 0 or step % c.checkpoint.every == 0
+                if to_evaluate or to_save:
+                    recorder.settle()
+                if to_evaluate:
+                    result = recorder.evaluation(step, run.evaluate(state.params))
+                if to_save:
+                    file.sync()
+                    checkpoints.save(state)
+                if to_evaluate or to_save:
+                    recorder.restart_clock()
+                if signal_number and not last:
+                    stopped = f"stopped by {signal.Signals(signal_number).name} after step {step}, saved"
+                    return 128 + signal_number, state, stopped
     return 0, state, result

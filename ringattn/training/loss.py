@@ -22,33 +22,40 @@ def cross_entropy(
 ) -> Float[Array, ""]:
     """The sum over all tokens of weight times -log p(target), in nats and float32.
 
+    `weights` are float32; weights that add up to 1 make the sum a weighted mean. The rest is as of `token_losses`.
+    """
+    return jnp.sum(weights * token_losses(hidden, output, targets, vocabulary))
+
+
+def token_losses(
+    hidden: Float[Array, "B L E"], output: Float[Array, "V E"], targets: Int[Array, "B L"], vocabulary: int
+) -> Float[Array, "B L"]:
+    """-log p(target) of every token, in nats and float32, as the tokens lie.
+
     Args:
       hidden: rows over the data axis, tokens over the context axis, in the compute dtype.
       output: the output projection, V over the tensor axis and E over the FSDP axes, in the compute dtype; rows
         from `vocabulary` on are padding and get no probability.
       targets: int32, each below `vocabulary`.
-      weights: float32; weights that add up to 1 make the sum a weighted mean.
     """
 
     @partial(
         jax.shard_map,
-        in_specs=(ACTIVATIONS, P(TENSOR, FSDP), TOKENS, TOKENS),
-        out_specs=P(),
+        in_specs=(ACTIVATIONS, P(TENSOR, FSDP), TOKENS),
+        out_specs=TOKENS,
     )
-    def local(hidden, output, targets, weights):
+    def local(hidden, output, targets):
         # float32 here, and back in each chunk: the chunks' gradients of the projection are summed in this dtype.
         output = lax.all_gather(output, FSDP, axis=1, tiled=True).astype(jnp.float32)
 
         @jax.checkpoint
         def one_position(position):
-            hidden, targets, weights = position
-            return jnp.sum(weights * negative_log_likelihood(hidden, output, targets, vocabulary))
+            return negative_log_likelihood(position[0], output, position[1], vocabulary)
 
-        by_position = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (hidden, targets, weights))
-        losses = lax.map(one_position, by_position, batch_size=CHUNK)
-        return lax.psum(jnp.sum(losses), FSDP)
+        by_position = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (hidden, targets))
+        return jnp.moveaxis(lax.map(one_position, by_position, batch_size=CHUNK), 0, 1)
 
-    return local(hidden, output, targets, weights)
+    return local(hidden, output, targets)
 
 
 def negative_log_likelihood(
