@@ -8,7 +8,7 @@ from wire import transfers
 
 from ringattn import config
 from ringattn.hardware import CHIPS
-from ringattn.training.compiled import attention_facts, compile_step, in_words, write
+from ringattn.training.compiled import attention_facts, compile_step, in_words, planned_bytes, write
 from ringattn.training.run import prepare
 
 
@@ -58,11 +58,20 @@ def test_what_is_said_of_a_step_is_so(prepared, tmp_path, capsys):
     assert " planned, arguments " in lines
 
 
-def test_memory_is_set_against_the_chips(prepared, monkeypatch):
+def test_memory_is_set_against_the_chips(monkeypatch):
+    compiled = jax.jit(lambda x: (x @ x).sum(0)).lower(jax.ShapeDtypeStruct((512, 512), "float32")).compile()
+    unknown = planned_bytes(compiled)
     monkeypatch.setitem(CHIPS, "cpu", CHIPS["TPU v5 lite"])
-    _, facts = compile_step(*prepared)
-    assert facts["device_bytes"]["device"] == 16 * 2**30
-    assert any(" planned of 16.0 GiB, " in line for line in in_words(facts))
+    plan = planned_bytes(compiled)
+    assert plan is not None
+    assert unknown == plan | {"device": None}
+    assert (plan["device"], plan["arguments"], plan["new_results"]) == (16 * 2**30, 512 * 512 * 4, 512 * 4)
+    said = {"compile_seconds": 0.0, "parameters": 1, "flops_per_token": 1.0, "device_bytes": plan}
+    said["attention"] = {"strategy": "ring", "hops": 1, "most_hops": 7, "forward_bytes_sent": 2048}
+    said["attention"] |= {"backward_bytes_sent": 3 * 2**20}
+    lines = list(in_words(said))
+    assert " planned of 16.0 GiB, arguments 1.0 MiB, " in lines[1]
+    assert lines[2] == "attention by ring, 1 of 7 hops a layer: a device sends 2.0 KiB a step forward, 3.0 MiB backward"
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ def test_the_line_says_what_is_known(clock, capsys):
     screen.show(row | {"mfu": 0.4567, "peak_bytes": 3 * 2**29})
     first, second = capsys.readouterr().out.splitlines()
     assert first == "step 1/2  loss 2.0000  1,234 tokens/s  0.0 min left"
-    assert second == "step 1/2  loss 2.0000  1,234 tokens/s  mfu 45.7%  1.5 GiB  0.0 min left"
+    assert second == "step 1/2  loss 2.0000  1,234 tokens/s  mfu 45.7%  peak 1.5 GiB  0.0 min left"
 
 
 def test_an_evaluation_is_said_by_context(capsys):

@@ -86,7 +86,7 @@ class Screen:
         """Progress at a logged step: the live line, or a plain one."""
         step, speed = row["step"], f"loss {row['loss']:.4f}  {row['tokens_per_second']:,.0f} tokens/s"
         speed += "" if row["mfu"] is None else f"  mfu {row['mfu']:.1%}"
-        speed += "" if row["peak_bytes"] is None else f"  {bytes_in_words(row['peak_bytes'])}"
+        speed += "" if row["peak_bytes"] is None else f"  peak {bytes_in_words(row['peak_bytes'])}"
         if self._console.is_terminal:
             self._live.update(self._task, completed=step, description=speed)
             return
