@@ -2,7 +2,7 @@
 
     python scripts/train.py --config configs/yarn.py
 
-The second stage lies on two rings of four devices: a ring of rings. Compare with --stages.2.rope_scaling linear (or ntk).
+The second stage lies on two rings of four devices: a ring of rings. Compare with --stages.2.rope_scaling linear.
 Expect some two minutes on two CPU cores.
 """
 

@@ -79,6 +79,7 @@ def test_a_file_may_edit_its_neighbour(tmp_path, base):
         (["--train.steps", "--train.seed", "1"], "--train.steps needs a value: an integer"),
         (["train.steps", "3"], "unexpected 'train.steps': write --section.field VALUE"),
         (["--model.heads", "9"], "model.heads=9 must be a multiple of model.kv_heads=4: use 8 or 12"),
+        (["--profile", "10"], "profile='10' must be START:STOP, the first and the last step to trace, such as '10:12'"),
         (["--name", "../x"], "name='../x' must be a plain folder name: letters, digits and . _ + = -, such as 'run-2'"),
     ],
 )
@@ -161,6 +162,10 @@ def test_a_config_must_be_named_and_exist(capsys, base):
         (config.Evaluate, {"every": 0}, "evaluate.every=0 must be at least 1"),
         (config.Checkpoint, {"keep": 0}, "checkpoint.keep=0 must be at least 1"),
         (config.Log, {"directory": ""}, "log.directory='' must be a folder"),
+        (Config, {"profile": "3:2"}, "profile='3:2' must be START:STOP"),
+        (Config, {"profile": "0:2"}, "profile='0:2' must be START:STOP"),
+        (Config, {"profile": "2:x:3"}, "profile='2:x:3' must be START:STOP"),
+        (Config, {"profile": "9:201"}, "profile='9:201' must be within train.steps=200: use 1:200, or more"),
         (Config, {"resume": "maybe"}, "resume='maybe' must be one of 'never', 'auto', 'must'"),
     ],
 )

@@ -39,6 +39,8 @@ def test_the_configs_show_the_range():
     assert len({each.attention.window for each in found}) > 1
     assert len({each.data.seq_len for each in found}) > 1
     assert len({each.train.accumulate for each in found}) > 1
+    assert len({each.log.tensorboard for each in found}) > 1
+    assert len({each.log.wandb for each in found}) > 1
     for name in REPLACES:
         assert len({vars(stage)[name] for each in found for stage in each.stages}) > 1, name
 

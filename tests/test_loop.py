@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 
 from ringattn import config
-from ringattn.hardware import CHIPS
 from ringattn.training import loop, train
 from ringattn.training.checkpoint import saved_steps
 from ringattn.training.folder import check_resumable
-from ringattn.training.metrics import MetricsFile, Recorder, ideal_seconds, read_rows, stage_ends
+from ringattn.training.metrics import MetricsFile, Recorder, read_rows, stage_ends
 
 STEPS = 6
 
@@ -64,10 +63,34 @@ def test_leaves_a_complete_folder(base, finished):
         (6, False),
     ]
     assert list(rows[0])[:5] == ["step", "loss", "grad_norm", "learning_rate", "tokens"]
-    assert list(rows[0])[5:] == ["tokens_per_second", "step_seconds", "mfu", "peak_bytes", "stage"]
+    assert list(rows[0])[5:9] == ["tokens_per_second", "step_seconds", "mfu", "peak_bytes"]
+    assert list(rows[0])[9:] == ["flops_per_token", "stage"]
     assert rows[2]["tokens"] == 4 * 2 * 32
     assert rows[2]["tokens_per_second"] == pytest.approx(64 / rows[2]["step_seconds"])
     assert rows[-1]["eval/bits_per_byte"] > rows[-1]["eval/loss"] / np.log(2)  # boundaries stand for no byte
+
+
+def test_what_was_compiled_is_kept(finished):
+    facts = json.loads((finished / "compiled.json").read_text())
+    assert facts["attention"]["hops"] == 7
+    assert facts["device_bytes"]["total"] > facts["device_bytes"]["arguments"] > 0
+
+
+def test_a_run_may_be_watched_and_traced(base, capsys):
+    c = replace(base, name="watched", profile="2:3", log=replace(base.log, tensorboard=True, wandb=True))
+    c = replace(c, train=replace(c.train, steps=4))
+    assert train(c) == 0
+    out = capsys.readouterr().out
+    assert "attention by ring, 7 of 7 hops a layer" in out
+    assert "profile (steps 2 to 3): open " in out
+    assert len(list(c.folder.rglob("perfetto_trace.json.gz"))) == 1
+    assert config.load(c.folder / "config.json") == replace(c, profile=None)
+    more = replace(c, profile=None, train=replace(c.train, steps=6))
+    assert train(more) == 0
+    assert len(list((c.folder / "tensorboard").iterdir())) == 2
+    written = list(c.folder.glob("wandb/offline-run-*/*.wandb"))
+    assert {path.stem for path in written} == {f"run-{(c.folder / 'wandb' / 'run_id').read_text()}"}
+    assert len(written) == 2
 
 
 def test_the_same_again_has_nothing_to_do(base, finished, capsys):
@@ -126,10 +149,10 @@ def test_a_signal_saves_and_leaves(base, monkeypatch, capsys, number):
     c = replace(base, name=f"stopped-{number.name}", train=replace(base.train, steps=50))
     usual, step = signal.getsignal(number), Recorder.step
 
-    def interrupted(self, at, metrics):
+    def interrupted(self, at, metrics, flops):
         if at == 5:
             os.kill(os.getpid(), number)
-        step(self, at, metrics)
+        step(self, at, metrics, flops)
 
     monkeypatch.setattr(Recorder, "step", interrupted)
     assert train(c) == 128 + number
@@ -151,17 +174,6 @@ def test_rows_beyond_the_step_gone_back_to_are_cut_away(tmp_path):
     with MetricsFile(path, after=3) as file:
         file.write({"step": 4, "again": True})
     assert read_rows(path) == [{"step": 1}, {"step": 3}, {"step": 4, "again": True, "stage": 1}]
-
-
-def test_ideal_seconds_counts_what_a_step_needs(base, monkeypatch):
-    assert ideal_seconds(base, 1000) is None
-    monkeypatch.setitem(CHIPS, "cpu", CHIPS["TPU v4"]._replace(flops=1e6))
-    seen = np.mean(np.arange(1, 33))
-    flops = 64 * (6 * 1000 + 12 * 1 * 16 * seen)
-    assert ideal_seconds(base, 1000) == pytest.approx(flops / 8e6)
-    window = replace(base, attention=replace(base.attention, window=4))
-    seen = np.mean(np.minimum(np.arange(1, 33), 5))
-    assert ideal_seconds(window, 1000) == pytest.approx(64 * (6 * 1000 + 12 * 16 * seen) / 8e6)
 
 
 Stage = config.Stage
@@ -201,10 +213,10 @@ def whole(staged):
 def broken_at(step, c, monkeypatch):
     """Runs `c` until it breaks, after `step` is computed and before it is noted or saved."""
 
-    def breaking(self, at, metrics, usual=Recorder.step):
+    def breaking(self, at, metrics, flops, usual=Recorder.step):
         if at == step:
             raise InterruptedError("cut off")
-        usual(self, at, metrics)
+        usual(self, at, metrics, flops)
 
     with monkeypatch.context() as patch:
         patch.setattr(Recorder, "step", breaking)
@@ -268,10 +280,10 @@ def test_damaged_checkpoints_lead_back_into_the_stage_before(staged, whole, monk
 def test_a_signal_in_the_last_step_of_a_stage_does_not_begin_the_next(staged, monkeypatch, capsys):
     c, step = replace(staged, name="between"), Recorder.step
 
-    def interrupted(self, at, metrics):
+    def interrupted(self, at, metrics, flops):
         if at == 4:
             os.kill(os.getpid(), signal.SIGTERM)
-        step(self, at, metrics)
+        step(self, at, metrics, flops)
 
     monkeypatch.setattr(Recorder, "step", interrupted)
     assert train(c) == 128 + signal.SIGTERM

@@ -6,8 +6,10 @@ import math
 import re
 from collections.abc import Iterable
 from types import NoneType, UnionType
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
+UNIONS = (UnionType, Union)
+"""`int | None`, and `Literal[...] | None`, which Python makes of another type."""
 WHOLE = ("Config", "Benchmark")
 """What is no section of something else: a user writes its own fields bare."""
 
@@ -47,7 +49,7 @@ def fits(value: Any, kind: Any) -> bool:
 
     A tuple[kind, ...] takes one value or more.
     """
-    if isinstance(kind, UnionType):
+    if get_origin(kind) in UNIONS:
         return any(fits(value, part) for part in get_args(kind))
     if get_origin(kind) is tuple:
         return type(value) is tuple and bool(value) and all(fits(each, get_args(kind)[0]) for each in value)
@@ -60,7 +62,7 @@ def fits(value: Any, kind: Any) -> bool:
 
 def described(kind: Any) -> str:
     """A field's type in a user's words: 'an integer or None'."""
-    if isinstance(kind, UnionType):
+    if get_origin(kind) in UNIONS:
         return " or ".join(described(part) for part in get_args(kind))
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(map(repr, get_args(kind)))

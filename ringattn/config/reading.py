@@ -107,6 +107,8 @@ def _flags(argv: Sequence[str], kind: type) -> dict[str, Any]:
 def _value(text: str, kind: Any) -> Any:
     if kind is str or get_origin(kind) is Literal:
         return text
+    if str in get_args(kind):
+        return None if text == "None" else text
     for number in (int, float):
         with contextlib.suppress(ValueError):
             return number(text)

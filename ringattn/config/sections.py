@@ -1,6 +1,7 @@
 """What a run is: frozen sections that check themselves, each field with its type, default and meaning."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from ringattn.config.checks import at_least, check_folder_name, check_types, nearest_multiples, require
@@ -191,6 +192,10 @@ class Log:
     """Steps between rows of metrics.jsonl."""
     directory: str = "runs"
     """Folder that holds the run's own folder."""
+    tensorboard: bool = False
+    """Whether TensorBoard may watch, too: event files in the run's folder."""
+    wandb: bool = False
+    """Whether Weights & Biases may watch, too: offline in the run's folder, unless WANDB_MODE=online."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -204,6 +209,8 @@ class Config:
     """Name of the run: its folder inside log.directory."""
     resume: Literal["never", "auto", "must"] = "auto"
     """Whether a run whose folder holds a checkpoint goes on from it."""
+    profile: str | None = None
+    """Steps of this start, START:STOP counted from 1, of which a trace is made (None: of none)."""
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
     mesh: Mesh = field(default_factory=Mesh)
@@ -219,6 +226,10 @@ class Config:
     def __post_init__(self) -> None:
         check_types(self)
         check_folder_name(self, "name")
+        if self.profile is not None:
+            steps = [int(number) for number in self.profile.split(":") if number.isdecimal()]
+            whole = self.profile == ":".join(map(str, steps)) and len(steps) == 2 and 1 <= steps[0] <= steps[1]
+            require(whole, self, "profile", "START:STOP, the first and the last step to trace, such as '10:12'")
         if self.stages != (Stage(),):
             for number in range(1, len(self.stages) + 1):
                 with said_of(self.stages, number):
@@ -236,3 +247,8 @@ class Config:
         """The stage of the update that follows the first `step` of all; the last stage, if there is none left."""
         ends = [self.steps_before(number + 1) for number in range(1, len(self.stages) + 1)]
         return next((number for number, end in enumerate(ends, 1) if end > step), len(ends))
+
+    @property
+    def folder(self) -> Path:
+        """The run's own folder."""
+        return Path(self.log.directory) / self.name

@@ -24,8 +24,8 @@ def describe_to(folder: Path, c: config.Config, run: Run) -> None:
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # Whether it resumes is said of a start, not of the run.
-        config.save(replace(c, resume="auto"), folder / "config.json")
+        # Whether it resumes and what is traced are said of a start, not of the run.
+        config.save(replace(c, resume="auto", profile=None), folder / "config.json")
         files = {"environment.json": environment(), "data.json": run.fingerprints()}
         for name, content in files.items():
             (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,23 +1,28 @@
 """A run from its config to its folder, in the order in which data flows."""
 
 import signal
-import time
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import jax
 
 from ringattn import config
 from ringattn.data import load, prefetch
-from ringattn.mesh import CONTEXT, check, over_all, start
-from ringattn.model import count_parameters
+from ringattn.mesh import check, over_all, shards, start
+from ringattn.training import compiled
 from ringattn.training.checkpoint import Checkpoints, saved_steps
+from ringattn.training.compiled import compile_step
+from ringattn.training.flops import peak_flops, step_flops
 from ringattn.training.folder import check_resumable, describe_to, restore
-from ringattn.training.metrics import MetricsFile, Recorder, Screen, ideal_seconds, plot_loss, read_rows
+from ringattn.training.metrics import MetricsFile, Recorder, Row, Screen, read_rows
+from ringattn.training.plots import plot_loss
+from ringattn.training.profile import Profile
 from ringattn.training.run import Run, Text, describe, prepare, recut, tokens_a_step
 from ringattn.training.signals import Stop, stopped_by_signal
 from ringattn.training.step import TrainState
+from ringattn.training.writers import Writers
 
 
 def train(c: config.Config) -> int:
@@ -27,7 +32,7 @@ def train(c: config.Config) -> int:
     ValueError, with a cure, where the config, the text, the devices or the run's folder do not fit each other, and
     if loss or gradient are no longer finite.
     """
-    folder = Path(c.log.directory) / c.name
+    folder = c.folder
     check_resumable(c, folder)
     current = _current(c, folder)
     with config.said_of(c.stages, current):
@@ -39,6 +44,7 @@ def train(c: config.Config) -> int:
         current = _current(c, folder)
         with config.said_of(c.stages, current):
             status = _train_stage(c, current, text, folder)
+        c = replace(c, profile=None)  # which counts from where this start begins
     return status
 
 
@@ -111,7 +117,7 @@ def _train_stage(c: config.Config, number: int, text: Text, folder: Path) -> int
 
 def _introduced(c: config.Config, run: Run, number: int) -> Iterator[str]:
     if len(c.stages) > 1:
-        count, ring = run.config.train.batch_size, run.mesh.shape[CONTEXT]
+        count, ring = run.config.train.batch_size, shards(run.mesh)
         rows = f"{count} row{'s' * (count > 1)} of {run.config.data.seq_len:,} tokens"
         yield f"stage {number} of {len(c.stages)}, steps {run.first + 1} to {run.last}: {rows}, a ring of {ring}"
 
@@ -128,31 +134,44 @@ def advance(
     run: Run, state: TrainState, screen: Screen, file: MetricsFile, checkpoints: Checkpoints, stop: Stop
 ) -> tuple[int, TrainState, str]:
     """The steps that are left: the exit status, the state they end in, and what came of them in words."""
-    c, begin, began = run.config, int(state.step), time.monotonic()
-    train_step = run.train_step.lower(state, run.on_devices(run.rows.batch(begin - run.first))).compile()
-    screen.say(f"compiled in {time.monotonic() - began:.1f} s")
-    looked_up = 0 if c.model.tied else state.params["embedding"][...].size
-    ideal = ideal_seconds(c, count_parameters(state.params) - looked_up)
-    tokens = tokens_a_step(c)
-    recorder = Recorder(file, screen, c.log.every, tokens, ideal, run.tokens_before - run.first * tokens)
+    c, begin = run.config, int(state.step)
     result = ""
-    with screen, closing(prefetch(run.rows, begin - run.first, run.last - run.first)) as batches:
-        for step, batch in enumerate(batches, begin + 1):
-            state, metrics = train_step(state, run.on_devices(batch))
-            recorder.step(step, metrics)
-            last, signal_number = step == run.last, stop.number
-            to_evaluate = last or step % c.evaluate.every == 0
-            to_save = last or signal_number > 0 or step % c.checkpoint.every == 0
-            if to_evaluate or to_save:
-                recorder.settle()
-            if to_evaluate:
-                result = recorder.evaluation(step, run.evaluate(state.params))
-            if to_save:
-                file.sync()
-                checkpoints.save(state)
-            if to_evaluate or to_save:
-                recorder.restart_clock()
-            if signal_number and not last:
-                stopped = f"stopped by {signal.Signals(signal_number).name} after step {step}, saved"
-                return 128 + signal_number, state, stopped
+    with (
+        Profile(c.profile, begin, run.last, c.folder / "profile", screen) as profile,
+        Writers(c, begin, screen) as writers,
+    ):
+        train_step, facts = compile_step(run, state)
+        compiled.write(facts, c.folder / "compiled.json")
+        for line in compiled.in_words(facts):
+            screen.say(line)
+
+        def write(row: Row) -> None:
+            file.write(row)
+            writers.write(row)
+
+        tokens = tokens_a_step(c)
+        before = run.tokens_before - run.first * tokens
+        recorder = Recorder(write, screen, c.log.every, tokens, peak_flops(), before)
+        with screen, closing(prefetch(run.rows, begin - run.first, run.last - run.first)) as batches:
+            for step, batch in enumerate(batches, begin + 1):
+                profile.before(step, recorder)
+                with jax.profiler.StepTraceAnnotation("step", step_num=step):
+                    state, metrics = train_step(state, run.on_devices(batch))
+                recorder.step(step, metrics, step_flops(c, run.tokenizer.size, batch))
+                profile.after(step, recorder)
+                last, signal_number = step == run.last, stop.number
+                to_evaluate = last or step % c.evaluate.every == 0
+                to_save = last or signal_number > 0 or step % c.checkpoint.every == 0
+                if to_evaluate or to_save:
+                    recorder.settle()
+                if to_evaluate:
+                    result = recorder.evaluation(step, run.evaluate(state.params))
+                if to_save:
+                    file.sync()
+                    checkpoints.save(state)
+                if to_evaluate or to_save:
+                    recorder.restart_clock()
+                if signal_number and not last:
+                    stopped = f"stopped by {signal.Signals(signal_number).name} after step {step}, saved"
+                    return 128 + signal_number, state, stopped
     return 0, state, result

@@ -1,20 +1,22 @@
-"""What a run says and leaves behind: progress on the screen, metrics.jsonl, a plot of the loss."""
+"""What a run says while it goes on: progress on the screen, and a row of metrics.jsonl every few steps."""
 
 import json
 import math
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ringattn import config
-from ringattn.hardware import CHIPS
+from ringattn.training.by_context import losses_by_context
 from ringattn.training.step import Metrics
+
+Row = dict[str, Any]
+"""An object of metrics.jsonl: `step`, and numbers by name, None where one is not known."""
 
 
 class MetricsFile:
@@ -40,7 +42,7 @@ class MetricsFile:
         if self._file is not None:
             self._file.close()
 
-    def write(self, row: dict[str, Any]) -> None:
+    def write(self, row: Row) -> None:
         if self._file is not None:
             self._file.write(json.dumps(row | {"stage": self._stage}, allow_nan=False) + "\n")
             self._file.flush()
@@ -51,7 +53,7 @@ class MetricsFile:
             os.fsync(self._file.fileno())
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
+def read_rows(path: Path) -> list[Row]:
     """The rows of a metrics.jsonl, none if there is no file; a last line that was never finished is left out."""
     if not path.is_file():
         return []
@@ -83,9 +85,11 @@ class Screen:
     def say(self, text: str) -> None:
         self._console.print(text, markup=False)
 
-    def show(self, row: dict[str, Any]) -> None:
+    def show(self, row: Row) -> None:
         """Progress at a logged step: the live line, or a plain one."""
         step, speed = row["step"], f"loss {row['loss']:.4f}  {row['tokens_per_second']:,.0f} tokens/s"
+        speed += "" if row["mfu"] is None else f"  mfu {row['mfu']:.1%}"
+        speed += "" if row["peak_bytes"] is None else f"  peak {bytes_in_words(row['peak_bytes'])}"
         if self._console.is_terminal:
             self._live.update(self._task, completed=step, description=speed)
             return
@@ -99,25 +103,25 @@ class Recorder:
 
     def __init__(
         self,
-        file: MetricsFile,
+        write: Callable[[Row], None],
         screen: Screen,
         every: int,
         tokens: int,
-        ideal_seconds: float | None,
+        peak_flops: float | None,
         tokens_before: int = 0,
     ):
-        """Rows come every `every` steps of `tokens` tokens; `ideal_seconds` is a step's time at the devices' peak.
+        """Rows come every `every` steps of `tokens` tokens; `peak_flops` is what all devices could do in a second.
 
         `tokens_before` is what the steps of earlier stages had more (or, negative, less) than this one's would have.
         """
-        self._file, self._screen, self._every, self._tokens, self._ideal = file, screen, every, tokens, ideal_seconds
+        self._write, self._screen, self._every, self._tokens, self._peak = write, screen, every, tokens, peak_flops
         self._before = tokens_before
-        self._pending: tuple[int, Metrics] | None = None
-        self._seconds, self._steps, self._mark = 0.0, 0, time.monotonic()
+        self._pending: tuple[int, Metrics, int] | None = None
+        self._seconds, self._steps, self._flops, self._mark = 0.0, 0, 0, time.monotonic()
 
-    def step(self, step: int, metrics: Metrics) -> None:
+    def step(self, step: int, metrics: Metrics, flops: int) -> None:
         """Takes the metrics of `step`, which may not be there yet, and settles those of the step before."""
-        earlier, self._pending = self._pending, (step, metrics)
+        earlier, self._pending = self._pending, (step, metrics, flops)
         self._settle(earlier)
 
     def settle(self) -> None:
@@ -133,20 +137,24 @@ class Recorder:
         """Writes and says the validation loss after `step`; returns it in words. Raises ValueError if not finite."""
         if not all(map(math.isfinite, values.values())):
             raise ValueError(f"the validation loss is {values['eval/loss']} after step {step}: lower the learning rate")
-        self._file.write({"step": step} | values)
+        self._write({"step": step} | values)
         bits = values.get("eval/bits_per_byte")
         text = f"validation loss {values['eval/loss']:.4f} nats per token"
         text += "" if bits is None else f", {bits:.4f} bits per byte"
         self._screen.say(f"step {step}: {text}")
+        by_context = [f"{first:,} {loss:.4f}" for (first, _), loss in losses_by_context(values).items()]
+        if len(by_context) > 1:
+            self._screen.say(f"  by tokens of context, from: {', '.join(by_context)}")
         return text
 
-    def _settle(self, earlier: tuple[int, Metrics] | None) -> None:
+    def _settle(self, earlier: tuple[int, Metrics, int] | None) -> None:
         if earlier is None:
             return
-        step, metrics = earlier
+        step, metrics, flops = earlier
         values = {name: float(value) for name, value in metrics._asdict().items()}
         now = time.monotonic()
         self._seconds, self._steps, self._mark = self._seconds + now - self._mark, self._steps + 1, now
+        self._flops += flops
         broken = [name for name, value in values.items() if not math.isfinite(value)]
         if broken:
             raise ValueError(
@@ -155,35 +163,20 @@ class Recorder:
             )
         if step == 1 or step % self._every == 0:
             row = {"step": step} | values | self._speed(step)
-            self._file.write(row)
+            self._write(row)
             self._screen.show(row)
-            self._seconds, self._steps = 0.0, 0
+            self._seconds, self._steps, self._flops = 0.0, 0, 0
 
-    def _speed(self, step: int) -> dict[str, Any]:
+    def _speed(self, step: int) -> Row:
         seconds = self._seconds / self._steps
         return {
             "tokens": self._before + step * self._tokens,
             "tokens_per_second": self._tokens / seconds,
             "step_seconds": seconds,
-            "mfu": None if self._ideal is None else self._ideal / seconds,
+            "mfu": None if self._peak is None else self._flops / (self._seconds * self._peak),
             "peak_bytes": peak_bytes(),
+            "flops_per_token": self._flops / (self._steps * self._tokens),
         }
-
-
-def ideal_seconds(c: config.Config, parameters: int) -> float | None:
-    """How long a step's useful FLOPs take at the peak of all devices; None if their peak is not known.
-
-    Useful are 6 a parameter and token, and attention's, each row taken as one causal document within the window.
-    Recomputation does not count, nor does the lookup of an embedding that has no part in the output.
-    """
-    chip = CHIPS.get(jax.devices()[0].device_kind)
-    if chip is None:
-        return None
-    length, heads_dim = c.data.seq_len, c.model.heads * c.model.head_dim
-    left = length if c.attention.window is None else min(c.attention.window + 1, length)
-    seen = left * (2 * length - left + 1) / (2 * length)  # keys that a query sees, on average
-    a_token = 6 * parameters + 12 * c.model.layers * heads_dim * seen
-    return a_token * c.train.batch_size * length / (chip.flops * jax.device_count())
 
 
 def peak_bytes() -> int | None:
@@ -193,22 +186,14 @@ def peak_bytes() -> int | None:
     return max(known) if known else None
 
 
-def stage_ends(rows: list[dict[str, Any]]) -> list[int]:
+def stage_ends(rows: list[Row]) -> list[int]:
     """The last step of each stage that another follows: a row is written there, for a stage ends with a validation."""
     last = {row["stage"]: row["step"] for row in rows}
     return [step for _, step in sorted(last.items())][:-1]
 
 
-def plot_loss(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draws training and validation loss over the steps as a PNG, a line where a stage ends and the next begins."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    for key, label in (("loss", "training"), ("eval/loss", "validation")):
-        points = [(row["step"], row[key]) for row in rows if key in row]
-        axes.plot(*zip(*points, strict=True), label=label, marker="." if key.startswith("eval") else None)
-    for step in stage_ends(rows):
-        axes.axvline(step, color="gray", linestyle=":")
-    axes.set(xlabel="step", ylabel="loss (nats per token)")
-    axes.legend()
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path, dpi=150)
+def bytes_in_words(count: int) -> str:
+    """1536 -> '1.5 KiB'."""
+    units = ("KiB", "MiB", "GiB", "TiB")
+    power = min((max(count, 1).bit_length() - 1) // 10, len(units))
+    return f"{count / 1024**power:,.1f} {units[power - 1]}" if power else f"{count:,} bytes"

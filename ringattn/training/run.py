@@ -14,6 +14,7 @@ from ringattn import Mask, attention, config, permute
 from ringattn.data import Batch, Loader, Tokenizer, load
 from ringattn.mesh import SEQUENCE, TOKENS, place, shards
 from ringattn.model import Params, Transformer, count_parameters
+from ringattn.training.by_context import named_losses
 from ringattn.training.optimizer import learning_rate, optimizer
 from ringattn.training.samples import NEW, PROMPT, NextLogits, as_text, continue_rows, make_next_logits
 from ringattn.training.step import (
@@ -25,6 +26,7 @@ from ringattn.training.step import (
     make_initial_state,
     make_train_step,
 )
+from ringattn.training.writers import check_packages
 
 Text = tuple[Tokenizer, Loader, Loader]
 """A tokenizer, and the rows of training and of validation."""
@@ -58,16 +60,17 @@ class Run:
         return place(laid, self.mesh, P(None, *TOKENS))
 
     def evaluate(self, params: Params) -> dict[str, float]:
-        """Loss over held-out rows, always the same, in nats per token and in bits per byte of text."""
+        """Loss over held-out rows, always the same: of all, in nats per token and bits per byte, and by context."""
         there = self.held_out.rows_per_epoch // self.config.train.batch_size
         count = min(self.config.evaluate.batches, there)
-        batches = [self.held_out.batch(number) for number in range(count)]
+        batches, length = [self.held_out.batch(number) for number in range(count)], self.config.data.seq_len
         # All are on their way before the first is read.
         sums = [self.eval_step(params, self.on_devices(batch)) for batch in batches]
-        nats, weight = (sum(map(float, numbers)) for numbers in zip(*sums, strict=True))
+        of_batches = np.asarray(jax.device_get(sums), np.float64)  # [batches, 2, ranges]
+        nats, weight = np.moveaxis(of_batches, 1, 0).sum(1)
         text = sum(self.tokenizer.byte_length(batch.targets[batch.weights > 0]) for batch in batches)
-        bits = {"eval/bits_per_byte": nats / math.log(2) / text} if text else {}
-        return {"eval/loss": nats / weight} | bits
+        bits = {"eval/bits_per_byte": float(nats.sum()) / math.log(2) / text} if text else {}
+        return {"eval/loss": float(nats.sum() / weight.sum())} | bits | named_losses(nats, weight, length)
 
     def fingerprints(self) -> dict[str, str]:
         """What stands for all tokens of training and of validation."""
@@ -106,6 +109,7 @@ def prepare(whole: config.Config, mesh: jax.sharding.Mesh, number: int = 1, text
     `text` is that of any stage, where it has been read before.
     """
     c, first = whole.stage(number), whole.steps_before(number)
+    check_packages(c.log)
     tokenizer, rows, held_out = recut(text or load(c.data, c.train.batch_size, c.train.seed), c, number)
     vocabulary, make_model = tokenizer.size, model_of(c, tokenizer.size)
     rate = c.optimizer, c.train.steps, first

@@ -14,7 +14,8 @@ from jaxtyping import Array, Float
 
 from ringattn.data import Batch
 from ringattn.model import Params, Transformer
-from ringattn.training.loss import cross_entropy
+from ringattn.training.by_context import sums_by_context
+from ringattn.training.loss import cross_entropy, token_losses
 
 
 @jax.tree_util.register_dataclass
@@ -38,7 +39,7 @@ class Metrics(NamedTuple):
 
 MakeModel = Callable[[], Transformer]
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
-EvalStep = Callable[[Params, Batch], tuple[Float[Array, ""], Float[Array, ""]]]
+EvalStep = Callable[[Params, Batch], tuple[Float[Array, " R"], Float[Array, " R"]]]
 
 
 def make_initial_state(make_model: MakeModel, optimizer: optax.GradientTransformation) -> Callable[[], TrainState]:
@@ -52,15 +53,24 @@ def make_initial_state(make_model: MakeModel, optimizer: optax.GradientTransform
     return initial_state
 
 
-def make_loss(make_model: MakeModel, vocabulary: int) -> Callable[[Params, Batch], Float[Array, ""]]:
-    """Parameters and a batch [B, L] -> the sum of its weighted losses, in nats."""
+def make_forward(make_model: MakeModel) -> Callable[[Params, Batch], tuple[Float[Array, "B L E"], Float[Array, "V E"]]]:
+    """Parameters and a batch [B, L] -> hidden states and the output projection, as the losses take them."""
     graphdef = nnx.graphdef(nnx.eval_shape(make_model))
 
-    def loss(params: Params, batch: Batch) -> Float[Array, ""]:
+    def forward(params: Params, batch: Batch):
         model = nnx.merge(graphdef, params)
-        tokens, targets, positions, segment_ids, weights = map(jnp.asarray, batch)
-        hidden = model(tokens, positions, segment_ids)
-        return cross_entropy(hidden, model.output(), targets, weights, vocabulary)
+        return model(*map(jnp.asarray, (batch.tokens, batch.positions, batch.segment_ids))), model.output()
+
+    return forward
+
+
+def make_loss(make_model: MakeModel, vocabulary: int) -> Callable[[Params, Batch], Float[Array, ""]]:
+    """Parameters and a batch [B, L] -> the sum of its weighted losses, in nats."""
+    forward = make_forward(make_model)
+
+    def loss(params: Params, batch: Batch) -> Float[Array, ""]:
+        hidden, output = forward(params, batch)
+        return cross_entropy(hidden, output, jnp.asarray(batch.targets), jnp.asarray(batch.weights), vocabulary)
 
     return loss
 
@@ -77,7 +87,9 @@ def make_train_step(
 
     @partial(jax.jit, donate_argnums=0)
     def train_step(state: TrainState, batch: Batch):
-        batch = batch._replace(weights=batch.weights / jnp.sum(batch.weights))
+        # A batch without a token that counts, as one of masked prompts, changes nothing but the moments and the decay.
+        total_weight = jnp.sum(batch.weights)
+        batch = batch._replace(weights=batch.weights / jnp.where(total_weight > 0, total_weight, jnp.float32(1)))
 
         def add(total, part: Batch):
             return jax.tree.map(jnp.add, total, loss_and_gradient(state.params, part)), None
@@ -96,11 +108,19 @@ def make_train_step(
 
 
 def make_eval_step(make_model: MakeModel, vocabulary: int) -> EvalStep:
-    """A jitted function: parameters and a batch [parts, B, L] -> the sum of weighted losses and that of weights."""
-    loss = make_loss(make_model, vocabulary)
+    """A jitted function: parameters and a batch [parts, B, L] -> the sums of weighted losses and those of weights.
+
+    A sum for each of the R ranges of `context_ranges(L)`.
+    """
+    forward = make_forward(make_model)
 
     @jax.jit
     def eval_step(params: Params, batch: Batch):
-        return jnp.sum(lax.map(partial(loss, params), batch)), jnp.sum(batch.weights)
+        def sums(part: Batch):
+            targets, positions, weights = map(jnp.asarray, (part.targets, part.positions, part.weights))
+            losses = token_losses(*forward(params, part), targets, vocabulary)
+            return [sums_by_context(x, positions) for x in (weights * losses, weights)]
+
+        return tuple(jnp.sum(each, 0) for each in lax.map(sums, batch))
 
     return eval_step
