@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,6 +7,7 @@ import pytest
 from flax import nnx
 
 from ringattn import attention, config
+from ringattn.mesh import SEQUENCE, TOKENS, place
 from ringattn.model import Transformer
 from ringattn.training.by_context import context_ranges, losses_by_context, named_losses, sums_by_context
 from ringattn.training.run import prepare
@@ -64,11 +67,13 @@ def test_an_evaluation_on_a_ring_is_that_of_a_plain_model(small, make_mesh):
 
     losses, places = [], []
     with jax.set_mesh(make_mesh()):
-        graphdef = nnx.graphdef(nnx.eval_shape(lambda: Transformer(small.model, 257, attention, nnx.Rngs(params=0))))
+        graphdef = nnx.graphdef(
+            nnx.eval_shape(lambda: Transformer(small.model, 257, partial(attention, axis=SEQUENCE), nnx.Rngs(params=0)))
+        )
         model = nnx.merge(graphdef, jax.tree.map(jnp.asarray, whole))
         for number in range(2):
             batch = run.held_out.batch(number)
-            hidden = model(*map(jnp.asarray, (batch.tokens, batch.positions, batch.segment_ids)))
+            hidden = model(*place((batch.tokens, batch.positions, batch.segment_ids), make_mesh(), TOKENS))
             logits = np.asarray(hidden, np.float64) @ np.asarray(model.output(), np.float64)[:257].T
             wanted = np.take_along_axis(logits, batch.targets[..., None], -1)[..., 0]
             losses.append(np.log(np.exp(logits).sum(-1)) - wanted)

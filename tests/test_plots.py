@@ -27,11 +27,11 @@ def drawn(monkeypatch, tmp_path):
 def evaluation(step, *losses):
     names = ("0-63", "64-127", "128-255")
     by_context = {f"eval/loss/{name}": loss for name, loss in zip(names, losses, strict=False)}
-    return {"step": step, "eval/loss": 1.0} | by_context
+    return {"step": step, "stage": 1, "eval/loss": 1.0} | by_context
 
 
 def test_by_step_and_by_context(drawn):
-    rows = [{"step": step, "loss": 5.0 - step} for step in range(1, 4)]
+    rows = [{"step": step, "stage": 1, "loss": 5.0 - step} for step in range(1, 4)]
     rows += [evaluation(10 * number, 3.0, 2.0 - number) for number in range(1, 10)] + [evaluation(100, 3.0, 2.5, 2.0)]
     left, right = drawn(rows).axes
     assert list(left.lines[0].get_ydata()) == [4.0, 3.0, 2.0]
@@ -41,4 +41,4 @@ def test_by_step_and_by_context(drawn):
 
 
 def test_without_an_evaluation_there_is_one_picture(drawn):
-    assert len(drawn([{"step": 1, "loss": 2.0}]).axes) == 1
+    assert len(drawn([{"step": 1, "stage": 1, "loss": 2.0}]).axes) == 1

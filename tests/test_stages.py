@@ -117,7 +117,10 @@ def test_a_flag_that_every_stage_overrules_is_refused(capsys, tmp_path):
             "stages=Train(steps=200, batch_size=4, accumulate=1, seed=0) must be one or more Stage(...)",
         ),
         ("stages=(Stage(seq_len=0),)", "stages.1.seq_len=0 must be at least 1"),
-        ("stages=(Stage(), Stage(rope_theta=0))", "stage 2: stages.2.rope_theta=0.0 must be positive, such as 10000"),
+        (
+            "stages=(Stage(), Stage(rope_theta=0))",
+            "stage 2: stages.2.rope_theta=0.0 must be positive, and more than 1, such as 10000",
+        ),
     ],
 )
 def test_a_mistake_in_a_file_s_stages_is_one_message(capsys, tmp_path, text, message):

@@ -13,7 +13,9 @@ other chips as leading to a switch. A window's hops may have less work than the 
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+from jax import lax
 
 from ringattn.attention.mask import Mask, needed_hops
 from ringattn.hardware import CHIPS
@@ -102,3 +104,21 @@ def choose_strategy(
     best = min(waits, key=lambda each: waits[each])
     compared = ", ".join(f"{each} {seconds * 1e6:,.0f}" for each, seconds in waits.items())
     return Choice(best, (*reasons, f"microseconds waited for in a forward pass: {compared}"))
+
+
+def choose_here(query: Any, key: Any, mask: Mask, layout: str | None, axis: Any) -> str:
+    """What `choose_strategy` says of local queries and keys, inside a shard_map that is manual over `axis`."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return choose_strategy(
+        lax.axis_size(axis) if isinstance(axis, str) else (lax.axis_size(axis[0]), lax.axis_size(axis[1])),
+        queries=query.shape[1],
+        keys=key.shape[1],
+        heads=query.shape[2],
+        kv_heads=key.shape[2],
+        head_dim=query.shape[3],
+        batch=query.shape[0],
+        dtype=query.dtype,
+        mask=mask,
+        layout=layout,
+        device_kind=jax.devices()[0].device_kind if device is None else device.device_kind,
+    ).strategy

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Int
 
 from ringattn.attention.local import choose_kernel
@@ -16,6 +17,13 @@ TokenIds = Int[Array, "B L"] | tuple[Int[Array, "B L"], Int[Array, "B M"]] | Non
 def axis_names(entry: Any) -> tuple[str, ...]:
     """The mesh axes that an `axis`, or an entry of a spec, names."""
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def several_devices(axis: str | tuple[str, str]) -> str | tuple[str, str]:
+    """The axis without a part of one device, inside a shard_map: a ring of one ring, and rings of one, are a ring."""
+    names = axis_names(axis)
+    several = [name for name in names if lax.axis_size(name) > 1] or [names[0]]
+    return axis if len(several) == len(names) else several[0]
 
 
 def check_settings(

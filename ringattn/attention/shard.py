@@ -15,8 +15,15 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from ringattn.attention.auto import choose_strategy
-from ringattn.attention.checks import TokenIds, axis_names, check_arrays, check_settings, check_tokens
+from ringattn.attention.auto import choose_here
+from ringattn.attention.checks import (
+    TokenIds,
+    axis_names,
+    check_arrays,
+    check_settings,
+    check_tokens,
+    several_devices,
+)
 from ringattn.attention.exchange import exchange
 from ringattn.attention.gather import Gather
 from ringattn.attention.kernels import Keys, Queries, Rule, Saved, no_gradients, nothing
@@ -69,7 +76,7 @@ def shard_attention(
     segments, spans, given = check_tokens(query, key, segment_ids=segment_ids, span_ids=span_ids, positions=positions)
     check_settings(strategy, axis_names(axis), kernel, soft_cap, reduce_dtype)
     if strategy != "usp":
-        axis = _rings(axis)
+        axis = several_devices(axis)
     shards, own, lengths = lax.axis_size(axis), lax.axis_index(axis), (query.shape[1], key.shape[1])
     for length in lengths:
         check_length(length * shards, layout, shards, "the sequence length of all shards")
@@ -88,7 +95,7 @@ def shard_attention(
     if strategy == "auto":
         # A span lets its tokens see ahead, wherever it lies.
         judged = replace(mask, causal=mask.causal and span_ids is None)
-        strategy = _choose(query, key, judged, known, axis)
+        strategy = choose_here(query, key, judged, known, axis)
     places = None if known is None else implied
     attend = _strategy(strategy, axis, known, places, choose_kernel(kernel), reduce_dtype, rule)
     # All marked as varying alike, so that what is summed over devices in the gradient is left to JAX.
@@ -97,32 +104,9 @@ def shard_attention(
     return out if segment_ids is None else _without_padding(out, of_queries.segments)
 
 
-def _rings(axis: str | tuple[str, str]) -> str | tuple[str, str]:
-    """The axis without a part of one device: a ring of one ring, and rings of one device, are a ring."""
-    several = [name for name in axis_names(axis) if lax.axis_size(name) > 1]
-    return axis if len(several) == len(axis_names(axis)) else (several or list(axis_names(axis)))[0]
-
-
 def _without_padding(x: Float[Array, "B L H D"], segment_ids: Int[Array, "B L"]) -> Float[Array, "B L H D"]:
     """x with 0 at padding; so is its gradient."""
     return jnp.where((segment_ids >= 0)[:, :, None, None], x, jnp.zeros((), x.dtype))
-
-
-def _choose(query: Any, key: Any, mask: Mask, layout: str | None, axis: Any) -> str:
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return choose_strategy(
-        lax.axis_size(axis) if isinstance(axis, str) else (lax.axis_size(axis[0]), lax.axis_size(axis[1])),
-        queries=query.shape[1],
-        keys=key.shape[1],
-        heads=query.shape[2],
-        kv_heads=key.shape[2],
-        head_dim=query.shape[3],
-        batch=query.shape[0],
-        dtype=query.dtype,
-        mask=mask,
-        layout=layout,
-        device_kind=jax.devices()[0].device_kind if device is None else device.device_kind,
-    ).strategy
 
 
 def _strategy(

@@ -49,7 +49,7 @@ class Model:
         require(self.heads % self.kv_heads == 0, self, "heads", multiple)
         even = f"even, for rotary positions turn pairs: use {nearest_multiples(self.head_dim, 2)}"
         require(self.head_dim % 2 == 0, self, "head_dim", even)
-        require(self.rope_theta > 1, self, "rope_theta", "more than 1, such as 10000")
+        require(self.rope_theta > 1, self, "rope_theta", "positive, and more than 1, such as 10000")
         scaled = "more than 1 with rope_scaling, such as 4: how many times longer the rows become"
         if self.rope_scaling == "none":
             scaled = "1.0 without rope_scaling: set model.rope_scaling to 'linear', 'ntk', 'yarn' or 'llama3'"
