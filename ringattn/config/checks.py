@@ -65,7 +65,8 @@ def described(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(map(repr, get_args(kind)))
     if get_origin(kind) is tuple:
-        return {int: "one or more integers", str: "one or more strings"}[get_args(kind)[0]]
+        several = {int: "integers", float: "finite numbers", str: "strings"}
+        return f"one or more {several[get_args(kind)[0]]}"
     words = {int: "an integer", float: "a finite number", bool: "True or False", str: "a string", NoneType: "None"}
     return words.get(kind, f"a section {kind.__name__}(...)")
 

@@ -11,6 +11,7 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
 import tyro
@@ -83,13 +84,15 @@ def _flags(argv: Sequence[str], kind: type) -> dict[str, Any]:
         name = name.replace("-", "_")
         if name not in kinds:
             raise ValueError(unknown(f"--{name}", [f"--{valid}" for valid in kinds]))
-        several, texts = get_origin(kinds[name]) is tuple, [text] * bool(equals)
+        parts = get_args(kinds[name]) if isinstance(kinds[name], UnionType) else (kinds[name],)
+        several, texts = [part for part in parts if get_origin(part) is tuple], [text] * bool(equals)
         while words and not words[0].startswith("--") and (several or not texts):
             texts.append(words.pop(0))
         if not texts:
             raise ValueError(f"--{name} needs a value: {described(kinds[name])}")
-        values = tuple(_value(text, get_args(kinds[name])[0] if several else kinds[name]) for text in texts)
-        flags[name] = values if several else values[0]
+        values = tuple(_value(text, get_args(several[0])[0] if several else kinds[name]) for text in texts)
+        one = not several or (values == (None,) and NoneType in parts)
+        flags[name] = values[0] if one else values
         if not fits(flags[name], kinds[name]):
             raise ValueError(f"--{name} {' '.join(texts)} must be {described(kinds[name])}")
     return flags

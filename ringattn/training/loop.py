@@ -8,11 +8,12 @@ from pathlib import Path
 import jax
 
 from ringattn import config
-from ringattn.data import prefetch
+from ringattn.data import VideoTokenizer, prefetch
 from ringattn.mesh import check, start
 from ringattn.model import count_parameters
 from ringattn.training.checkpoint import Checkpoints
 from ringattn.training.folder import check_resumable, describe_to, restore
+from ringattn.training.frames import plot_frames
 from ringattn.training.metrics import MetricsFile, Recorder, Screen, ideal_seconds, plot_loss, read_rows
 from ringattn.training.run import Run, describe, prepare
 from ringattn.training.signals import Stop, stopped_by_signal
@@ -63,6 +64,8 @@ def finish(run: Run, state: TrainState, folder: Path) -> None:
     if jax.process_index() == 0:
         (folder / "samples.txt").write_text(samples, encoding="utf-8")
         plot_loss(read_rows(folder / "metrics.jsonl"), folder / "plots" / "loss.png")
+        if isinstance(run.tokenizer, VideoTokenizer):
+            plot_frames(run.tokenizer.look, run.tokenizer.rebuilt(), folder / "plots" / "frames.png")
 
 
 def advance(

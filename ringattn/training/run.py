@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ from ringattn import Mask, attention, config, permute
 from ringattn.data import Batch, Loader, Tokenizer, load
 from ringattn.mesh import CONTEXT, TOKENS, place
 from ringattn.model import Params, Transformer, count_parameters
+from ringattn.training.checkpoint import saved_steps
 from ringattn.training.optimizer import learning_rate, optimizer
 from ringattn.training.samples import NEW, PROMPT, NextLogits, as_text, continue_rows, make_next_logits
 from ringattn.training.step import (
@@ -79,7 +81,9 @@ class Run:
 
 def prepare(c: config.Config, mesh: jax.sharding.Mesh) -> Run:
     """Text, model and steps of a run, under `jax.set_mesh(mesh)`; no device holds anything yet."""
-    tokenizer, rows, held_out = load(c.data, c.train.batch_size, c.train.seed)
+    folder = Path(c.log.directory) / c.name
+    kept = folder if saved_steps(folder / "checkpoints") else None
+    tokenizer, rows, held_out = load(c.data, c.train.batch_size, c.train.seed, kept)
     mask = Mask(causal=True, window=None if c.attention.window is None else (c.attention.window, 0))
     attend = partial(attention, mask=mask, layout=c.attention.layout, strategy=c.attention.strategy)
     update, schedule = optimizer(c.optimizer, c.train.steps), learning_rate(c.optimizer, c.train.steps)
