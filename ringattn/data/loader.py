@@ -36,6 +36,11 @@ class Rows:
         return self._corpus.count
 
     @property
+    def learned(self) -> bool:
+        """Whether any target has weight, but for tokens that are never learned."""
+        return bool(np.any(self._corpus.contexts < self._corpus.lengths))
+
+    @property
     def fingerprint(self) -> str:
         return self._corpus.fingerprint
 
@@ -88,6 +93,8 @@ class Loader:
         least = batch_size if len(corpora) == 1 else 1
         for source in self._sources:
             _check_rows(source.tokens, seq_len, least, name)
+        if not any(source.learned for source in self._sources):
+            raise ValueError(f"all of the {name} text is prompt, with nothing to learn: use more text")
         there = tuple(source.per_epoch for source in self._sources)
         counts = there if mixture is None or len(corpora) == 1 else counts_of(mixture)
         self._batch_size, self._mixture, self._counts = batch_size, Mixture(counts, seed), counts

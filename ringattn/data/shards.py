@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
+from rich.progress import Progress
 
 from ringattn.config import Data
 from ringattn.data.corpus import Corpus, Encoded, ShardedTokens
@@ -27,8 +29,9 @@ SHARD_TOKENS = 2**27
 _DOCUMENT = np.dtype([("length", "<i8"), ("given", "<i8"), ("digest", "u1", (32,))])
 _TYPES = {"uint8": "u1", "uint16": "<u2", "int32": "<i4"}
 _PIECE = 2**24  # bytes that are hashed at a time
+_LARGE = 2**30  # bytes from which it is said that they are checked
 
-Progress = Callable[[int, int], None]
+Told = Callable[[int, int], None]
 """Is told how many bytes were read, and how many tokens written, since it was last told."""
 
 
@@ -88,7 +91,7 @@ def write_shards(
     encoded: Iterable[Encoded],
     tokenizer: Tokenizer,
     data: Data,
-    progress: Progress,
+    told: Told,
     shard_tokens: int = SHARD_TOKENS,
 ) -> None:
     """Writes the documents to `folder`, which must not exist; it is there entirely or not at all.
@@ -101,7 +104,7 @@ def write_shards(
         writer = _Writer(unfinished, shard_tokens)
         for document in encoded:
             writer.add(document)
-            progress(document.read, document.tokens.size)
+            told(document.read, document.tokens.size)
         writer.finish(tokenizer, data)
         os.rename(unfinished, folder)
     except OSError as error:
@@ -178,14 +181,16 @@ def open_shards(folder: Path) -> Shards:
         name, fingerprint = str(index["tokenizer"]["name"]), str(index["tokenizer"]["fingerprint"])
         validation = None if index["validation"] is None else float(index["validation"])
         files, made_from = list(map(_entry, index["files"])), str(index["path"])
-    except (OSError, ValueError, TypeError, LookupError) as error:
+    except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
         raise ValueError(f"{path} is no index of shards ({type(error).__name__}: {error}): {_CURE}") from error
+    _verify(folder, files)
     shards = []
     for file in files:
-        _verify(folder, file)
         if "tokens" in file:
-            tokens = np.memmap(folder / file["name"], kind, "r") if file["bytes"] else np.zeros(0, kind)
-            if tokens.size != file["tokens"] or tokens.max(initial=0) >= sizes or tokens.min(initial=0) < 0:
+            tokens = None
+            if file["bytes"] == file["tokens"] * kind.itemsize > 0:
+                tokens = np.memmap(folder / file["name"], kind, "r")
+            if tokens is None or tokens.max() >= sizes or tokens.min() < 0:
                 raise ValueError(f"{folder / file['name']} holds other tokens than {path} says: {_CURE}")
             shards.append(tokens)
     documents = read_npy(folder / "documents.npy")
@@ -203,22 +208,29 @@ def _entry(file: Any) -> dict[str, Any]:
     if not re.fullmatch(r"[\w-]+\.\w+", file["name"]):  # a name, not a path
         raise ValueError(f"{file['name']!r} is no name of a file")
     counts = {name: int(file[name]) for name in ("bytes", "tokens") if name in file}
-    return {"name": str(file["name"]), "sha256": str(file["sha256"])} | counts
+    return {"name": str(file["name"]), "sha256": str(file["sha256"]), "bytes": 0} | counts
 
 
-def _verify(folder: Path, file: dict[str, Any]) -> None:
-    path = folder / file["name"]
-    try:
-        if path.stat().st_size != file["bytes"]:
-            raise ValueError(f"{path} has {path.stat().st_size} bytes instead of {file['bytes']}: {_CURE}")
-        digest = hashlib.sha256()
-        with path.open("rb") as stream:
-            while piece := stream.read(_PIECE):
-                digest.update(piece)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}): put it back, or {_CURE}") from error
-    if digest.hexdigest() != file["sha256"]:
-        raise ValueError(f"{path} was changed since it was written: put it back, or {_CURE}")
+def _verify(folder: Path, files: list[dict[str, Any]]) -> None:
+    """Reads all files, with a bar on a terminal if there is much to read."""
+    total, console = sum(file["bytes"] for file in files), Console(highlight=False, soft_wrap=True)
+    if total >= _LARGE:
+        console.print(f"checking {total / 1e9:,.1f} GB of shards in {folder}", markup=False)
+    with Progress(console=console, transient=True, disable=total < _LARGE or not console.is_terminal) as bar:
+        task = bar.add_task("", total=total)
+        for file in files:
+            path, digest = folder / file["name"], hashlib.sha256()
+            try:
+                if path.stat().st_size != file["bytes"]:
+                    raise ValueError(f"{path} has {path.stat().st_size} bytes instead of {file['bytes']}: {_CURE}")
+                with path.open("rb") as stream:
+                    while piece := stream.read(_PIECE):
+                        digest.update(piece)
+                        bar.advance(task, len(piece))
+            except OSError as error:
+                raise ValueError(f"{path} cannot be read ({error.strerror}): put it back, or {_CURE}") from error
+            if digest.hexdigest() != file["sha256"]:
+                raise ValueError(f"{path} was changed since it was written: put it back, or {_CURE}")
 
 
 def _fit(documents: np.ndarray, tokens: int) -> bool:

@@ -135,7 +135,7 @@ def read_npy(path: Path) -> np.ndarray:
     try:
         with path.open("rb") as file:
             return np.lib.format.read_array(file, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, MemoryError) as error:
         raise ValueError(
             f"{path} is no array that can be read ({error}): name a .npy file, or make it again"
         ) from error
