@@ -191,6 +191,13 @@ def test_a_source_without_a_row_is_refused_and_few_rows_still_make_a_batch():
     assert Loader([letters("a", 2), letters("b", 2)], 31, 8, 0, mixture=(1.0, 1.0)).batch(0).tokens.shape == (8, 31)
 
 
+def test_text_that_is_all_prompt_is_refused():
+    corpus = tokens_of([Document("asked", b"x" * 64, prompt=64)])
+    with pytest.raises(ValueError, match=r"all of the validation text is prompt, with nothing to learn"):
+        Loader([corpus._replace(lengths=corpus.lengths - 1)], 16, 1, 0, "validation")
+    assert Loader([corpus], 16, 1, 0).rows_per_epoch == 4  # its end is to be learned
+
+
 def test_overlap_gives_each_piece_its_own_row_and_each_target_once():
     corpus = tokens_of([Document("long", bytes(range(100))), Document("short", b"xyz" * 3)])
     loader = Loader([corpus], 16, 1, seed=0, overlap=4)

@@ -65,7 +65,7 @@ class Sample:
     def codebook(self) -> np.ndarray:
         """k-means (Lloyd 1982, doi:10.1109/TIT.1982.1056489): [codes, PATCH, PATCH, 3], fewer codes of few patches.
 
-        A code that no patch is nearest to moves to the patch that is worst served.
+        A code that no patch is nearest to stays where it is.
         """
         points, codes = self._points, self._spread()
         for _ in range(_ITERATIONS):
@@ -73,10 +73,6 @@ class Sample:
             counts = np.bincount(chosen, minlength=len(codes))
             used, order = np.flatnonzero(counts), np.argsort(chosen, kind="stable")
             codes[used] = np.add.reduceat(points[order], (np.cumsum(counts) - counts)[used]) / counts[used, None]
-            empty = np.flatnonzero(counts == 0)
-            if empty.size:
-                error = np.square(points - codes[chosen]).sum(1)
-                codes[empty] = points[np.argsort(-error, kind="stable")[: empty.size]]
         return codes.reshape(-1, PATCH, PATCH, 3)
 
     def _spread(self) -> np.ndarray:
