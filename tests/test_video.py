@@ -2,6 +2,8 @@
 
 import importlib
 import io
+import logging
+import tempfile
 from pathlib import Path
 
 import av
@@ -16,17 +18,19 @@ SIZE = (16, 24)
 
 def film(frames: int, size: tuple[int, int] = (64, 96), seed: int = 0) -> bytes:
     """An mp4: a bright square wanders over a background that is coloured by `seed`."""
-    file, (height, width) = io.BytesIO(), size
-    with av.open(file, "w", format="mp4") as container:
-        stream = container.add_stream("mpeg4", rate=25)
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        for number in range(frames):
-            image = np.full((height, width, 3), np.random.default_rng(seed).integers(20, 120, 3), np.uint8)
-            at = 2 * number % (width - 16)
-            image[16:32, at : at + 16] = 230
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-        container.mux(stream.encode(None))
-    return file.getvalue()
+    height, width = size
+    with tempfile.TemporaryDirectory() as folder:  # on disk, so that the file's index can be moved to its beginning
+        path = Path(folder) / "film.mp4"
+        with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
+            stream = container.add_stream("mpeg4", rate=25)
+            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+            for number in range(frames):
+                image = np.full((height, width, 3), np.random.default_rng(seed).integers(20, 120, 3), np.uint8)
+                at = 2 * number % (width - 16)
+                image[16:32, at : at + 16] = 230
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+            container.mux(stream.encode(None))
+        return path.read_bytes()
 
 
 def codebook(codes: int) -> np.ndarray:
@@ -70,6 +74,16 @@ def test_a_video_becomes_its_frames_tokens():
 def test_what_is_no_video_is_refused(content: bytes):
     with pytest.raises(ValueError, match=r"not a video that PyAV can read \(.*\): convert it"):
         list(read_frames(content, SIZE))
+
+
+def test_a_film_that_is_cut_off_is_read_as_far_as_it_goes_with_a_warning(caplog: pytest.LogCaptureFixture):
+    whole = film(70)
+    with caplog.at_level(logging.WARNING):
+        assert sum(map(len, read_frames(whole, SIZE))) == 70
+        assert not caplog.records
+        found = sum(map(len, read_frames(whole[: len(whole) * 7 // 10], SIZE)))
+    assert 30 < found < 70
+    assert f"a video promises 70 frames, but {found} can be read" in caplog.text
 
 
 def test_sound_alone_is_no_video():
