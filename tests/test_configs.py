@@ -1,5 +1,6 @@
 """Every committed config is one that runs: it is read, fits its mesh, and says how it is started."""
 
+import re
 from dataclasses import fields
 from pathlib import Path
 
@@ -22,7 +23,8 @@ def test_a_config_fits_its_mesh(path, make_mesh):
     for stage in map(found.stage, range(1, len(found.stages) + 1)):
         check(stage, make_mesh(**resolve(stage.mesh, stage.mesh.simulate)))
     assert found.name == path.stem, "two configs with one name would share a folder"
-    assert f"\n    python scripts/train.py --config configs/{path.name}\n" in path.read_text(encoding="utf-8")
+    command = rf"\n    python scripts/train\.py --config configs/{re.escape(path.name)}( --data\.path \S+)?\n"
+    assert re.search(command, path.read_text(encoding="utf-8"))
 
 
 def test_the_configs_show_the_range():
@@ -41,6 +43,9 @@ def test_the_configs_show_the_range():
     assert len({each.train.accumulate for each in found}) > 1
     assert len({each.log.tensorboard for each in found}) > 1
     assert len({each.log.wandb for each in found}) > 1
+    assert {"bytes", "dna", "video"} <= {each.data.tokenizer for each in found}
+    for name in ("path", "mixture", "overlap", "frame_size", "validation"):
+        assert len({vars(each.data)[name] for each in found}) > 1, name
     for name in REPLACES:
         assert len({vars(stage)[name] for each in found for stage in each.stages}) > 1, name
 

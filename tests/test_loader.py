@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from ringattn.config import Data
-from ringattn.data.loader import Loader, load, prefetch, split, tokenize
-from ringattn.data.packing import Corpus, concatenate
-from ringattn.data.sources import Document
+from ringattn.data.corpus import Corpus, encode, gather
+from ringattn.data.formats import Document
+from ringattn.data.loader import Loader, Seed, load, prefetch
 from ringattn.data.tokenizer import ByteTokenizer
 
 
@@ -19,7 +19,16 @@ def numbered(count: int) -> list[Document]:
 
 @pytest.fixture
 def corpus() -> Corpus:
-    return tokenize(numbered(40), ByteTokenizer())
+    return tokens_of(numbered(40))
+
+
+def tokens_of(documents: list[Document]) -> Corpus:
+    return gather(encode(documents, ByteTokenizer()), ByteTokenizer())[0]
+
+
+def one_document(tokens: np.ndarray, boundary: int) -> Corpus:
+    whole = np.array([boundary, *tokens, boundary], tokens.dtype)
+    return Corpus(whole, np.array([0]), np.array([whole.size - 1]), np.array([0]))
 
 
 def same(a, b) -> bool:
@@ -30,86 +39,46 @@ def stream(loader: Loader, steps: int) -> np.ndarray:
     return np.concatenate([loader.batch(step).tokens for step in range(steps)]).reshape(-1, 16)
 
 
-def test_split_keeps_all_documents_apart_and_in_order():
-    documents = numbered(100)
-    training, validation = split(documents, 0.1)
-    assert (len(training), len(validation)) == (90, 10)
-    assert sorted(training + validation, key=lambda d: int(d.name)) == documents
-    assert training == sorted(training, key=lambda d: int(d.name))
-    assert not {d.content for d in training} & {d.content for d in validation}
-
-
-def test_split_depends_on_the_contents_alone_and_equal_documents_stay_together():
-    documents = numbered(50)
-    copies = [Document("copy", document.content) for document in documents]
-    training, validation = split(copies + documents[::-1], 0.2)
-    assert len(validation) == 20
-    assert {d.content for d in validation} == {d.content for d in split(documents, 0.2)[1]}
-    assert not {d.content for d in training} & {d.content for d in validation}
-
-
-@pytest.mark.parametrize(("share", "held"), [(0.0001, 1), (0.9999, 2)])
-def test_split_leaves_a_document_on_either_side(share: float, held: int):
-    training, validation = split(numbered(3), share)
-    assert (len(training), len(validation)) == (3 - held, held)
-
-
-@pytest.mark.parametrize("text", ["a line of text\n" * 100, "no line ends here, but ünïcode " * 50])
-def test_of_a_single_document_the_end_is_held_out(text: str):
-    (training,), (validation,) = split([Document("book.txt", text.encode())], 0.1)
-    assert training.content + validation.content == text.encode()
-    assert 0.08 < len(validation.content) / len(text.encode()) < 0.16
-    assert validation.content.decode().startswith("a line") or "\n" not in text
-
-
-def test_split_that_cannot_be_made_is_refused():
-    with pytest.raises(ValueError, match="all 5 documents are the same text: leave one, or add others"):
-        split(numbered(1) * 5, 0.5)
-    for share in (0.0, 1.0, -0.1, float("nan")):
-        with pytest.raises(ValueError, match=rf"data.validation={share} must lie between 0 and 1: use 0.05"):
-            split(numbered(3), share)
-
-
 def test_rows_of_one_document_do_not_follow_one_another():
-    loader = Loader(concatenate([np.arange(4096, dtype=np.int32)], boundary=9999), 16, 4, seed=0)
+    loader = Loader([one_document(np.arange(4096, dtype=np.int32), 9999)], 16, 4, seed=0)
     starts = stream(loader, 64)[:, 0]
     assert len(set(starts.tolist())) == 256
     assert np.mean(np.diff(starts) == 16) < 0.05
 
 
 def test_batch_is_a_function_of_seed_and_step(corpus: Corpus):
-    loader = Loader(corpus, 16, 3, seed=7)
+    loader = Loader([corpus], 16, 3, seed=7)
     batches = [loader.batch(step) for step in range(60)]
-    again = Loader(corpus, 16, 3, seed=7)
+    again = Loader([corpus], 16, 3, seed=7)
     assert all(same(again.batch(step), batches[step]) for step in (59, 3, 41, 0, 17))
-    assert not same(Loader(corpus, 16, 3, seed=8).batch(0), batches[0])
+    assert not same(Loader([corpus], 16, 3, seed=8).batch(0), batches[0])
     assert all(array.shape == (3, 16) for array in batches[0])
 
 
 def test_epochs_hold_all_documents_in_new_orders_and_join_without_a_loss(corpus: Corpus):
-    loader = Loader(corpus, 16, 5, seed=0)
+    loader = Loader([corpus], 16, 5, seed=0)
     rows = loader.rows_per_epoch
     assert rows % 5, "an epoch's end must fall inside a batch for this test"
     dealt = stream(loader, rows)  # `rows` batches of 5 are exactly 5 epochs
     epochs = [dealt[e * rows : (e + 1) * rows].ravel() for e in range(5)]
-    left = corpus.tokens.size - rows * 16
+    left = corpus.count - rows * 16
     for epoch in epochs:
-        missing = np.bincount(corpus.tokens, minlength=257) - np.bincount(epoch, minlength=257)
+        missing = np.bincount(corpus.tokens[np.arange(corpus.count)], minlength=257) - np.bincount(epoch, minlength=257)
         assert missing.min() >= 0
         assert missing.sum() == left < 16
     assert len({epoch.tobytes() for epoch in epochs}) == 5
 
 
 def test_text_without_a_batch_of_rows_is_refused_with_cures_that_work():
-    corpus = concatenate([np.zeros(99, np.uint16)], 256)
+    corpus = one_document(np.zeros(99, np.uint16), 256)
     with pytest.raises(ValueError, match=r"100 tokens, so 0 rows of data.seq_len=128, fewer .*=4: .* at most 25$"):
-        Loader(corpus, 128, 4, 0)
+        Loader([corpus], 128, 4, 0)
     message = r"training .* 2 rows .*: use more text, or data.seq_len of at most 33, or train.batch_size of at most 2$"
     with pytest.raises(ValueError, match=message):
-        Loader(corpus, 50, 3, 0)
-    assert (Loader(corpus, 33, 3, 0).rows_per_epoch, Loader(corpus, 50, 2, 0).rows_per_epoch) == (3, 2)
+        Loader([corpus], 50, 3, 0)
+    assert (Loader([corpus], 33, 3, 0).rows_per_epoch, Loader([corpus], 50, 2, 0).rows_per_epoch) == (3, 2)
     with pytest.raises(ValueError, match=r"validation .* or a larger data.validation"):
-        Loader(corpus, 50, 3, 0, "validation")
+        Loader([corpus], 50, 3, 0, "validation")
 
 
 @pytest.mark.parametrize(
@@ -118,19 +87,19 @@ def test_text_without_a_batch_of_rows_is_refused_with_cures_that_work():
 )
 def test_senseless_numbers_are_refused(corpus: Corpus, seq_len: int, batch_size: int, seed: int, message: str):
     with pytest.raises(ValueError, match=message):
-        Loader(corpus, seq_len, batch_size, seed)
+        Loader([corpus], seq_len, batch_size, seed)
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 0), (0, 1), (5, 7), (2, 12)])
 def test_prefetch_gives_the_same_batches(corpus: Corpus, start: int, stop: int):
-    loader = Loader(corpus, 16, 3, seed=1)
+    loader = Loader([corpus], 16, 3, seed=1)
     batches = list(prefetch(loader, start, stop))
     assert len(batches) == stop - start
     assert all(same(batch, loader.batch(start + i)) for i, batch in enumerate(batches))
 
 
 def test_prefetch_works_ahead_in_a_thread_that_ends_with_it(corpus: Corpus, monkeypatch: pytest.MonkeyPatch):
-    loader, made, compute = Loader(corpus, 16, 3, seed=1), [], Loader.batch
+    loader, made, compute = Loader([corpus], 16, 3, seed=1), [], Loader.batch
 
     def record(self: Loader, step: int):
         made.append((step, threading.current_thread()))
@@ -149,7 +118,7 @@ def test_prefetch_works_ahead_in_a_thread_that_ends_with_it(corpus: Corpus, monk
 
 
 def test_prefetch_raises_what_the_thread_raised(corpus: Corpus, monkeypatch: pytest.MonkeyPatch):
-    loader, compute = Loader(corpus, 16, 3, seed=1), Loader.batch
+    loader, compute = Loader([corpus], 16, 3, seed=1), Loader.batch
 
     def fail(self: Loader, step: int):
         return compute(self, step if step < 2 else 1 // 0)
@@ -182,25 +151,98 @@ def test_load_names_the_side_that_is_too_small(tmp_path: Path):
         load(Data(path=str(tmp_path), seq_len=16), 4, 0)
 
 
-def test_document_in_the_wrong_encoding_is_named():
-    class Utf8(ByteTokenizer):
-        def encode(self, document: bytes) -> np.ndarray:
-            return super().encode(document.decode("utf-8").encode())
-
-    documents = [Document("good.txt", b"good"), Document("bad.txt", b"caf\xe9!")]
-    with pytest.raises(ValueError, match=r"bad.txt is not UTF-8 \(invalid .* at byte 3\): .* data.tokenizer=bytes"):
-        tokenize(documents, Utf8())
+def letters(letter: str, count: int) -> Corpus:
+    return tokens_of([Document(letter, letter.encode() * 30)] * count)
 
 
 def test_each_stage_has_an_order_of_its_own_and_the_first_that_of_a_run_without(corpus: Corpus):
-    loader = Loader(corpus, 16, 3, seed=7)
     np.testing.assert_array_equal(np.random.PCG64([7, 5, 0]).random_raw(9), np.random.PCG64([7, 5]).random_raw(9))
-    again, other = loader.recut(16, 3, stage=0), loader.recut(16, 3, stage=1)
-    assert same(again.batch(30), loader.batch(30))
-    assert not same(other.batch(30), loader.batch(30))
-    assert other.fingerprint == loader.fingerprint
-    longer = loader.recut(32, 2, stage=1)
-    assert longer.batch(0).tokens.shape == (2, 32)
-    assert same(longer.batch(4), Loader(corpus, 32, 2, seed=7, stage=1).batch(4))
-    with pytest.raises(ValueError, match=r"the training text holds .* 0 rows of data.seq_len=9999"):
-        loader.recut(9999, 1, stage=1)
+    loader, mixture = Loader([corpus], 16, 3, seed=7), (1.0, 2.0)
+    first, second = (Loader([corpus], 16, 3, Seed(7, stage)) for stage in (0, 1))
+    assert same(first.batch(30), loader.batch(30))
+    assert not same(second.batch(30), loader.batch(30))
+    mixed, first, second = (
+        Loader([corpus, corpus], 16, 6, seed, mixture=mixture) for seed in (7, Seed(7, 0), Seed(7, 1))
+    )
+    assert same(first.batch(3), mixed.batch(3))
+    assert not same(second.batch(3), mixed.batch(3))
+
+
+def test_the_fingerprint_is_the_same_in_rows_of_any_length(corpus: Corpus):
+    kinds = [{"overlap": 2}, {"mixture": (1.0, 2.0)}, {}]
+    for kind in kinds:
+        short, long = (Loader([corpus, corpus], length, 1, 0, **kind) for length in (16, 32))
+        assert short.fingerprint == long.fingerprint
+
+
+def test_a_mixture_deals_its_shares_and_every_row_in_turn():
+    corpora = [letters("a", 8), letters("b", 50), letters("c", 9)]
+    loader = Loader(corpora, 31, 4, seed=3, mixture=(3.0, 2.0, 5.0))
+    dealt = np.concatenate([loader.batch(step).tokens for step in range(25)])
+    kinds = np.where(dealt[:, 0] == 256, dealt[:, 1], dealt[:, 0])
+    for cycle in kinds.reshape(-1, 10):
+        assert np.bincount(cycle, minlength=100)[[97, 98, 99]].tolist() == [3, 2, 5]
+    assert len({cycle.tobytes() for cycle in kinds.reshape(-1, 10)}) > 1
+    again = Loader(corpora, 31, 4, seed=3, mixture=(3.0, 2.0, 5.0))
+    assert all(same(again.batch(step), loader.batch(step)) for step in (24, 3, 0))
+    assert loader.rows_per_epoch == 10  # then c, of 9 rows at 5 in 10, begins anew
+
+
+def test_a_mixture_keeps_the_order_of_each_source():
+    numbers = np.arange(640, dtype=np.int32)
+    one, other = one_document(numbers, 9999), one_document(numbers + 1000, 9999)
+    mixed, alone = Loader([one, other], 16, 4, 0, mixture=(1.0, 3.0)), Loader([one], 16, 1, 0)
+    rows = np.concatenate([mixed.batch(step).tokens for step in range(20)])
+    of_one = rows[rows[:, 1] < 1000]
+    assert len(of_one) == 20
+    assert of_one.tolist() == [alone.batch(step).tokens[0].tolist() for step in range(20)]
+
+
+def test_without_shares_each_row_of_each_source_comes_once():
+    loader = Loader([letters("a", 8), letters("b", 50)], 31, 2, seed=0)
+    assert loader.rows_per_epoch == 58
+    rows = np.concatenate([loader.batch(step).tokens for step in range(29)])
+    assert np.bincount(rows.max(1, where=rows < 256, initial=0))[[97, 98]].tolist() == [8, 50]
+
+
+def test_a_source_without_a_row_is_refused_and_few_rows_still_make_a_batch():
+    with pytest.raises(ValueError, match=r"validation text holds 31 tokens, so 0 rows of data.seq_len=32, .*=1"):
+        Loader([letters("a", 40), letters("b", 1)], 32, 4, 0, "validation")
+    assert Loader([letters("a", 2), letters("b", 2)], 31, 8, 0, mixture=(1.0, 1.0)).batch(0).tokens.shape == (8, 31)
+
+
+def test_text_that_is_all_prompt_is_refused():
+    corpus = tokens_of([Document("asked", b"x" * 64, prompt=64)])
+    with pytest.raises(ValueError, match=r"all of the validation text is prompt, with nothing to learn"):
+        Loader([corpus._replace(lengths=corpus.lengths - 1)], 16, 1, 0, "validation")
+    assert Loader([corpus], 16, 1, 0).rows_per_epoch == 4  # its end is to be learned
+
+
+def test_overlap_gives_each_piece_its_own_row_and_each_target_once():
+    corpus = tokens_of([Document("long", bytes(range(100))), Document("short", b"xyz" * 3)])
+    loader = Loader([corpus], 16, 1, seed=0, overlap=4)
+    rows = [loader.batch(step) for step in range(loader.rows_per_epoch)]
+    full = [row for row in rows if row.segment_ids.max() == 0]
+    assert len(full) >= 7
+    starts = sorted(int(row.tokens[0, 0]) for row in full if row.tokens[0, 0] != 256)
+    assert starts[:6] == [11, 23, 35, 47, 59, 71]  # the boundary is a token, too
+    assert all(row.weights[0].tolist() == [0] * 4 + [1] * 12 for row in full if row.tokens[0, 0] in starts[:6])
+    learned = np.concatenate([row.targets[row.weights > 0] for row in full])
+    assert len(set(learned.tolist())) == learned.size
+
+
+def test_fingerprint_changes_with_tokens_pieces_and_shares():
+    corpus = tokens_of(numbered(40))
+    tokens = np.array(corpus.tokens[np.arange(corpus.count + 1)])
+    tokens[5] += 1
+    shorter = corpus.lengths.copy()
+    shorter[3] -= 1
+    found = {
+        Loader([corpus], 16, 2, 0).fingerprint,
+        Loader([corpus._replace(tokens=tokens)], 16, 2, 0).fingerprint,
+        Loader([corpus._replace(lengths=shorter)], 16, 2, 0).fingerprint,
+        Loader([corpus, corpus], 16, 2, 0, mixture=(1.0, 2.0)).fingerprint,
+        Loader([corpus, corpus], 16, 2, 0, mixture=(2.0, 1.0)).fingerprint,
+    }
+    assert len(found) == 5
+    assert Loader([corpus], 16, 2, 1).fingerprint in found

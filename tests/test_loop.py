@@ -201,12 +201,16 @@ def whole(staged):
     """Its folder, once it went through its first two stages in one go."""
     with pytest.MonkeyPatch.context() as patch:
         calls = []
-        for name, usual in (("load", loop.load), ("prefetch", loop.prefetch)):
+        for name, usual in (("read", loop.read), ("prefetch", loop.prefetch)):
             patch.setattr(loop, name, lambda *words, _=(name, usual): calls.append((_[0], *words)) or _[1](*words))
         c = replace(staged, stages=STAGES[:2])
         assert train(c) == 0
     # The text is read once, not once a stage, and each stage begins with the first of its own rows.
-    assert [(name, *words[-2:]) for name, *words in calls] == [("load", 4, 0), ("prefetch", 0, 4), ("prefetch", 0, 4)]
+    assert [(name, *words[-2:]) for name, *words in calls] == [
+        ("read", c.data, None),
+        ("prefetch", 0, 4),
+        ("prefetch", 0, 4),
+    ]
     return folder_of(c)
 
 

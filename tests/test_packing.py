@@ -1,14 +1,19 @@
 import numpy as np
 import pytest
 
-from ringattn.data.packing import Batch, PackedRows, concatenate
+from ringattn.data.corpus import Corpus
+from ringattn.data.packing import Batch, PackedRows
 
 BOUNDARY = 99
 
 
-def corpus(*lengths: int):
+def corpus(*lengths: int, contexts: tuple[int, ...] = ()) -> Corpus:
     """Documents 10, 11, ... / 20, 21, ... / ... of the given lengths."""
-    return concatenate([np.arange(10 * d, 10 * d + n, dtype=np.uint16) for d, n in enumerate(lengths, 1)], BOUNDARY)
+    documents = [[BOUNDARY, *range(10 * d, 10 * d + n)] for d, n in enumerate(lengths, 1)]
+    sizes = np.array([len(document) for document in documents], np.int64)
+    tokens = np.array([*(token for document in documents for token in document), BOUNDARY], np.uint16)
+    given = np.array(contexts or (0,) * len(lengths), np.int64)
+    return Corpus(tokens, np.cumsum(sizes) - sizes, sizes, given)
 
 
 def all_rows(packed: PackedRows) -> Batch:
@@ -31,8 +36,8 @@ def test_rows_by_hand():
 @pytest.mark.parametrize("seq_len", [1, 2, 3, 7, 16, 40])
 def test_every_token_lies_once_in_order_and_predicts_the_next(seq_len: int):
     documents, order = corpus(3, 0, 9, 1, 5, 0, 8, 2), np.array([6, 1, 3, 0, 7, 5, 2, 4])
-    pieces = [documents.tokens[documents.offsets[d] : documents.offsets[d + 1]] for d in order]
-    stream = np.concatenate([*pieces, [BOUNDARY]])
+    places = [int(documents.starts[d]) + np.arange(int(documents.lengths[d])) for d in order]
+    stream = np.concatenate([*(documents.tokens[each] for each in places), [BOUNDARY]])
     packed = PackedRows(documents, seq_len, order)
     batch = all_rows(packed)
     used = batch.tokens.size
@@ -66,3 +71,28 @@ def test_no_row_beyond_the_end():
     for number in (-1, 1):
         with pytest.raises(IndexError, match="of 1"):
             packed.rows(np.array([number]))
+
+
+def test_what_is_given_and_what_is_not_known_has_no_weight():
+    given = corpus(3, 5, contexts=(2, 0))._replace(unlearned=22)
+    tokens, targets, _, _, weights = all_rows(PackedRows(given, 5, np.array([0, 1])))
+    assert tokens.tolist() == [[99, 10, 11, 12, 99], [20, 21, 22, 23, 24]]
+    assert targets.tolist() == [[10, 11, 12, 99, 20], [21, 22, 23, 24, 99]]
+    # 10 and 11 are the prompt, 22 is never learned; what follows either is.
+    assert weights.tolist() == [[0, 0, 1, 1, 1], [1, 0, 1, 1, 1]]
+
+
+def test_a_prompt_longer_than_a_row_has_no_weight_in_any_row():
+    weights = all_rows(PackedRows(corpus(11, contexts=(7,)), 4, np.array([0]))).weights
+    assert weights.ravel().tolist() == [0] * 7 + [1] * 5
+
+
+def test_a_piece_of_a_document_predicts_what_follows_it_there():
+    whole = corpus(6, 2)
+    pieces = whole._replace(starts=np.array([0, 4, 7]), lengths=np.array([4, 3, 3]), contexts=np.array([0, 2, 0]))
+    tokens, targets, positions, segments, weights = PackedRows(pieces, 10, np.array([1, 2, 0])).rows(np.array([0]))
+    assert tokens.tolist() == [[13, 14, 15, 99, 20, 21, 99, 10, 11, 12]]
+    assert targets.tolist() == [[14, 15, 99, 20, 21, 99, 10, 11, 12, 13]]
+    assert positions.tolist() == [[0, 1, 2, 0, 1, 2, 0, 1, 2, 3]]
+    assert segments.tolist() == [[0, 0, 0, 1, 1, 1, 2, 2, 2, 2]]
+    assert weights.tolist() == [[0, 0, 1, 1, 1, 1, 1, 1, 1, 1]]

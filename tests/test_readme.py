@@ -60,6 +60,16 @@ def test_all_commands_that_measure_are_valid():
         config.parse(flags, "", config.Benchmark)
 
 
+def test_all_commands_that_prepare_are_valid():
+    commands = [shlex.split(line, comments=True) for line in COMMANDS if "scripts/prepare.py" in line]
+    assert commands
+    for words in commands:
+        flags = words[words.index("--config") :]
+        output = flags.index("--output")
+        flags[1] = str(ROOT / flags[1])
+        config.parse(flags[:output] + flags[output + 2 :], "")
+
+
 def test_all_configs_are_in_the_table():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     for path in (ROOT / "configs").glob("*.py"):

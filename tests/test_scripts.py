@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -96,3 +97,37 @@ def test_a_benchmark_on_the_command_line(tmp_path):
     assert run(*repeated, script="benchmark.py").returncode == 0
     rows = json.loads((tmp_path / "benchmark" / "results.json").read_text())["rows"]
     assert [(row["subject"], row["pass"]) for row in rows] == [("dense", "forward"), ("dense", "forward+backward")]
+
+
+def test_shards_are_written_and_trained_from(tmp_path):
+    (tmp_path / "g.fa").write_bytes(b">a\n" + bytes(b"ACGT"[i * i * 7 % 11 % 4] for i in range(4000)) + b"\n")
+    dna = ("--config", str(ROOT / "configs" / "dna.py"))
+    source, output = ("--data.path", str(tmp_path / "g.fa")), ("--output", str(tmp_path / "shards"))
+    assert "no folder to write to" in message_of(*dna, *source, script="prepare.py")
+    done = run(*dna, *source, *output, script="prepare.py")
+    assert done.returncode == 0, done.stderr
+    assert "4,001 tokens" in done.stdout
+    small = ("--data.seq_len", "64", "--data.overlap", "8", "--train.steps", "1", "--log.directory", str(tmp_path))
+    done = run(*dna, "--data.path", str(tmp_path / "shards"), *small)
+    assert done.returncode == 0, done.stderr
+    assert "validation loss" in done.stdout
+    with (tmp_path / "shards" / "shard-00000.bin").open("ab") as file:
+        file.truncate(2000)
+    message = message_of(*dna, "--data.path", str(tmp_path / "shards"), *small)
+    assert f"{tmp_path}/shards/shard-00000.bin has 2000 bytes instead of 4002" in message
+
+
+def test_a_prepare_that_is_killed_leaves_nothing_that_passes_for_whole(tmp_path):
+    (tmp_path / "t.jsonl").write_text('{"text": "some words"}\n' * 300_000)
+    words = [*QUICKSTART, "--data.path", str(tmp_path / "t.jsonl"), "--output", str(tmp_path / "s")]
+    environ = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([sys.executable, str(ROOT / "scripts" / "prepare.py"), *words], env=environ) as process:
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.glob(".s.*")) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.kill()
+    assert len(list(tmp_path.glob(".s.*"))) == 1
+    assert not (tmp_path / "s").exists()
+    done = run(*words, script="prepare.py")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "s" / "index.json").is_file()

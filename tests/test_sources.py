@@ -29,7 +29,7 @@ def contents(path: Path | str) -> list[bytes]:
 
 
 def test_standard_library_is_large_and_without_tests_or_a_second_copy_of_the_topics():
-    documents = read_documents("stdlib")
+    documents = list(read_documents("stdlib"))
     names = [document.name for document in documents]
     assert {"stdlib/asyncio/events.py", "stdlib/ast.py", "stdlib/topics/if"} <= set(names)
     assert len(set(names)) == len(names)
@@ -41,7 +41,7 @@ def test_standard_library_is_large_and_without_tests_or_a_second_copy_of_the_top
 
 def test_folder_is_read_in_order_without_hidden_binary_and_empty_files(folder: Path, caplog: pytest.LogCaptureFixture):
     with caplog.at_level(logging.WARNING):
-        documents = read_documents(str(folder))
+        documents = list(read_documents(str(folder)))
     assert [document.content for document in documents] == [b"sea", b"first", b"second", b"bee"]
     assert documents[2].name == f"{folder}/a/one.jsonl:3"
     assert [record.getMessage() for record in caplog.records] == [
@@ -58,7 +58,7 @@ def test_order_is_by_name_not_by_creation(tmp_path: Path):
 
 def test_linked_folder_is_counted_and_not_entered(folder: Path, caplog: pytest.LogCaptureFixture):
     (folder / "a" / "back").symlink_to(folder)
-    assert len(read_documents(str(folder))) == 4
+    assert len(contents(folder)) == 4
     assert "skipped 2 of 6" in caplog.text
 
 
@@ -98,33 +98,33 @@ def test_jsonl_keeps_what_json_says(tmp_path: Path):
 def test_bad_line_is_named(tmp_path: Path, line: bytes):
     (tmp_path / "t.jsonl").write_bytes(b'{"text": "good"}\n' + line + b"\n")
     with pytest.raises(ValueError, match=r't\.jsonl:2: \w+Error: .*a JSON object with a string under "text"'):
-        read_documents(str(tmp_path))
+        contents(tmp_path)
 
 
 def test_missing_and_empty_paths_are_refused(tmp_path: Path):
     for path in (f"{tmp_path}/none", "", f"{tmp_path}/none\0"):
         with pytest.raises(ValueError, match=r"is neither a file nor a folder: name .* or 'stdlib'"):
-            read_documents(path)
+            contents(path)
     for path in (tmp_path, tmp_path / "*.txt"):
         with pytest.raises(ValueError, match=r"finds no file: put text files there"):
-            read_documents(str(path))
+            contents(path)
     (tmp_path / "empty.txt").touch()
     for path in (tmp_path, tmp_path / "empty.txt"):
         with pytest.raises(ValueError, match=r"holds no text: name a non-empty file"):
-            read_documents(str(path))
+            contents(path)
 
 
 def test_binary_file_is_refused_where_named_and_where_alone(tmp_path: Path):
     (tmp_path / "image.png").write_bytes(b"\x89PNG\0")
     with pytest.raises(ValueError, match="holds NUL bytes, so it is not plain text"):
-        read_documents(str(tmp_path / "image.png"))
+        contents(str(tmp_path / "image.png"))
     with pytest.raises(ValueError, match="holds no text"):
-        read_documents(str(tmp_path))
+        contents(tmp_path)
 
 
 def test_unreadable_paths_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(ValueError, match=r"data.path='aaa"):
-        read_documents("a" * 300)
+        contents("a" * 300)
 
     def refuse(path: str | Path, *_: object) -> None:
         raise PermissionError(13, "Permission denied", str(path))
@@ -133,7 +133,7 @@ def test_unreadable_paths_are_refused(folder: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(Path, "open", refuse)
     for path in (folder, folder / "b.txt"):
         with pytest.raises(ValueError, match=r"cannot read '.*' \(Permission denied\): check its permissions"):
-            read_documents(str(path))
+            contents(path)
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(ValueError, match=r"cannot read '.*' \(Permission denied\)"):
-        read_documents(str(folder))
+        contents(folder)

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import tokenizers
 
-from ringattn.data.tokenizer import ByteTokenizer, FileTokenizer, load_tokenizer
+from ringattn.data import load_tokenizer
+from ringattn.data.tokenizer import ByteTokenizer, FileTokenizer
 
 TEXT = "def f(x):\n    return 'é 漢 🙂'\n" * 3
 BOUNDARY = "<|endoftext|>"

@@ -68,7 +68,8 @@ def described(kind: Any) -> str:
         return "one of " + ", ".join(map(repr, get_args(kind)))
     if get_origin(kind) is tuple:
         kind = get_args(kind)[0]
-        return {int: "one or more integers", str: "one or more strings"}.get(kind, f"one or more {kind.__name__}(...)")
+        several = {int: "integers", float: "finite numbers", str: "strings"}
+        return f"one or more {several.get(kind, f'{kind.__name__}(...)')}"
     words = {int: "an integer", float: "a finite number", bool: "True or False", str: "a string", NoneType: "None"}
     return words.get(kind, f"a section {kind.__name__}(...)")
 

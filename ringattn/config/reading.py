@@ -11,12 +11,13 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
 import tyro
 
 from ringattn.config.benchmark import Benchmark
-from ringattn.config.checks import described, fits, prefix, unknown
+from ringattn.config.checks import UNIONS, described, fits, prefix, unknown
 from ringattn.config.sections import Config
 from ringattn.config.stages import REPLACES, Stage, changed
 
@@ -92,13 +93,15 @@ def _flags(argv: Sequence[str], kind: type) -> dict[str, Any]:
             of_stages = name.startswith("stage")  # else '--learning_rate' would be nearest to a stage's
             valid = [f"--{each}" for each in kinds if each.startswith("stages.") == of_stages]
             raise ValueError(unknown(f"--{name}", valid))
-        several, texts = get_origin(kinds[name]) is tuple, [text] * bool(equals)
+        parts = get_args(kinds[name]) if get_origin(kinds[name]) in UNIONS else (kinds[name],)
+        several, texts = [part for part in parts if get_origin(part) is tuple], [text] * bool(equals)
         while words and not words[0].startswith("--") and (several or not texts):
             texts.append(words.pop(0))
         if not texts:
             raise ValueError(f"--{name} needs a value: {described(kinds[name])}")
-        values = tuple(_value(text, get_args(kinds[name])[0] if several else kinds[name]) for text in texts)
-        flags[name] = values if several else values[0]
+        values = tuple(_value(text, get_args(several[0])[0] if several else kinds[name]) for text in texts)
+        one = not several or (values == (None,) and NoneType in parts)
+        flags[name] = values[0] if one else values
         if not fits(flags[name], kinds[name]):
             raise ValueError(f"--{name} {' '.join(texts)} must be {described(kinds[name])}")
     return flags

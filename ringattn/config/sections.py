@@ -58,21 +58,43 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    path: str = "stdlib"
-    """Text to train on: a file, a folder, a glob (plain text or .jsonl), or 'stdlib', Python's own source."""
+    path: str | tuple[str, ...] = "stdlib"
+    """What to train on: a file, a folder, a glob, token shards, or 'stdlib', Python's own source; or several."""
+    mixture: tuple[float, ...] | None = None
+    """For several paths, how many rows come from each, in proportion (7 3); None: every row of each once an epoch."""
     tokenizer: str = "bytes"
-    """'bytes', or the path of a local tokenizer.json."""
+    """'bytes', 'dna', 'video' (learns a codebook), or the path of a tokenizer.json or a codebook.npy."""
     seq_len: int = 2048
     """Tokens in a row (L)."""
+    overlap: int = 0
+    """Tokens that a document longer than a row repeats in its next row, as context without weight in the loss."""
+    frame_size: tuple[int, ...] = (32, 48)
+    """Height and width to which frames of video are scaled; multiples of 4, for patches of 4 x 4 are tokens."""
     validation: float = 0.05
-    """Share of the documents that is held out for validation."""
+    """Share of the documents that is held out for validation; of a single document its end."""
 
     def __post_init__(self) -> None:
         check_types(self)
-        require(bool(self.path), self, "path", "a file, a folder, a glob or 'stdlib'")
-        require(bool(self.tokenizer), self, "tokenizer", "'bytes' or the path of a tokenizer.json")
+        if len(self.paths) == 1:  # so that a path is the same, however it was given
+            object.__setattr__(self, "path", self.paths[0])
+        require(all(self.paths), self, "path", "a file, a folder, a glob or 'stdlib'")
+        if self.mixture is not None:
+            shares = f"one positive share for each of the {len(self.paths)} of data.path, or None"
+            object.__setattr__(self, "mixture", tuple(map(float, self.mixture)))
+            require(len(self.mixture) == len(self.paths) and min(self.mixture) > 0, self, "mixture", shares)
+        require(bool(self.tokenizer), self, "tokenizer", "'bytes', 'dna', 'video' or the path of a tokenizer.json")
         at_least(1, self, "seq_len")
+        at_least(0, self, "overlap")
+        require(self.overlap < self.seq_len, self, "overlap", f"less than data.seq_len={self.seq_len}")
+        sides = "a height and a width, each a multiple of 4, such as 32 48"
+        right = len(self.frame_size) == 2 and all(side > 0 and side % 4 == 0 for side in self.frame_size)
+        require(right, self, "frame_size", sides)
         require(0 < self.validation < 1, self, "validation", "between 0 and 1, such as 0.05")
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """`path`, however many there are."""
+        return (self.path,) if isinstance(self.path, str) else self.path
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,82 +5,52 @@ from collections import deque
 from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from ringattn.config import Data
-from ringattn.data.packing import Batch, Corpus, PackedRows, concatenate
-from ringattn.data.sources import Document, read_documents
-from ringattn.data.tokenizer import Tokenizer, load_tokenizer
+from ringattn.data.corpus import Corpus, cut_long
+from ringattn.data.mixture import Mixture, counts_of
+from ringattn.data.packing import Batch, PackedRows
+from ringattn.data.reading import Sides, read
+from ringattn.data.tokenizer import Tokenizer
 
 _AHEAD = 2  # batches that are ready or being made while the device computes
 
 
-def split(documents: Sequence[Document], share: float) -> tuple[list[Document], list[Document]]:
-    """Documents for training and for validation, about `share` of them held out, at least one on either side.
-
-    Who is held out depends on the contents alone: no seed moves it, and equal documents stay on one side. Of a text
-    that is all one document, its end is held out. Raises ValueError if `share` is not between 0 and 1, or if
-    there are several documents, but all the same.
-    """
-    if not 0 < share < 1:
-        raise ValueError(f"data.validation={share} must lie between 0 and 1: use 0.05 to hold out a twentieth")
-    digests = [hashlib.sha256(document.content).digest() for document in documents]
-    ranked = sorted(set(digests))
-    if len(documents) == 1:
-        return _cut(documents[0], share)
-    if len(ranked) == 1:
-        raise ValueError(f"all {len(documents)} documents are the same text: leave one, or add others to data.path")
-    held = set(ranked[: min(max(round(share * len(ranked)), 1), len(ranked) - 1)])
-    pairs = list(zip(documents, digests, strict=True))
-    return [one for one, digest in pairs if digest not in held], [one for one, digest in pairs if digest in held]
+class Seed(NamedTuple):
+    number: int
+    stage: int = 0
+    """Each stage of a run draws an order of its own."""
 
 
-def _cut(document: Document, share: float) -> tuple[list[Document], list[Document]]:
-    """One document in two, at the end of a line if there is one near, or else of a character."""
-    content = document.content
-    held = round(share * len(content))
-    at = len(content) - held
-    at = content.rfind(b"\n", at - held // 2, at) + 1 or at
-    while at < len(content) and content[at] & 0xC0 == 0x80:  # not within a character of UTF-8
-        at += 1
-    return [Document(document.name, content[:at])], [Document(f"{document.name} (its end)", content[at:])]
+class Rows:
+    """The rows of one corpus, epoch after epoch.
 
-
-class Loader:
-    """Deals out the packed rows of `corpus`, epoch after epoch, `batch_size` rows a step, `seq_len` tokens a row.
-
-    Epoch e's documents, and then its rows, come in an order drawn from (seed, e, stage). The rows that an epoch's end
-    leaves are followed, in the same batch, by the next epoch's first. Raises ValueError, calling the text `name`, if
-    it has less than a batch of rows, or if `seed` is negative.
+    Epoch e's documents, and then its rows, come in an order drawn from (seed, e, stage).
     """
 
-    def __init__(
-        self, corpus: Corpus, seq_len: int, batch_size: int, seed: int, name: str = "training", stage: int = 0
-    ):
-        if seed < 0:
-            raise ValueError(f"train.seed={seed} must not be negative: use 0 or more")
-        _check_rows(corpus.tokens.size, seq_len, batch_size, name)
-        self._corpus, self._seq_len, self._batch_size, self._seed = corpus, seq_len, batch_size, seed
-        self._name, self._stage = name, stage
-        self.rows_per_epoch: int = corpus.tokens.size // seq_len
+    def __init__(self, corpus: Corpus, seq_len: int, seed: Seed, overlap: int = 0):
+        self.fingerprint: str = corpus.fingerprint  # before it is cut: the same in rows of any length
+        self._corpus = cut_long(corpus, seq_len, overlap) if overlap else corpus
+        self._seq_len, self._seed, self._overlap = seq_len, seed, overlap
+        self.per_epoch: int = self._corpus.count // seq_len
         self._epoch = lru_cache(maxsize=2)(self._pack)  # a batch touches two epochs at most
 
-    def recut(self, seq_len: int, batch_size: int, stage: int) -> "Loader":
-        """The same text in other rows, from step 0 on, in an order that is the stage's own. Raises as `Loader` does."""
-        return Loader(self._corpus, seq_len, batch_size, self._seed, self._name, stage)
+    @property
+    def tokens(self) -> int:
+        return self._corpus.count
 
     @property
-    def fingerprint(self) -> str:
-        """What stands for the text: 16 hexadecimal digits that change with any token or document's end."""
-        digest = hashlib.sha256()
-        for array in self._corpus:
-            digest.update(np.ascontiguousarray(array).data)
-        return digest.hexdigest()[:16]
+    def learned(self) -> bool:
+        """Whether any target has weight, but for tokens that are never learned."""
+        return bool(np.any(self._corpus.contexts < self._corpus.lengths))
 
-    def batch(self, step: int) -> Batch:
-        """The batch of `step` (from 0): each array [batch_size, seq_len], equal for equal (seed, step)."""
-        epochs, rows = np.divmod(step * self._batch_size + np.arange(self._batch_size), self.rows_per_epoch)
+    def rows(self, numbers: np.ndarray) -> Batch:
+        """The rows `numbers` ([B], from 0, rising), counted through all epochs."""
+        epochs, rows = np.divmod(numbers, self.per_epoch)
         parts = []
         for epoch in np.unique(epochs):
             packed, order = self._epoch(int(epoch))
@@ -91,16 +61,72 @@ class Loader:
         """The epoch's rows, and the order in which they are dealt: a batch is not the pages of one long document."""
         # Raw bits, since NumPy may change from one version to the next what a Generator makes of them.
         # Trailing zeros change nothing: stage 0 is what a run without stages draws.
-        bits = np.random.PCG64([self._seed, epoch, self._stage])
-        counts = self._corpus.offsets.size - 1, self.rows_per_epoch
-        documents, rows = (np.argsort(bits.random_raw(count), kind="stable") for count in counts)
-        return PackedRows(self._corpus, self._seq_len, documents), rows
+        bits = np.random.PCG64([self._seed.number, epoch, self._seed.stage])
+        counts = self._corpus.starts.size, self.per_epoch
+        pieces, rows = (np.argsort(np.atleast_1d(bits.random_raw(count)), kind="stable") for count in counts)
+        if self._overlap:
+            # Pieces that fill a row come first, so that each lies in a row of its own, with its context.
+            pieces = pieces[np.argsort(self._corpus.lengths[pieces] < self._seq_len, kind="stable")]
+        return PackedRows(self._corpus, self._seq_len, pieces), rows
+
+
+class Loader:
+    """Deals out the packed rows of `corpora`, epoch after epoch, `batch_size` rows a step, `seq_len` tokens a row.
+
+    Rows of several corpora come in the proportions of `mixture`; without it each row of each comes once an epoch.
+    The rows that an epoch's end leaves are followed, in the same batch, by the next epoch's first. Documents longer
+    than a row are cut with `overlap` tokens of context. Raises ValueError, calling the text `name`, if there is less
+    than a batch of rows, if a corpus of several has no row, or if `seed` is negative.
+    """
+
+    def __init__(
+        self,
+        corpora: Sequence[Corpus],
+        seq_len: int,
+        batch_size: int,
+        seed: Seed | int,
+        name: str = "training",
+        overlap: int = 0,
+        mixture: tuple[float, ...] | None = None,
+    ):
+        seed = seed if isinstance(seed, Seed) else Seed(seed)
+        if seed.number < 0:
+            raise ValueError(f"train.seed={seed.number} must not be negative: use 0 or more")
+        for field, value in (("data.seq_len", seq_len), ("train.batch_size", batch_size)):
+            if value < 1:
+                raise ValueError(f"{field}={value} must be at least 1")
+        self._sources = [Rows(corpus, seq_len, seed, overlap) for corpus in corpora]
+        least = batch_size if len(corpora) == 1 else 1
+        for source in self._sources:
+            _check_rows(source.tokens, seq_len, least, name)
+        if not any(source.learned for source in self._sources):
+            raise ValueError(f"all of the {name} text is prompt, with nothing to learn: use more text")
+        there = tuple(source.per_epoch for source in self._sources)
+        counts = there if mixture is None or len(corpora) == 1 else counts_of(mixture)
+        self._batch_size, self._mixture, self._shares = batch_size, Mixture(counts, *seed), mixture or ()
+        # Until the first source begins anew; of few rows, a batch that has some twice is better than none.
+        cycles = min(rows // count for rows, count in zip(there, counts, strict=True))
+        self.rows_per_epoch: int = max(sum(counts) * cycles, batch_size)
+
+    @property
+    def fingerprint(self) -> str:
+        """What stands for the text: 16 hexadecimal digits that change with any token, any document's end or share."""
+        parts = [source.fingerprint for source in self._sources]
+        return hashlib.sha256("/".join([*parts, *map(str, self._shares)]).encode()).hexdigest()[:16]
+
+    def batch(self, step: int) -> Batch:
+        """The batch of `step` (from 0): each array [batch_size, seq_len], equal for equal (seed, step)."""
+        wanted = step * self._batch_size + np.arange(self._batch_size)
+        if len(self._sources) == 1:
+            return self._sources[0].rows(wanted)
+        sources, numbers = self._mixture.places(wanted)
+        chosen = np.unique(sources)
+        parts = [self._sources[source].rows(numbers[sources == source]) for source in chosen]
+        back = np.argsort(np.concatenate([np.flatnonzero(sources == source) for source in chosen]))
+        return Batch(*(np.concatenate(arrays)[back] for arrays in zip(*parts, strict=True)))
 
 
 def _check_rows(tokens: int, seq_len: int, batch_size: int, name: str) -> None:
-    for field, value in (("data.seq_len", seq_len), ("train.batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"{field}={value} must be at least 1")
     rows = tokens // seq_len
     if rows >= batch_size:
         return
@@ -135,28 +161,22 @@ def prefetch(loader: Loader, start: int, stop: int) -> Generator[Batch, None, No
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def load(data: Data, batch_size: int, seed: int) -> tuple[Tokenizer, Loader, Loader]:
+def load(data: Data, batch_size: int, seed: int, kept: Path | None = None) -> tuple[Tokenizer, Loader, Loader]:
     """Reads, splits and tokenises `data`: the tokenizer, and the loaders of training and of validation.
 
-    The validation rows do not depend on `seed`, so that runs compare. Raises ValueError where the text or the
-    tokenizer cannot be read, or where either side has less than a batch of rows.
+    `kept` may hold what a run's tokenizer needs. Raises ValueError where text or tokenizer cannot be read, or as `deal`
+    does.
     """
-    tokenizer = load_tokenizer(data.tokenizer)
-    training, validation = split(read_documents(data.path), data.validation)
-    return (
-        tokenizer,
-        Loader(tokenize(training, tokenizer), data.seq_len, batch_size, seed, "training"),
-        Loader(tokenize(validation, tokenizer), data.seq_len, batch_size, 0, "validation"),
-    )
+    sides = read(data, kept)
+    return sides.tokenizer, *deal(sides, data, batch_size, seed)
 
 
-def tokenize(documents: Sequence[Document], tokenizer: Tokenizer) -> Corpus:
-    """The token documents of `documents` (at least one). Raises ValueError naming one that is not UTF-8 but must be."""
-    encoded = []
-    for document in documents:
-        try:
-            encoded.append(tokenizer.encode(document.content))
-        except UnicodeDecodeError as error:
-            cure = "convert it, or use data.tokenizer=bytes"
-            raise ValueError(f"{document.name} is not UTF-8 ({error.reason} at byte {error.start}): {cure}") from error
-    return concatenate(encoded, tokenizer.boundary)
+def deal(sides: Sides, data: Data, batch_size: int, seed: int, stage: int = 0) -> tuple[Loader, Loader]:
+    """The loaders of training and of validation, of what was read before, in the rows of `data`.
+
+    The validation rows depend neither on seed nor on stage, so that runs compare. Raises ValueError where either side
+    has less than a batch of rows.
+    """
+    cut = data.overlap, data.mixture
+    training = Loader(sides.training, data.seq_len, batch_size, Seed(seed, stage), "training", *cut)
+    return training, Loader(sides.validation, data.seq_len, batch_size, 0, "validation", *cut)

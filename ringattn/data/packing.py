@@ -1,14 +1,15 @@
 """Documents laid end to end and cut into rows. Any row is computed without the rows before it.
 
-An epoch's stream is `boundary t1 ... tn` for each document in that epoch's order. Row i is its window of L tokens
-at i * L; every token's target is the stream's next one, so that a row's last target is the first token of the next
-row, and a document's last token predicts the boundary that opens the next document.
+An epoch's stream is the corpus's pieces in that epoch's order; a whole document is `boundary t1 ... tn`. Row i is the
+stream's window of L tokens at i * L. Every token's target is the next one of its own document, which for the last
+token is a boundary.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+
+from ringattn.data.corpus import Corpus
 
 
 class Batch(NamedTuple):
@@ -17,44 +18,27 @@ class Batch(NamedTuple):
     tokens: np.ndarray
     """int32."""
     targets: np.ndarray
-    """int32: the token that follows in the stream."""
+    """int32: the token that follows in the document."""
     positions: np.ndarray
     """int32: place in the piece of a document that lies in this row, from 0."""
     segment_ids: np.ndarray
     """int32: number of that piece in this row, from 0."""
     weights: np.ndarray
-    """float32: each token's weight in the loss."""
-
-
-class Corpus(NamedTuple):
-    """Token documents end to end, each opened by the boundary; a memory-mapped array serves as well."""
-
-    tokens: np.ndarray
-    """[tokens], any integer type."""
-    offsets: np.ndarray
-    """[documents + 1] int64: document d is tokens[offsets[d]:offsets[d + 1]]."""
-
-
-def concatenate(documents: Sequence[np.ndarray], boundary: int) -> Corpus:
-    """Puts the boundary before each of the `documents` (ids [tokens] of one type that holds it). At least one."""
-    lengths = np.array([1 + document.size for document in documents], np.int64)
-    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
-    opening = np.array([boundary], documents[0].dtype)
-    return Corpus(np.concatenate([part for document in documents for part in (opening, document)]), offsets)
+    """float32: each token's weight in the loss: 1, or 0 where the target is given and not to be learned."""
 
 
 class PackedRows:
-    """The rows of `corpus` when its documents come in `order` ([documents], a permutation); `seq_len` tokens each.
+    """The rows of `corpus` when its pieces come in `order` ([pieces], a permutation); `seq_len` tokens each.
 
-    What the end leaves, fewer than `seq_len` tokens, makes no row. The stream is followed by a boundary.
+    What the end leaves, fewer than `seq_len` tokens, makes no row.
     """
 
     def __init__(self, corpus: Corpus, seq_len: int, order: np.ndarray):
-        self._tokens = corpus.tokens
+        self._tokens, self._unlearned = corpus.tokens, corpus.unlearned
         self._seq_len = seq_len
-        self._sources = corpus.offsets[order]
-        # Where each document begins in the stream, and where the last one ends.
-        self._bounds = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.diff(corpus.offsets)[order])])
+        self._sources, self._contexts = corpus.starts[order], corpus.contexts[order]
+        # Where each piece begins in the stream, and where the last one ends.
+        self._bounds = np.concatenate([np.zeros(1, np.int64), np.cumsum(corpus.lengths[order])])
 
     def __len__(self) -> int:
         return int(self._bounds[-1]) // self._seq_len
@@ -64,15 +48,19 @@ class PackedRows:
         if np.any((numbers < 0) | (numbers >= len(self))):
             raise IndexError(f"rows {numbers} of {len(self)}")
         first = numbers[:, None] * self._seq_len
-        # One more than a row, for the last target; past the stream's end comes a boundary, as at its beginning.
-        places = (first + np.arange(self._seq_len + 1)) % self._bounds[-1]
-        documents = np.searchsorted(self._bounds, places, side="right") - 1
-        begins = self._bounds[documents]
-        stream = self._tokens[places - begins + self._sources[documents]].astype(np.int32)
+        places = first + np.arange(self._seq_len)
+        pieces = np.searchsorted(self._bounds, places, side="right") - 1
+        begins = self._bounds[pieces]
+        within = places - begins
+        sources = within + self._sources[pieces]
+        targets = self._tokens[sources + 1].astype(np.int32)
+        learned = within >= self._contexts[pieces]
+        if self._unlearned is not None:
+            learned &= targets != self._unlearned
         return Batch(
-            tokens=stream[:, :-1],
-            targets=stream[:, 1:],
-            positions=(places - np.maximum(begins, first))[:, :-1].astype(np.int32),
-            segment_ids=(documents - documents[:, :1])[:, :-1].astype(np.int32),
-            weights=np.ones((len(numbers), self._seq_len), np.float32),
+            tokens=self._tokens[sources].astype(np.int32),
+            targets=targets,
+            positions=(places - np.maximum(begins, first)).astype(np.int32),
+            segment_ids=(pieces - pieces[:, :1]).astype(np.int32),
+            weights=learned.astype(np.float32),
         )

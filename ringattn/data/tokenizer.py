@@ -1,9 +1,11 @@
-"""Text to token ids and back: bytes as they are, or the vocabulary of a local tokenizer.json.
+"""Documents to token ids and back: bytes as they are, or the vocabulary of a local tokenizer.json.
 
 One id, the *boundary*, opens every document. Encoding never yields it, whatever the text says.
 """
 
+import hashlib
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -20,11 +22,68 @@ BOUNDARIES = (
 )
 
 
+@runtime_checkable
+class Tokenizer(Protocol):
+    """What turns documents into ids and back."""
+
+    @property
+    def name(self) -> str:
+        """Its kind: bytes, file, dna or video."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """How many ids there are, the boundary among them."""
+        ...
+
+    @property
+    def boundary(self) -> int:
+        """The id that opens a document."""
+        ...
+
+    @property
+    def unlearned(self) -> int | None:
+        """The id whose prediction has no weight in the loss, if there is one."""
+        ...
+
+    @property
+    def unit(self) -> int:
+        """A single document is cut, for validation, at a multiple of so many tokens."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Hexadecimal digits that change with any document's ids."""
+        ...
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        """Names and contents of the files that hold what it needs beyond this code; a run keeps them."""
+        ...
+
+    def encode(self, document: bytes) -> np.ndarray:
+        """Ids [tokens], of an unsigned or signed integer type that holds the boundary, too; ValueError if it cannot."""
+        ...
+
+    def decode(self, ids: ArrayLike) -> str:
+        """What `ids` (any shape) stand for, without boundaries; ValueError for an id outside the vocabulary."""
+        ...
+
+    def byte_length(self, ids: ArrayLike) -> int:
+        """How many bytes of text `ids` stand for, 0 if they stand for none; ValueError as `decode`."""
+        ...
+
+
 class ByteTokenizer:
     """Every byte is a token; id 256 is the boundary."""
 
+    name = "bytes"
     size = 257
     boundary = 256
+    unlearned = None
+    unit = 1
+    fingerprint = hashlib.sha256(b"bytes").hexdigest()
+    files: dict[str, bytes] = {}  # noqa: RUF012
 
     def encode(self, document: bytes) -> np.ndarray:
         """Ids [bytes] uint16 of any bytes, text or not."""
@@ -42,7 +101,7 @@ class ByteTokenizer:
         return self._bytes(ids).size
 
     def _bytes(self, ids: ArrayLike) -> np.ndarray:
-        checked = _check_ids(ids, self.size)
+        checked = check_ids(ids, self.size)
         return checked[checked != self.boundary].astype(np.uint8)
 
 
@@ -53,6 +112,10 @@ class FileTokenizer:
     Raises ValueError if the library is missing, or if the file cannot be read, is no tokenizer.json or names no
     special token for the end of a text.
     """
+
+    name = "file"
+    unlearned = None
+    unit = 1
 
     def __init__(self, path: str):
         try:
@@ -84,6 +147,8 @@ class FileTokenizer:
                 f"({', '.join(special) or 'it has none'}): add one of {', '.join(BOUNDARIES)} to its added_tokens"
             )
         self.boundary: int = special[known[0]]
+        self.fingerprint = hashlib.sha256(content).hexdigest()
+        self.files = {"tokenizer.json": content}
 
     def encode(self, document: bytes) -> np.ndarray:
         """Ids [tokens] of UTF-8 text, uint16 if the vocabulary fits, else int32. Raises UnicodeDecodeError."""
@@ -96,25 +161,15 @@ class FileTokenizer:
 
         Raises ValueError for an id outside the vocabulary.
         """
-        return self._tokenizer.decode(_check_ids(ids, self.size).tolist(), skip_special_tokens=True)
+        return self._tokenizer.decode(check_ids(ids, self.size).tolist(), skip_special_tokens=True)
 
     def byte_length(self, ids: ArrayLike) -> int:
         """How many bytes of text `ids` stand for, but for a character cut at either end. Raises as `decode` does."""
         return len(self.decode(ids).encode("utf-8"))
 
 
-Tokenizer = ByteTokenizer | FileTokenizer
-
-
-def load_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer called 'bytes', or the one in the tokenizer.json at path `name`.
-
-    Raises ValueError if there is no such file or it cannot serve.
-    """
-    return ByteTokenizer() if name == "bytes" else FileTokenizer(name)
-
-
-def _check_ids(ids: ArrayLike, size: int) -> np.ndarray:
+def check_ids(ids: ArrayLike, size: int) -> np.ndarray:
+    """`ids` as a flat int64 array. Raises ValueError for one that is not in the vocabulary."""
     flat = np.asarray(ids, np.int64).reshape(-1)
     outside = flat[(flat < 0) | (flat >= size)]
     if outside.size:

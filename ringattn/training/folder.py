@@ -29,6 +29,8 @@ def describe_to(folder: Path, c: config.Config, run: Run) -> None:
         files = {"environment.json": environment(), "data.json": run.fingerprints()}
         for name, content in files.items():
             (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        for name, content in run.tokenizer.files.items():
+            (folder / name).write_bytes(content)
     except OSError as error:
         raise ValueError(f"cannot write to {folder} ({error.strerror}): choose another --log.directory") from None
 

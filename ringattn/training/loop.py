@@ -9,17 +9,18 @@ from pathlib import Path
 import jax
 
 from ringattn import config
-from ringattn.data import load, prefetch
+from ringattn.data import Sides, VideoTokenizer, prefetch, read
 from ringattn.mesh import check, over_all, shards, start
 from ringattn.training import compiled
 from ringattn.training.checkpoint import Checkpoints, saved_steps
 from ringattn.training.compiled import compile_step
 from ringattn.training.flops import peak_flops, step_flops
 from ringattn.training.folder import check_resumable, describe_to, restore
+from ringattn.training.frames import plot_frames
 from ringattn.training.metrics import MetricsFile, Recorder, Row, Screen, read_rows
 from ringattn.training.plots import plot_loss
 from ringattn.training.profile import Profile
-from ringattn.training.run import Run, Text, describe, prepare, recut, tokens_a_step
+from ringattn.training.run import Run, describe, prepare, recut, tokens_a_step
 from ringattn.training.signals import Stop, stopped_by_signal
 from ringattn.training.step import TrainState
 from ringattn.training.writers import Writers
@@ -53,14 +54,14 @@ def _current(c: config.Config, folder: Path) -> int:
     return c.stage_after(max(saved_steps(folder / "checkpoints"), default=0))
 
 
-def _checked_text(c: config.Config, current: int) -> Text:
+def _checked_text(c: config.Config, current: int) -> Sides:
     """The text, read once; raises ValueError if a stage from `current` on does not fit it or the devices."""
-    text = None
+    text, kept = None, c.folder if saved_steps(c.folder / "checkpoints") else None
     for number in range(current, len(c.stages) + 1):
         with config.said_of(c.stages, number):
             stage = c.stage(number)
             _fitting_mesh(stage)
-            text = text or load(stage.data, stage.train.batch_size, stage.train.seed)
+            text = text or read(stage.data, kept)
             recut(text, stage, number)
     assert text is not None
     return text
@@ -72,7 +73,7 @@ def _fitting_mesh(stage: config.Config) -> jax.sharding.Mesh:
     return mesh
 
 
-def _train_stage(c: config.Config, number: int, text: Text, folder: Path) -> int | None:
+def _train_stage(c: config.Config, number: int, text: Sides, folder: Path) -> int | None:
     """Trains stage `number` to its end; the process's exit status, or None if another stage is to come."""
     mesh = _fitting_mesh(c.stage(number))
     steps = c.steps_before(len(c.stages) + 1)
@@ -128,6 +129,8 @@ def finish(run: Run, state: TrainState, folder: Path) -> None:
     if jax.process_index() == 0:
         (folder / "samples.txt").write_text(samples, encoding="utf-8")
         plot_loss(read_rows(folder / "metrics.jsonl"), folder / "plots" / "loss.png")
+        if isinstance(run.tokenizer, VideoTokenizer):
+            plot_frames(run.tokenizer.look, run.tokenizer.rebuilt(), folder / "plots" / "frames.png")
 
 
 def advance(

@@ -11,7 +11,7 @@ from flax import nnx
 from jax import Array, P
 
 from ringattn import Mask, attention, config, permute
-from ringattn.data import Batch, Loader, Tokenizer, load
+from ringattn.data import Batch, Loader, Sides, Tokenizer, deal, read
 from ringattn.mesh import SEQUENCE, TOKENS, place, shards
 from ringattn.model import Params, Transformer, count_parameters
 from ringattn.training.by_context import named_losses
@@ -27,9 +27,6 @@ from ringattn.training.step import (
     make_train_step,
 )
 from ringattn.training.writers import check_packages
-
-Text = tuple[Tokenizer, Loader, Loader]
-"""A tokenizer, and the rows of training and of validation."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +65,9 @@ class Run:
         sums = [self.eval_step(params, self.on_devices(batch)) for batch in batches]
         of_batches = np.asarray(jax.device_get(sums), np.float64)  # [batches, 2, ranges]
         nats, weight = np.moveaxis(of_batches, 1, 0).sum(1)
+        if not weight.any():
+            cure = "use more --evaluate.batches, or a larger --data.validation"
+            raise ValueError(f"the validation's first {count} batches are all prompt, with nothing to learn: {cure}")
         text = sum(self.tokenizer.byte_length(batch.targets[batch.weights > 0]) for batch in batches)
         bits = {"eval/bits_per_byte": float(nats.sum()) / math.log(2) / text} if text else {}
         return {"eval/loss": float(nats.sum() / weight.sum())} | bits | named_losses(nats, weight, length)
@@ -95,23 +95,22 @@ def tokens_a_step(c: config.Config) -> int:
     return c.train.batch_size * c.data.seq_len
 
 
-def recut(text: Text, c: config.Config, number: int) -> Text:
-    """The text in the rows of `c`, stage `number`. Raises ValueError if it has less than a batch of them."""
-    tokenizer, rows, held_out = text
-    sizes = c.data.seq_len, c.train.batch_size
-    # A stage draws its own order, but for validation, so that all stages see the same documents first.
-    return tokenizer, rows.recut(*sizes, stage=number - 1), held_out.recut(*sizes, stage=0)
+def recut(text: Sides, c: config.Config, number: int) -> tuple[Loader, Loader]:
+    """Training's and validation's rows of stage `number`, whose config is `c`. Raises ValueError as `deal` does."""
+    return deal(text, c.data, c.train.batch_size, c.train.seed, number - 1)
 
 
-def prepare(whole: config.Config, mesh: jax.sharding.Mesh, number: int = 1, text: Text | None = None) -> Run:
-    """Text, model and steps of stage `number`, under `jax.set_mesh(mesh)`; no device holds anything yet.
+def prepare(whole: config.Config, mesh: jax.sharding.Mesh, number: int = 1, text: Sides | None = None) -> Run:
+    """Sides, model and steps of stage `number`, under `jax.set_mesh(mesh)`; no device holds anything yet.
 
     `text` is that of any stage, where it has been read before.
     """
     c, first = whole.stage(number), whole.steps_before(number)
     check_packages(c.log)
-    tokenizer, rows, held_out = recut(text or load(c.data, c.train.batch_size, c.train.seed), c, number)
-    vocabulary, make_model = tokenizer.size, model_of(c, tokenizer.size)
+    text = text or read(c.data)
+    rows, held_out = recut(text, c, number)
+    tokenizer, vocabulary = text.tokenizer, text.tokenizer.size
+    make_model = model_of(c, vocabulary)
     rate = c.optimizer, c.train.steps, first
     update, schedule = optimizer(*rate), learning_rate(*rate)
     return Run(

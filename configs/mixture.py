@@ -1,0 +1,16 @@
+"""Two sources in fixed proportions: three rows of the standard library to one of this repository's own source.
+
+    python scripts/train.py --config configs/mixture.py
+
+The small source begins anew long before the large one has been read. Run it from the repository's folder.
+"""
+
+from dataclasses import replace
+
+from quickstart import config as quickstart
+
+config = replace(
+    quickstart,
+    name="mixture",
+    data=replace(quickstart.data, path=("stdlib", "ringattn/**/*.py"), mixture=(3.0, 1.0), validation=0.1),
+)

@@ -1,0 +1,149 @@
+"""What a file holds: one text, or many documents (JSONL, Parquet, FASTA), read one after another, never all at once."""
+
+import gzip
+import hashlib
+import importlib
+import json
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+FASTA = (".fa", ".fasta", ".fna", ".ffn")
+VIDEO = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg")
+"""Files of a folder or a glob that are taken for video; a file that is named may be called anything."""
+
+_KEYS = 'a string under "text", or strings under "prompt" and "completion"'
+
+
+class Document(NamedTuple):
+    name: str
+    """Where it was read: a path, with the line's number for JSONL, the row's for Parquet, the record for FASTA."""
+    content: bytes
+    """Text (as a rule UTF-8), bases in capitals, or a video file as it is."""
+    prompt: int = 0
+    """How many bytes at its beginning are given: they are read, but not learned."""
+    read: int = 0
+    """How many bytes of the file were read for it."""
+
+    @property
+    def digest(self) -> bytes:
+        """32 bytes that stand for the content."""
+        return hashlib.sha256(self.content).digest()
+
+
+def reader(file: Path) -> Callable[[Path], Iterator[Document]] | None:
+    """What reads the documents of a file of that name; None if the file is taken for plain text."""
+    suffixes = [suffix.lower() for suffix in file.suffixes[-2:]]
+    if suffixes[-1:] == [".gz"]:
+        suffixes.pop()
+    if suffixes and suffixes[-1] in FASTA:
+        return read_fasta
+    return {".jsonl": read_jsonl, ".parquet": read_parquet}.get(file.suffix.lower())
+
+
+def read_jsonl(file: Path) -> Iterator[Document]:
+    """A document a line. Raises ValueError that names file and line."""
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                yield _from_json(f"{file}:{number}", line)
+
+
+def _from_json(name: str, line: bytes) -> Document:
+    try:
+        record = json.loads(line)
+        if not isinstance(record, dict):
+            raise TypeError(f"it is a {type(record).__name__}")
+        return _from_record(name, record, len(line))
+    # Not JSON, no such key, not a string, half a surrogate pair, or nested without end.
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
+        cure = f"each line must be a JSON object with {_KEYS}"
+        raise ValueError(f"{name}: {type(error).__name__}: {error}: {cure}") from error
+
+
+def _from_record(name: str, record: dict[str, Any], read: int) -> Document:
+    if "text" in record and ("prompt" in record or "completion" in record):
+        raise KeyError("both text and prompt or completion")
+    parts = [record["text"]] if "text" in record else [record["prompt"], record["completion"]]
+    if "prompt" not in record and "completion" in record:
+        raise KeyError("prompt")
+    for part in parts:
+        if not isinstance(part, str):
+            raise TypeError(f"{part!r:.40} is no string")
+    *prompt, text = (part.encode("utf-8") for part in parts)
+    return Document(name, b"".join([*prompt, text]), sum(map(len, prompt)), read)
+
+
+def read_parquet(file: Path) -> Iterator[Document]:
+    """A document a row, under the columns that JSONL has as keys; some hundred rows are in memory at a time.
+
+    Raises ValueError if pyarrow is missing, if the file is no Parquet or lacks the columns, or for a row without text.
+    """
+    try:
+        arrow, parquet = importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
+    except ImportError as error:
+        raise ValueError(f"{file} needs the library pyarrow: pip install 'ringattn[parquet]'") from error
+    try:
+        with parquet.ParquetFile(file) as rows:
+            columns = [name for name in ("text", "prompt", "completion") if name in rows.schema_arrow.names]
+            if columns not in (["text"], ["prompt", "completion"]):
+                found = ", ".join(rows.schema_arrow.names)
+                raise ValueError(f"{file} has the columns {found}: it must have {_KEYS}")
+            number, read = 0, file.stat().st_size // max(rows.metadata.num_rows, 1)
+            for batch in rows.iter_batches(batch_size=256, columns=columns):
+                for record in batch.to_pylist():
+                    yield _from_row(f"{file}:{number}", record, read)
+                    number += 1
+    except arrow.ArrowException as error:
+        raise ValueError(f"{file} is no Parquet file that can be read ({error}): write it again") from error
+    except OSError as error:  # pyarrow says so of damaged pages, too
+        raise ValueError(f"{file} cannot be read ({error}): check its permissions, or write it again") from error
+
+
+def _from_row(name: str, record: dict[str, Any], read: int) -> Document:
+    try:
+        return _from_record(name, record, read)
+    except TypeError as error:
+        raise ValueError(f"{name}: {error}: each row must have {_KEYS}") from error
+
+
+def read_fasta(file: Path) -> Iterator[Document]:
+    """A document a record of a FASTA file, plain or gzip: its bases in capitals, without the ends of lines.
+
+    Raises ValueError that names the file, and the record, if a record has no bases, if the file does not begin with
+    a record's header, or if its gzip data are damaged or end too early.
+    """
+    packed = file.suffix.lower() == ".gz"
+    try:
+        with file.open("rb") as raw, gzip.GzipFile(fileobj=raw) if packed else raw as lines:
+            yield from _records(file, lines, raw)
+    except EOFError as error:
+        raise ValueError(f"{file} ends in the middle of its gzip data: it was cut off, so get it again") from error
+    except (gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{file} is not good gzip data ({error}): get it again") from error
+
+
+def _records(file: Path, lines: Iterable[bytes], raw: IO[bytes]) -> Iterator[Document]:
+    name, parts, begin = "", [], 0
+
+    def record() -> Document:
+        if not any(parts):
+            raise ValueError(f"{name} has no sequence: add its bases, or remove the record")
+        return Document(name, b"".join(parts).upper(), read=raw.tell() - begin)
+
+    for number, line in enumerate(lines, start=1):
+        if line.startswith(b">"):
+            if name:
+                yield record()
+                begin = raw.tell()
+            title = line[1:].split()
+            name = f"{file}: record {title[0].decode(errors='replace') if title else f'of line {number}'}"
+            parts = []
+        elif name:
+            parts.append(line.strip())
+        elif line.strip():
+            raise ValueError(f"{file}: line {number} comes before any header, so it is no FASTA: begin with '>name'")
+    if not name:
+        raise ValueError(f"{file} holds no record: a FASTA file has '>name' and, below it, the bases")
+    yield record()

@@ -1,0 +1,68 @@
+"""From data.path to tokens: the tokenizer, and for each path what is for training and what for validation."""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from ringattn.config import Data
+from ringattn.data.codebook import learn
+from ringattn.data.corpus import Corpus, encode, gather, split
+from ringattn.data.dna import DnaTokenizer
+from ringattn.data.shards import Shards, are_shards, open_shards
+from ringattn.data.sources import read_documents
+from ringattn.data.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer
+from ringattn.data.video import load_video
+
+
+class Sides(NamedTuple):
+    tokenizer: Tokenizer
+    training: list[Corpus]
+    """One for each of data.path."""
+    validation: list[Corpus]
+
+
+def read(data: Data, kept: Path | None = None) -> Sides:
+    """Reads and tokenises all that `data` names, or maps the shards where that has been done before.
+
+    `kept` is a folder with the files of the tokenizer of the same run, from which a codebook is taken instead of
+    learned. Raises ValueError where data, tokenizer or shards cannot be read or do not go together.
+    """
+    opened = {path: open_shards(Path(path).expanduser()) for path in data.paths if are_shards(path)}
+    tokenizer = find_tokenizer(data, list(opened.values()), kept)
+    sides = []
+    for path in data.paths:
+        if path in opened:
+            opened[path].check(tokenizer, data)
+            corpus, digests = opened[path].corpus(tokenizer), opened[path].digests()
+        else:
+            documents = read_documents(path, video=tokenizer.name == "video")
+            corpus, digests = gather(encode(documents, tokenizer), tokenizer)
+        sides.append(split(corpus, digests, data.validation, tokenizer.unit, f"data.path={path!r}"))
+    return Sides(tokenizer, [training for training, _ in sides], [validation for _, validation in sides])
+
+
+def find_tokenizer(data: Data, opened: Sequence[Shards] = (), kept: Path | None = None) -> Tokenizer:
+    """The tokenizer of `data`; for 'video' with the codebook that is `kept`, that of shards, or a learned one."""
+    if data.tokenizer != "video":
+        return load_tokenizer(data.tokenizer, data.frame_size)
+    folders = ([] if kept is None else [kept]) + [shards.folder for shards in opened if shards.tokenizer == "video"]
+    there = [folder / "codebook.npy" for folder in folders if (folder / "codebook.npy").is_file()]
+    if there:
+        return load_video(str(there[0]), data.frame_size)
+    raw = [path for path in data.paths if not are_shards(path)]
+    if not raw:
+        raise ValueError(
+            f"data.path={data.path!r} holds no video: use the --data.tokenizer that its shards were made with"
+        )
+    return learn([partial(read_documents, path, video=True) for path in raw], data.frame_size, data.validation)
+
+
+def load_tokenizer(name: str, frame_size: tuple[int, ...] = ()) -> Tokenizer:
+    """The tokenizer called 'bytes' or 'dna', or that of a codebook.npy or a tokenizer.json at path `name`.
+
+    `frame_size` is for a codebook alone. Raises ValueError if there is no such file or it cannot serve.
+    """
+    if name in ("bytes", "dna"):
+        return ByteTokenizer() if name == "bytes" else DnaTokenizer()
+    return load_video(name, frame_size) if name.endswith(".npy") else FileTokenizer(name)

@@ -1,0 +1,143 @@
+"""Files that hold many documents: JSONL, Parquet, FASTA."""
+
+import gzip
+import importlib
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from ringattn.data.formats import Document, read_fasta, read_jsonl, read_parquet, reader
+from ringattn.data.sources import read_documents
+
+
+def fields(documents) -> list[tuple[bytes, int]]:
+    return [(document.content, document.prompt) for document in documents]
+
+
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("a.jsonl", read_jsonl),
+        ("a.PARQUET", read_parquet),
+        ("a.fa", read_fasta),
+        ("a.b.fasta", read_fasta),
+        ("a.FNA.gz", read_fasta),
+        ("a.ffn.gz", read_fasta),
+        ("a.txt", None),
+        ("a.txt.gz", None),
+        ("fa", None),
+        ("gz", None),
+        (".gz", None),
+    ],
+)
+def test_the_name_says_how_a_file_is_read(name, read):
+    assert reader(Path(name)) is read
+
+
+def test_a_prompt_and_its_completion_are_one_document(tmp_path: Path):
+    (tmp_path / "t.jsonl").write_text('{"prompt": "Ünd? ", "completion": "yes", "id": 3}\n{"text": "plain"}\n')
+    assert fields(read_jsonl(tmp_path / "t.jsonl")) == [("Ünd? yes".encode(), 6), (b"plain", 0)]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": "a"}', "KeyError: 'completion'"),
+        ('{"completion": "a"}', "KeyError: 'prompt'"),
+        ('{"prompt": "a", "completion": 1}', "TypeError: 1 is no string"),
+        ('{"text": "a", "prompt": "b"}', "KeyError: 'both text and prompt or completion'"),
+    ],
+)
+def test_a_line_that_is_no_document_is_named(tmp_path: Path, line: str, message: str):
+    (tmp_path / "t.jsonl").write_text('{"text": "good"}\n' + line)
+    with pytest.raises(ValueError, match=rf't\.jsonl:2: {message}: .*strings under "prompt" and "completion"'):
+        list(read_jsonl(tmp_path / "t.jsonl"))
+
+
+def table(path: Path, **columns) -> Path:
+    pyarrow.parquet.write_table(pyarrow.table(columns), path, row_group_size=100)
+    return path
+
+
+def test_parquet_gives_a_document_a_row(tmp_path: Path):
+    texts = [f"text {number}" for number in range(700)]
+    found = list(read_parquet(table(tmp_path / "t.parquet", id=range(700), text=texts)))
+    assert [document.content.decode() for document in found] == texts
+    assert found[300].name == f"{tmp_path}/t.parquet:300"
+    pairs = table(tmp_path / "p.parquet", completion=["c", "dd"], prompt=["a", "bbb"])
+    assert fields(read_parquet(pairs)) == [(b"ac", 1), (b"bbbdd", 3)]
+    assert len(list(read_documents(str(tmp_path)))) == 702
+
+
+def test_parquet_that_cannot_serve_is_named(tmp_path: Path):
+    with pytest.raises(ValueError, match=r'p.parquet has the columns words, prompt: .* a string under "text"'):
+        list(read_parquet(table(tmp_path / "p.parquet", words=["a"], prompt=["b"])))
+    with pytest.raises(ValueError, match=r"p.parquet:1: None is no string"):
+        list(read_parquet(table(tmp_path / "p.parquet", text=["a", None])))
+    whole = table(tmp_path / "p.parquet", text=["some text"] * 1000).read_bytes()
+    for broken in (whole[:-100], b"PAR1" + bytes(50), b""):
+        (tmp_path / "p.parquet").write_bytes(broken)
+        with pytest.raises(ValueError, match=r"p.parquet is no Parquet file that can be read \(.*\): write it again"):
+            list(read_parquet(tmp_path / "p.parquet"))
+
+
+def test_parquet_without_its_library_names_the_cure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def missing(name: str):
+        raise ImportError(name)
+
+    monkeypatch.setattr(importlib, "import_module", missing)
+    with pytest.raises(ValueError, match=r"pip install 'ringattn\[parquet\]'"):
+        list(read_parquet(tmp_path / "t.parquet"))
+
+
+FASTA = b"\n>one first record\nACGT\nacgn\r\n\n>two\nTT\n"
+
+
+@pytest.mark.parametrize("name", ["g.fa", "g.fasta.gz"])
+def test_fasta_gives_a_document_a_record(tmp_path: Path, name: str):
+    content = gzip.compress(FASTA) if name.endswith(".gz") else FASTA
+    (tmp_path / name).write_bytes(content)
+    found = list(read_documents(str(tmp_path / name)))
+    assert [(document.name, document.content) for document in found] == [
+        (f"{tmp_path}/{name}: record one", b"ACGTACGN"),
+        (f"{tmp_path}/{name}: record two", b"TT"),
+    ]
+    assert sum(document.read for document in found) == len(content)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"ACGT\n>one\nACGT\n", "line 1 comes before any header, so it is no FASTA"),
+        (b"", "holds no record"),
+        (b">one\n>two\nAC\n", "record one has no sequence"),
+        (b">one\nAC\n>\n \n", "record of line 3 has no sequence"),
+    ],
+)
+def test_what_is_no_fasta_is_refused(tmp_path: Path, content: bytes, message: str):
+    (tmp_path / "g.fa").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"g\.fa.*{message}"):
+        list(read_fasta(tmp_path / "g.fa"))
+
+
+def test_damaged_gzip_is_refused(tmp_path: Path):
+    whole = gzip.compress(b">one\n" + bytes(b"ACGT"[i * i * 7 % 11 % 4] for i in range(50_000)))
+    path = tmp_path / "g.fa.gz"
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(
+        ValueError, match=r"g.fa.gz ends in the middle of its gzip data: it was cut off, so get it again"
+    ):
+        list(read_documents(str(path)))
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 0xFF
+    for content in (bytes(flipped), b"ACGT" * 10):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"g.fa.gz is not good gzip data \(.*\): get it again"):
+            list(read_documents(str(path)))
+
+
+def test_a_document_knows_its_contents_digest():
+    assert Document("a", b"x").digest == Document("b", b"x").digest != Document("a", b"y").digest
+    assert len(Document("a", b"x").digest) == 32
