@@ -153,12 +153,17 @@ def resolve(section: config.Mesh, devices: int) -> dict[str, int]:
     fixed = {name: size for name, size in wanted.items() if size != -1}
     rest, over = divmod(devices, math.prod(fixed.values()))
     if over or (rest != 1 and len(fixed) == len(wanted)):
-        asked = " x ".join(f"{name}={size}" for name, size in wanted.items())
+        asked = in_words(wanted)
         cures = [_nearest(fixed, devices)]
         if not section.simulate and FORCED not in os.environ.get("XLA_FLAGS", ""):
             cures.append(f"--mesh.simulate {math.prod(fixed.values())} for simulated CPU devices")
         raise ValueError(f"mesh {asked} does not fit {devices} device{'s' * (devices > 1)}: use {', or '.join(cures)}")
     return {name: rest if size == -1 else size for name, size in wanted.items()}
+
+
+def in_words(sizes: Mapping[str, int]) -> str:
+    """'data=2 x context=4 x tensor=1'; rings of rings are named where there are several."""
+    return " x ".join(f"{name}={size}" for name, size in sizes.items() if name != CONTEXT_OUTER or size != 1)
 
 
 def _nearest(fixed: Mapping[str, int], devices: int) -> str:

@@ -70,7 +70,8 @@ def test_an_evaluation_on_a_ring_is_that_of_a_plain_model(small, make_mesh):
         graphdef = nnx.graphdef(
             nnx.eval_shape(lambda: Transformer(small.model, 257, partial(attention, axis=SEQUENCE), nnx.Rngs(params=0)))
         )
-        model = nnx.merge(graphdef, jax.tree.map(jnp.asarray, whole))
+        shapes = jax.eval_shape(run.initial_state).params
+        model = nnx.merge(graphdef, jax.tree.map(lambda x, like: jax.device_put(x, like.sharding.spec), whole, shapes))
         for number in range(2):
             batch = run.held_out.batch(number)
             hidden = model(*place((batch.tokens, batch.positions, batch.segment_ids), make_mesh(), TOKENS))

@@ -207,7 +207,7 @@ def whole(staged):
         assert train(c) == 0
     # The text is read once, not once a stage, and each stage begins with the first of its own rows.
     assert [(name, *words[-2:]) for name, *words in calls] == [
-        ("read", c.data, None),
+        ("read", c.stage(1).data, None),
         ("prefetch", 0, 4),
         ("prefetch", 0, 4),
     ]
@@ -310,7 +310,7 @@ def with_stage(c, number, **values):
         (lambda c: with_stage(c, 1, batch_size=8), r"stages.1.batch_size=8, but .* has 4: use --stages.1.batch_size 4"),
         (lambda c: with_stage(c, 2, seq_len=64), r"stages.2.seq_len=64, but .* has 32: use --stages.2.seq_len 32"),
         (lambda c: with_stage(c, 1, seq_len=None), r"stages.1.seq_len=32, but .* has 16: use --stages.1.seq_len 16"),
-        (lambda c: with_stage(c, 2, rope_theta=1.0), r"stages.2.rope_theta=1.0, but .* has 30000.0: use --stages.2.ro"),
+        (lambda c: with_stage(c, 2, rope_theta=2.0), r"stages.2.rope_theta=2.0, but .* has 30000.0: use --stages.2.ro"),
         (lambda c: with_stage(c, 2, steps=1), r"stages.2.steps=1, but .* done 2 of stage 2: use --stages.2.steps 2 or"),
         (lambda c: replace(c, stages=STAGES[:1]), r"stages: there are 1, but the run in .* is in stage 2: put back"),
         (lambda c: replace(c, stages=(Stage(),)), r"stages: there are 1, but the run in .* is in stage 2: put back"),

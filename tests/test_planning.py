@@ -31,8 +31,10 @@ def compiled(c, devices=1):
 @pytest.mark.parametrize("remat", ["off", "on"])
 def test_in_the_compiled_step_each_layer_turns_kv_twice(remat):
     step = compiled(replace(SMALL, model=replace(SMALL.model, remat=remat)), devices=4)
-    # Three hops of K, V and segment ids forward, three backward, and dK and dV.
-    assert executed(step.as_text(), "collective-permute") == SMALL.model.layers * (3 * 3 + 3 * 3 + 3 * 2)
+    layers, hops = SMALL.model.layers, 3
+    of_kv = layers * hops * (2 + 2 + 2)  # K and V forward, again backward, and their gradients
+    of_ids = layers * hops * 2 - (layers - 1)  # equal for all layers: JAX takes their first departure out of the loop
+    assert executed(step.as_text(), "collective-permute") == of_kv + of_ids
 
 
 def test_memory_of_a_large_vocabulary_and_a_long_row():
@@ -48,14 +50,16 @@ def test_memory_of_a_large_vocabulary_and_a_long_row():
 
 
 def test_a_plan_counts_what_each_device_holds():
-    found = planning.plan(replace(SMALL, mesh=config.Mesh(data=2, context=4)), "cpu:8")
+    found = planning.plan(
+        replace(SMALL, mesh=config.Mesh(data=2, context=4), train=config.Train(batch_size=2)), "cpu:8"
+    )
     tables = 384 * 64
     layer = 64 * 16 * (4 + 2 + 2 + 4) + 3 * 64 * 128 + 2 * 64
     assert found.parameters == tables + 3 * layer + 64
     whole = 3 * 2 * 64 + 64  # the norms' scales lie on every device
     assert found.gradient_bytes == 4 * ((found.parameters - whole) / 8 + whole)
     assert found.state_bytes == 3 * found.gradient_bytes + 3 * 4  # two moments; the step, and two counts of optax
-    assert found.argument_bytes == found.state_bytes + 5 * 4 * 256 / 4 / 2
+    assert found.argument_bytes == found.state_bytes + 5 * 4 * 256 / 4
     assert found.temporary_bytes is not None
     assert found.refusal is None
     assert any("it fits" in line for line in planning.report(found))
@@ -66,7 +70,7 @@ def test_a_plan_counts_what_each_device_holds():
     [
         (["--config", "configs/llama3_8b_1m.py"], "--topology v5e:8x8"),
         (["--config", "configs/quickstart.py", "--topology", "cpu:8"], "--model.vocabulary 32000"),
-        (["--config", "configs/llama3_8b_1m.py", "--topology", "cpu:3"], "data.seq_len"),
+        (["--config", "configs/llama3_8b_1m.py", "--data.seq_len", "4097", "--topology", "cpu:8"], "data.seq_len"),
         (["--config", "configs/llama3_8b_1m.py", "--topology"], "expected one argument"),
         (["--config", "configs/llama3_8b_1m.py", "--topolgy", "cpu:8"], "--topolgy"),
         (["--config", "configs/llama3_8b_1m.py", "--topology", "v5e:3x7"], "v5e:3x7"),

@@ -11,7 +11,7 @@ from flax import nnx
 from ringattn import attention, config, permute
 from ringattn.data import Batch
 from ringattn.data.tokenizer import ByteTokenizer
-from ringattn.mesh import TOKENS, place
+from ringattn.mesh import SEQUENCE, TOKENS, place
 from ringattn.model import Transformer
 from ringattn.training.samples import as_text, continue_rows, make_next_logits
 
@@ -56,7 +56,7 @@ def test_logits_are_the_models_on_any_mesh(make_mesh, layout):
         with jax.set_mesh(mesh):
 
             def make_model():
-                return Transformer(c, VOCABULARY, partial(attention, layout=layout), nnx.Rngs(params=0))
+                return Transformer(c, VOCABULARY, partial(attention, axis=SEQUENCE, layout=layout), nnx.Rngs(params=0))
 
             params = jax.jit(lambda make=make_model: nnx.split(make())[1])()
             arrays = [permute(x, layout, mesh.shape["context"]) for x in (*given[:1], *given[2:4], here)]

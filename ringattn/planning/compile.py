@@ -16,7 +16,7 @@ from jax.experimental import topologies
 from ringattn import config
 from ringattn.data import Batch
 from ringattn.hardware import CHIPS
-from ringattn.mesh import TOKENS, arrange, check, resolve, start
+from ringattn.mesh import TOKENS, arrange, check, in_words, resolve, start
 from ringattn.model import count_parameters
 from ringattn.training.optimizer import learning_rate, optimizer
 from ringattn.training.run import model_of
@@ -137,8 +137,7 @@ def _bytes(tree: Any) -> int:
 
 def report(found: Plan) -> Iterator[str]:
     """A plan in words, line by line."""
-    mesh = " x ".join(f"{name}={size}" for name, size in found.mesh.items() if size > 1) or "one device"
-    yield f"{found.topology}, {math.prod(found.mesh.values())} of {found.device_kind}, mesh {mesh}"
+    yield f"{found.topology}, {math.prod(found.mesh.values())} of {found.device_kind}, mesh {in_words(found.mesh)}"
     yield f"{found.parameters:,} parameters, rows of {found.tokens:,} tokens"
     rows = {"state (parameters, AdamW)": found.state_bytes, "arguments (state, batch)": found.argument_bytes}
     if found.temporary_bytes is not None:

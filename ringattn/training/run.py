@@ -12,7 +12,7 @@ from jax import Array, P
 
 from ringattn import Mask, attention, config, permute
 from ringattn.data import Batch, Loader, Sides, Tokenizer, deal, read
-from ringattn.mesh import SEQUENCE, TOKENS, place, shards
+from ringattn.mesh import SEQUENCE, TOKENS, in_words, place, shards
 from ringattn.model import Params, Transformer, count_parameters
 from ringattn.training.by_context import named_losses
 from ringattn.training.optimizer import learning_rate, optimizer
@@ -145,7 +145,6 @@ def model_of(c: config.Config, vocabulary: int) -> MakeModel:
 
 def describe(run: Run, state: TrainState) -> Iterator[str]:
     c, devices = run.config, run.mesh.devices
-    mesh = " x ".join(f"{name}={size}" for name, size in run.mesh.shape.items())
     numbers = f"{count_parameters(state.params):,} parameters, {tokens_a_step(c):,} tokens a step"
-    yield f"{devices.size} {devices.flat[0].device_kind} devices, mesh {mesh}, {numbers}"
+    yield f"{devices.size} {devices.flat[0].device_kind} devices, mesh {in_words(run.mesh.shape)}, {numbers}"
     yield config.summary(c)
