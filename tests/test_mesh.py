@@ -34,7 +34,7 @@ def test_simulated_devices_are_started():
 
 def test_devices_forced_by_the_user_win():
     done = start("simulate=4", XLA_FLAGS=f"{mesh.FORCED}=2")
-    assert done.stdout == "{'data': 1, 'context': 2, 'tensor': 1} cpu\n", done.stderr
+    assert done.stdout == "{'data': 1, 'context_outer': 1, 'context': 2, 'tensor': 1} cpu\n", done.stderr
 
 
 def test_a_jax_that_already_runs_is_reported_without_traceback():

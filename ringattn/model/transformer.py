@@ -199,6 +199,7 @@ class Transformer(nnx.Module):
         The three arrays are int32 and lie in the order that `attention` expects; a position counts from the
         beginning of its document.
         """
+        tokens, positions, segment_ids = (jax.reshard(x, TOKENS) for x in (tokens, positions, segment_ids))
         angles = rotations(positions, self.config)
         graphdef, params = nnx.split(self.layers)
 
