@@ -60,6 +60,18 @@ def test_all_commands_that_measure_are_valid():
         config.parse(flags, "", config.Benchmark)
 
 
+def test_all_commands_that_plan_are_valid():
+    commands = [shlex.split(line, comments=True) for line in COMMANDS if "scripts/plan.py" in line]
+    assert len(commands) > 2
+    for words in commands:
+        flags = words[words.index("--config") :]
+        for own in {"--topology", "--json"} & set(flags):
+            at = flags.index(own)
+            flags = flags[:at] + flags[at + 2 :]
+        flags[1] = str(ROOT / flags[1])
+        config.parse(flags, "")
+
+
 def test_all_commands_that_prepare_are_valid():
     commands = [shlex.split(line, comments=True) for line in COMMANDS if "scripts/prepare.py" in line]
     assert commands
