@@ -8,7 +8,9 @@ Without the extra `tpu` the tests that need its compiler are skipped. The sizes 
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 # Before the compiler starts: it asks for the hosts' names, and locks chips that it does not use.
@@ -22,7 +24,7 @@ import pytest
 from jax.experimental import topologies
 from wire import exposed, permuted, transfers
 
-from ringattn import Mask, attention, mesh
+from ringattn import Mask, attention, config, mesh, planning
 from ringattn.attention.kernels import Keys, Queries, tiles
 from ringattn.attention.mask import Tokens
 from ringattn.layout import LAYOUTS, shard_positions
@@ -175,3 +177,41 @@ def test_a_zigzag_hop_is_two_products_of_halves_without_a_mask():
             # The late half of the queries sees the early half of the keys, always; and one half more.
             earlier = member >= hop
             assert seen[member, hop] == {(1, 0, False), (0, 0, False) if earlier else (1, 1, False)}
+
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def planned(name: str, topology: str, **model: Any) -> planning.Plan:
+    pytest.importorskip("libtpu", reason="pip install -e '.[tpu]' for the TPU compiler")
+    c = config.read(CONFIGS / f"{name}.py")
+    chips = 64 if topology == "v5p:4x4x4" else 16
+    if model:  # 16,384 tokens a chip, whatever the ring
+        c = replace(c, model=replace(c.model, **model), data=replace(c.data, seq_len=16_384 * chips))
+    return planning.plan(c, topology)
+
+
+def test_a_step_of_a_larger_ring_takes_no_more_memory():
+    """All but parameters, gradients and optimizer state, of two layers of 8B's width and its vocabulary."""
+    activations = []
+    for topology in ("v5p:2x2x4", "v5p:4x4x4"):
+        found = planned("llama3_8b_1m", topology, layers=2)
+        assert found.temporary_bytes is not None
+        activations.append(found.temporary_bytes - found.gradient_bytes)
+    assert max(activations) / min(activations) < 1.1
+
+
+def test_eight_billion_parameters_train_on_a_million_tokens():
+    found = planned("llama3_8b_1m", "v5e:8x8")
+    assert found.refusal is None
+    assert found.parameters == 8_030_261_248
+    assert found.temporary_bytes is not None
+    assert found.argument_bytes + found.temporary_bytes < 15.75 * 2**30
+
+
+@pytest.mark.slow
+def test_and_on_ten_million():
+    found = planned("llama3_8b_10m", "v5p:4x4x4")
+    assert found.refusal is None
+    assert found.temporary_bytes is not None
+    assert found.argument_bytes + found.temporary_bytes < 95.7 * 2**30
