@@ -94,13 +94,19 @@ def encode(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[Enco
     """The documents as tokens, one after another. Raises ValueError naming one that the tokenizer cannot encode."""
     for document in documents:
         with named(document):
-            prompt = tokenizer.encode(document.content[: document.prompt]) if document.prompt else None
-            rest = tokenizer.encode(document.content[document.prompt :])
-        parts = [np.array([tokenizer.boundary], rest.dtype), rest]
-        if prompt is not None:
-            parts.insert(1, prompt)
-        context = 0 if prompt is None else prompt.size
-        yield Encoded(np.concatenate(parts), context, document.digest, document.read)
+            tokens = tokenizer.encode(document.content)
+            context = _shared(tokenizer.encode(document.content[: document.prompt]), tokens) if document.prompt else 0
+        whole = np.concatenate([np.array([tokenizer.boundary], tokens.dtype), tokens])
+        yield Encoded(whole, context, document.digest, document.read)
+
+
+def _shared(prompt: np.ndarray, tokens: np.ndarray) -> int:
+    """How many tokens of a prompt are those with which the whole begins: a token across its end is to be learned.
+
+    Encoded apart, what follows might begin otherwise than in the whole, with a space of the tokenizer's own.
+    """
+    same = prompt == tokens[: prompt.size] if prompt.size <= tokens.size else np.zeros(1, bool)
+    return int(np.argmin(np.append(same, False)))
 
 
 def gather(encoded: Iterable[Encoded], tokenizer: Tokenizer) -> tuple[Corpus, list[bytes]]:

@@ -85,3 +85,6 @@ def _check_same(folder: Path, data: Data) -> None:
     if shards.path != data.path:
         raise ValueError(f"--output {folder} holds shards of {shards.path!r}: {cure}")
     shards.check(find_tokenizer(data, [shards]), data)
+    now = [document.digest for document in read_documents(shards.path, video=shards.tokenizer == "video")]
+    if now != shards.digests():
+        raise ValueError(f"{data.path!r} is not what {folder} was made from, it was changed since: {cure}")

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,8 @@ class Shards:
     """The tokenizer's name."""
     fingerprint: str
     """The tokenizer's fingerprint."""
+    size: int
+    """Ids that it has; all tokens are below."""
     validation: float | None
     """The share that was held out when the codebook was learned; None if nothing was learned."""
     path: str
@@ -62,6 +65,8 @@ class Shards:
 
     def check(self, tokenizer: Tokenizer, data: Data) -> None:
         """Raises ValueError unless the shards are those that `tokenizer` makes."""
+        if self.fingerprint == tokenizer.fingerprint and self.size != tokenizer.size:
+            raise ValueError(f"{self.folder} is said to hold {self.size} ids of {tokenizer.size}: {_CURE}")
         if self.fingerprint != tokenizer.fingerprint:
             same = "another one of that kind: name the file that they were made with"
             other = f"{self.tokenizer!r}: use --data.tokenizer {self.tokenizer}"
@@ -98,9 +103,13 @@ def write_shards(
 
     Raises ValueError as reading the documents does, and if it cannot write.
     """
-    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
-        unfinished.mkdir(parents=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    except OSError as error:
+        raise ValueError(f"cannot write to {folder} ({error.strerror}): choose another --output") from error
+    try:
+        unfinished.chmod(0o755)
         writer = _Writer(unfinished, shard_tokens)
         for document in encoded:
             writer.add(document)
@@ -181,7 +190,7 @@ def open_shards(folder: Path) -> Shards:
         name, fingerprint = str(index["tokenizer"]["name"]), str(index["tokenizer"]["fingerprint"])
         validation = None if index["validation"] is None else float(index["validation"])
         files, made_from = list(map(_entry, index["files"])), str(index["path"])
-    except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, LookupError, RecursionError, OverflowError) as error:
         raise ValueError(f"{path} is no index of shards ({type(error).__name__}: {error}): {_CURE}") from error
     _verify(folder, files)
     shards = []
@@ -198,16 +207,18 @@ def open_shards(folder: Path) -> Shards:
     if not listed or documents.ndim != 1 or not shards or not _fit(documents, sum(part.size for part in shards)):
         raise ValueError(f"{folder / 'documents.npy'} does not go with the shards beside it: {_CURE}")
     joined = hashlib.sha256("".join(file["sha256"] for file in files).encode()).hexdigest()
-    return Shards(folder, name, fingerprint, validation, made_from, ShardedTokens(shards, joined), documents)
+    return Shards(folder, name, fingerprint, sizes, validation, made_from, ShardedTokens(shards, joined), documents)
 
 
-_CURE = "write the shards anew by scripts/prepare.py"
+_CURE = "remove the folder and write it anew by scripts/prepare.py"
 
 
 def _entry(file: Any) -> dict[str, Any]:
     if not re.fullmatch(r"[\w-]+\.\w+", file["name"]):  # a name, not a path
         raise ValueError(f"{file['name']!r} is no name of a file")
     counts = {name: int(file[name]) for name in ("bytes", "tokens") if name in file}
+    if not all(0 <= count < 2**63 for count in counts.values()):
+        raise ValueError(f"{file['name']!r} is said to have {counts}")
     return {"name": str(file["name"]), "sha256": str(file["sha256"]), "bytes": 0} | counts
 
 

@@ -9,6 +9,7 @@ import io
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -89,12 +90,13 @@ def read_frames(content: bytes, frame_size: tuple[int, ...]) -> Iterator[np.ndar
     pending: list[np.ndarray] = []
     count = promised = 0
     try:
-        with av.open(io.BytesIO(content)) as container:
+        # No other file, and nothing on a network, is opened, whatever this one says.
+        with av.open(io.BytesIO(content), options={"protocol_whitelist": "none"}) as container:
             if not container.streams.video:
                 raise ValueError("no picture in it, only sound or text: name a video")
             promised = container.streams.video[0].frames
             for frame in container.decode(video=0):
-                pending.append(frame.to_ndarray(format="rgb24", width=width, height=height))
+                pending.append(_upright(frame, height, width))
                 count += 1
                 if len(pending) == _TOGETHER:
                     yield np.stack(pending)
@@ -107,6 +109,13 @@ def read_frames(content: bytes, frame_size: tuple[int, ...]) -> Iterator[np.ndar
         raise ValueError("no frame in it: convert it, or get it again")
     if count < promised:
         _log.warning("a video promises %d frames, but %d can be read: it may be cut off", promised, count)
+
+
+def _upright(frame: Any, height: int, width: int) -> np.ndarray:
+    """[height, width, 3] uint8: the frame as players show it, turned as its file says (a phone's lies on its side)."""
+    turns = round(frame.rotation / 90) % 4  # counter-clockwise
+    coded = (width, height) if turns % 2 else (height, width)
+    return np.rot90(frame.to_ndarray(format="rgb24", height=coded[0], width=coded[1]), turns)
 
 
 def patches(frames: np.ndarray) -> np.ndarray:
@@ -135,7 +144,7 @@ def read_npy(path: Path) -> np.ndarray:
     try:
         with path.open("rb") as file:
             return np.lib.format.read_array(file, allow_pickle=False)
-    except (OSError, ValueError, EOFError, MemoryError) as error:
+    except (OSError, ValueError, EOFError, MemoryError, OverflowError, TypeError) as error:
         raise ValueError(
             f"{path} is no array that can be read ({error}): name a .npy file, or make it again"
         ) from error

@@ -1,6 +1,7 @@
 """A run's folder: what says what the run is, whether it may go on, and its newest checkpoint."""
 
 import json
+import os
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from ringattn.training.step import TrainState
 FIXED = ("model.", "data.", "attention.window", "train.batch_size", "train.seed")
 """Fields (by prefix) that a run keeps for life: they say what its numbers mean, and which row comes next."""
 
+FREE = ("model.dtype", "model.remat")
+"""But for these, which say how it is computed."""
+
 
 def describe_to(folder: Path, c: config.Config, run: Run) -> None:
     """Writes what the run is and what it runs on, so that it can be repeated and gone on with."""
@@ -27,10 +31,11 @@ def describe_to(folder: Path, c: config.Config, run: Run) -> None:
         # Whether it resumes and what is traced are said of a start, not of the run.
         config.save(replace(c, resume="auto", profile=None), folder / "config.json")
         files = {"environment.json": environment(), "data.json": run.fingerprints()}
-        for name, content in files.items():
-            (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        for name, content in run.tokenizer.files.items():
-            (folder / name).write_bytes(content)
+        written = {name: (json.dumps(content, indent=2) + "\n").encode() for name, content in files.items()}
+        for name, content in (written | run.tokenizer.files).items():
+            unfinished = folder / f".{name}.{os.getpid()}"  # a start that is cut off leaves what was there
+            unfinished.write_bytes(content)
+            os.replace(unfinished, folder / name)
     except OSError as error:
         raise ValueError(f"cannot write to {folder} ({error.strerror}): choose another --log.directory") from None
 
@@ -64,7 +69,7 @@ def _check_kept(before: config.Config, c: config.Config, number: int, folder: Pa
     """Raises ValueError if stage `number`, which the run has at least begun, is no longer what it was."""
     old, new = _fields(before.stage(number)), _fields(c.stage(number))
     kept = (*FIXED, "train.steps") if done else FIXED  # its steps say where the next stage's rows begin
-    changed = [name for name in new if name.startswith(kept) and name != "model.dtype" and old[name] != new[name]]
+    changed = [name for name in new if name.startswith(kept) and name not in FREE and old[name] != new[name]]
     if changed:
         name = changed[0]
         flags = {config.flag(each.stages, number, name) for each in (before, c)}
