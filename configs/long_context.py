@@ -2,7 +2,7 @@
 
     python scripts/train.py --config configs/long_context.py
 
-Expect some MINUTES minutes on two CPU cores: attention's work grows with the square of the row. remat: of each layer
+Expect many minutes on two CPU cores, for attention's work grows with the square of the row. remat: of each layer
 only its input and attention's result are kept for the backward pass. rope_theta is raised, so that positions thousands
 of bytes apart still turn a head's slow pairs by different angles.
 """

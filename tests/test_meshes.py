@@ -79,27 +79,47 @@ def test_bfloat16_learns_as_float32_does(text, alone, make_mesh):
     np.testing.assert_allclose(narrow[:, 0], alone[:, 0], rtol=2e-2)
 
 
-@pytest.mark.slow
-def test_a_ring_of_simulated_devices_costs_little_over_one(make_mesh, capsys):
-    """The quickstart's step on its 8 devices and on one, in turn: `pytest -m slow -s -k costs_little` shows both."""
-    c = config.read(Path(__file__).parents[1] / "configs" / "quickstart.py")
-    meshes = {"8 devices": make_mesh(context=8), "1 device": make_mesh()}
-    runs, seconds = {}, {name: [] for name in meshes}
-    for name, mesh in meshes.items():
+def step_ratio(runs, capsys, rounds=12) -> float:
+    """Median seconds of a step of the first of two runs {name: (mesh, config)} over those of the second, in turn."""
+    prepared, seconds = {}, {name: [] for name in runs}
+    for name, (mesh, c) in runs.items():
         with jax.set_mesh(mesh):
             run = prepare(c, mesh)
-            runs[name] = run, run.initial_state()
-    for step in range(12):
-        for name, mesh in meshes.items():
-            run, state = runs[name]
+            prepared[name] = run, run.initial_state()
+    for step in range(rounds):
+        for name, (mesh, _) in runs.items():
+            run, state = prepared[name]
             with jax.set_mesh(mesh):
                 batch = run.on_devices(run.rows.batch(step))
                 began = time.perf_counter()
                 state, _ = jax.block_until_ready(run.train_step(state, batch))
                 seconds[name].append(time.perf_counter() - began)
-            runs[name] = run, state
+            prepared[name] = run, state
     medians = {name: float(np.median(taken[2:])) for name, taken in seconds.items()}  # the first two compile
-    ratio = medians["8 devices"] / medians["1 device"]
+    one, other = medians.values()
     with capsys.disabled():
-        print("", *(f"{name}: {taken:.3f} s a step" for name, taken in medians.items()), f"ratio {ratio:.2f}", sep="\n")
-    assert ratio <= 2
+        print(
+            "",
+            *(f"{name}: {taken:.3f} s a step" for name, taken in medians.items()),
+            f"ratio {one / other:.2f}",
+            sep="\n",
+        )
+    return one / other
+
+
+QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.py"
+
+
+@pytest.mark.slow
+def test_a_ring_of_simulated_devices_costs_little_over_one(make_mesh, capsys):
+    """The quickstart's step on its 8 devices and on one: `pytest -m slow -s -k costs_little` shows both."""
+    c = config.read(QUICKSTART)
+    assert step_ratio({"8 devices": (make_mesh(context=8), c), "1 device": (make_mesh(), c)}, capsys) <= 2
+
+
+@pytest.mark.slow
+def test_computing_layers_again_costs_little(make_mesh, capsys):
+    """The quickstart's step with model.remat on and off."""
+    c, mesh = config.read(QUICKSTART), make_mesh(context=8)
+    runs = {f"remat {remat}": (mesh, replace(c, model=replace(c.model, remat=remat))) for remat in ("on", "off")}
+    assert step_ratio(runs, capsys) <= 1.35

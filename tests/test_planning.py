@@ -73,6 +73,9 @@ def test_a_plan_counts_what_each_device_holds():
         (["--config", "configs/llama3_8b_1m.py", "--data.seq_len", "4097", "--topology", "cpu:8"], "data.seq_len"),
         (["--config", "configs/llama3_8b_1m.py", "--topology"], "expected one argument"),
         (["--config", "configs/llama3_8b_1m.py", "--topolgy", "cpu:8"], "--topolgy"),
+        (["--config", "configs/staged.py", "--topology", "cpu:8"], "has 3: say which, such as --stage 2"),
+        (["--config", "configs/staged.py", "--topology", "cpu:8", "--stage", "4"], "are 1 to 3"),
+        (["--config", "configs/quickstart.py", "--topology", "cpu:8", "--json", "none/x"], "no folder none"),
         (["--config", "configs/llama3_8b_1m.py", "--topology", "v5e:3x7"], "v5e:3x7"),
     ],
 )

@@ -175,6 +175,18 @@ def test_layers_computed_again_keep_their_input_and_attentions_result_alone(make
     assert kept > 3 * kept_alone
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_no_device_holds_more_whole_weights_than_one_layers(make_mesh, dtype):
+    section = replace(SMALL, layers=12, dim=256, feed_forward=1024, dtype=dtype)
+    with jax.set_mesh(mesh := make_mesh(context=8)):
+        params = jax.eval_shape(lambda: nnx.state(make(section), nnx.Param))
+        arrays = [jax.ShapeDtypeStruct((1, 64), jnp.int32, sharding=jax.NamedSharding(mesh, TOKENS))] * 3
+        found: Any = jax.jit(jax.grad(partial(loss_of, section))).lower(params, arrays).compile().memory_analysis()
+    layer = 4 * 3 * section.dim * section.feed_forward
+    pieces = 12 * layer / 8
+    assert found.temp_size_in_bytes < 4 * layer + 3 * pieces < 12 * layer
+
+
 def test_the_program_does_not_grow_with_depth(make_mesh):
     with jax.set_mesh(mesh := make_mesh(context=2)):
         arrays = tokens_on(mesh)

@@ -149,7 +149,7 @@ class FeedForward(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """All layers, one after another: a scan over their stacked parameters."""
+    """Attention and feed-forward; its parameters are those of all layers, stacked, of which a scan takes one by one."""
 
     def __init__(self, c: config.Model, attention: AttentionFunction, rngs: nnx.Rngs):
         self.attention, self.feed_forward = Attention(c, attention, rngs), FeedForward(c, rngs)
@@ -160,7 +160,13 @@ class Layer(nnx.Module):
         return self.feed_forward(self.attention(x, angles, segment_ids))
 
 
+def _all_but_weights(primitive: Any, *_: Any, **__: Any) -> bool:
+    """A layer's whole weights are gathered and cast again, or each device would hold the whole model."""
+    return primitive.name not in ("all_gather", "convert_element_type")
+
+
 KEPT = {
+    "off": _all_but_weights,
     "on": jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse"),
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=["attention_lse"],
@@ -169,8 +175,8 @@ KEPT = {
         offload_dst="pinned_host",
     ),
 }
-"""What a layer that is computed again keeps beside its input. With attention's output and log-sum-exp at hand, K/V need
-not go round the ring a third time."""
+"""What a layer keeps for the backward pass beside its input; the rest is computed again. With attention's output and
+log-sum-exp at hand, K/V need not go round the ring a third time."""
 
 
 class Transformer(nnx.Module):
@@ -209,8 +215,7 @@ class Transformer(nnx.Module):
             x, params = lax.optimization_barrier((x, params))
             return nnx.merge(graphdef, params)(x, angles, segment_ids), None
 
-        if self.config.remat != "off":
-            layer = jax.checkpoint(layer, policy=KEPT[self.config.remat], prevent_cse=False)
+        layer = jax.checkpoint(layer, policy=KEPT[self.config.remat], prevent_cse=False)
         x, _ = lax.scan(layer, embed(tokens, self.embedding[...], self.config.dtype), params)
         return self.norm(x)
 

@@ -53,8 +53,11 @@ class Plan:
 def plan(c: config.Config, topology: str) -> Plan:
     """Compiles one update of `c` for a topology such as 'v5e:8x8', 'v5p:4x4x4' or 'cpu:8'. No device holds anything.
 
-    Raises ValueError if there is no such topology, no TPU compiler (the extra `tpu`), or if `c` does not fit its mesh.
+    Raises ValueError if there is no such topology, no TPU compiler (the extra `tpu`), if `c` does not fit its mesh, or
+    has several stages (`c.stage(2)` is one of them).
     """
+    if len(c.stages) > 1:
+        raise ValueError(f"a plan is of one stage, but {c.name} has {len(c.stages)}: say which, such as --stage 2")
     devices = _devices(topology)
     mesh = arrange(resolve(c.mesh, len(devices)), devices)
     check(c, mesh)

@@ -87,7 +87,7 @@ def make_train_step(
 
     @partial(jax.jit, donate_argnums=0)
     def train_step(state: TrainState, batch: Batch):
-        # A batch without a token that counts, as one of masked prompts, changes nothing but the moments and the decay.
+        # A batch without a token that counts, as one of masked prompts, brings no gradient, and no division by 0.
         total_weight = jnp.sum(batch.weights)
         batch = batch._replace(weights=batch.weights / jnp.where(total_weight > 0, total_weight, jnp.float32(1)))
 
