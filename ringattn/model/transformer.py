@@ -211,8 +211,6 @@ class Transformer(nnx.Module):
 
         def layer(x, params):
             x = checkpoint_name(x, "layer_input")
-            # One layer's at a time: else the compiler casts those of all layers before the first begins.
-            x, params = lax.optimization_barrier((x, params))
             return nnx.merge(graphdef, params)(x, angles, segment_ids), None
 
         layer = jax.checkpoint(layer, policy=KEPT[self.config.remat], prevent_cse=False)
