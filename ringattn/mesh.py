@@ -190,17 +190,17 @@ def check(run: config.Config, mesh: jax.sharding.Mesh) -> None:
     check_length(run.data.seq_len, run.attention.layout, shards(mesh), "data.seq_len")
     rows = ("mesh.data * train.accumulate", data * run.train.accumulate)
     _check_multiple("train.batch_size", run.train.batch_size, *rows)
-    pieces = "mesh.data * mesh.context_outer * mesh.context"
-    _check_multiple("model.dim", run.model.dim, pieces, data * shards(mesh))
+    of_rings = "mesh.context_outer * mesh.context" if mesh.shape[CONTEXT_OUTER] > 1 else "mesh.context"
+    _check_multiple("model.dim", run.model.dim, f"mesh.data * {of_rings}", data * shards(mesh))
     if VOCABULARY_MULTIPLE % tensor:
         least = max(size for size in range(1, tensor) if VOCABULARY_MULTIPLE % size == 0)
         rule = f"must divide {VOCABULARY_MULTIPLE}, the multiple to which the vocabulary is padded"
         raise ValueError(f"mesh.tensor={tensor} {rule}: use {least}")
-    exchanged = {"ulysses": ("context_outer * mesh.context", shards(mesh)), "usp": ("context", context)}
+    exchanged = {"ulysses": (of_rings, shards(mesh)), "usp": ("mesh.context", context)}
     if run.attention.strategy in exchanged:
         axes, size = exchanged[run.attention.strategy]
         name = f"attention.strategy={run.attention.strategy}: model.kv_heads"
-        _check_multiple(name, run.model.kv_heads, f"mesh.tensor * mesh.{axes}", tensor * size)
+        _check_multiple(name, run.model.kv_heads, f"mesh.tensor * {axes}", tensor * size)
     for name in ("heads", "kv_heads", "feed_forward"):
         _check_multiple(f"model.{name}", vars(run.model)[name], "mesh.tensor", tensor)
 

@@ -245,7 +245,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "soft_cap": ({"soft_cap": -2.0}, "soft_cap=-2.0 must be positive; None for no cap"),
     "strategy": ({"strategy": "star"}, "strategy='star' is none of 'ring', 'gather', 'ulysses', 'usp', 'auto'"),
     "kernel": ({"kernel": "flush"}, "kernel='flush' is none of 'auto', 'xla'"),
-    "axis": ({"axis": "ring"}, r"axis='ring' is not in the mesh, whose axes are \('data', 'context', 'tensor'\)"),
+    "axis": (
+        {"axis": "ring"},
+        r"axis='ring' is not in the mesh, whose axes are \('data', 'context_outer', 'context', 'tensor'\)",
+    ),
     "axes": ({"axis": ("context", "context")}, "two different ones"),
     "usp": (
         {"strategy": "usp"},

@@ -82,11 +82,12 @@ def test_a_coordinator_without_numbers_is_refused():
 @pytest.mark.parametrize(
     ("sizes", "devices", "resolved"),
     [
-        ({}, 8, (1, 8, 1)),
-        ({"data": -1, "context": 2}, 8, (4, 2, 1)),
-        ({"context": 3, "tensor": -1}, 6, (1, 3, 2)),
-        ({"data": 2, "context": 2, "tensor": 2}, 8, (2, 2, 2)),
-        ({"data": -1, "context": 1}, 1, (1, 1, 1)),
+        ({}, 8, (1, 1, 8, 1)),
+        ({"data": -1, "context": 2}, 8, (4, 1, 2, 1)),
+        ({"context": 3, "tensor": -1}, 6, (1, 1, 3, 2)),
+        ({"data": 2, "context": 2, "tensor": 2}, 8, (2, 1, 2, 2)),
+        ({"context_outer": -1, "context": 2}, 8, (1, 4, 2, 1)),
+        ({"data": -1, "context": 1}, 1, (1, 1, 1, 1)),
     ],
 )
 def test_sizes_are_resolved(sizes, devices, resolved):
@@ -124,7 +125,7 @@ def test_a_mesh_that_does_not_fit_is_refused_with_one_that_does(monkeypatch, siz
 
 def test_the_mesh_is_explicit_and_has_every_axis():
     ring = mesh.start(config.Mesh())
-    assert ring.axis_names == ("data", "context", "tensor")
+    assert ring.axis_names == ("data", "context_outer", "context", "tensor")
     assert ring.size == jax.device_count()
     assert set(ring.axis_types) == {jax.sharding.AxisType.Explicit}
 
@@ -134,7 +135,7 @@ def test_place_gives_each_device_its_piece(make_mesh):
     rows = np.arange(32, dtype=np.int32).reshape(2, 16)
     tokens, weights = mesh.place((rows, rows.astype(np.float32)), ring, mesh.TOKENS)
     assert weights.dtype == np.float32
-    for (row, column), device in np.ndenumerate(ring.devices[:, :, 0]):
+    for (row, column), device in np.ndenumerate(ring.devices[:, 0, :, 0]):
         (piece,) = [shard.data for shard in tokens.addressable_shards if shard.device == device]
         np.testing.assert_array_equal(piece, rows[row : row + 1, 4 * column : 4 * column + 4])
 
@@ -187,13 +188,14 @@ def test_where_there_is_no_closed_walk_there_is_none(box):
 @pytest.mark.parametrize(
     ("sizes", "box"),
     [
-        ((1, 64, 1), (8, 8, 1, 1)),
-        ((2, 4, 1), (2, 4, 1, 1)),
-        ((2, 32, 1), (4, 4, 4, 1)),
-        ((1, 16, 4), (8, 8, 1, 1)),
-        ((2, 4, 2), (4, 4, 1, 1)),
-        ((1, 8, 1), (2, 2, 1, 2)),  # two devices a chip
-        ((4, 1, 2), (2, 4, 1, 1)),
+        ((1, 1, 64, 1), (8, 8, 1, 1)),
+        ((2, 1, 4, 1), (2, 4, 1, 1)),
+        ((2, 1, 32, 1), (4, 4, 4, 1)),
+        ((1, 4, 16, 1), (8, 8, 1, 1)),
+        ((1, 1, 16, 4), (8, 8, 1, 1)),
+        ((2, 1, 4, 2), (4, 4, 1, 1)),
+        ((1, 1, 8, 1), (2, 2, 1, 2)),  # two devices a chip
+        ((4, 1, 1, 2), (2, 4, 1, 1)),
     ],
 )
 def test_every_ring_of_a_mesh_is_a_closed_walk(sizes, box):
@@ -202,7 +204,7 @@ def test_every_ring_of_a_mesh_is_a_closed_walk(sizes, box):
     assert found is not None
     assert found.shape == sizes
     assert sorted(found.ravel()) == list(range(len(places)))
-    rings = np.array(places)[np.moveaxis(found, 1, -1).reshape(-1, sizes[1])]
+    rings = np.array(places)[np.moveaxis(found, 2, -1).reshape(-1, sizes[2])]
     assert abs(rings - np.roll(rings, 1, axis=1)).sum(-1).max() <= 1
 
 
