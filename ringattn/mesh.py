@@ -217,6 +217,16 @@ def place(tree: Any, mesh: jax.sharding.Mesh, spec: jax.sharding.PartitionSpec) 
     return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), tree)
 
 
+def abstract(tree: Any, mesh: jax.sharding.Mesh) -> Any:
+    """Shapes, as `jax.eval_shape` gives them under the mesh, of arrays that lie on it; what says no spec lies whole."""
+
+    def placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        spec = P() if leaf.sharding is None else leaf.sharding.spec
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=jax.NamedSharding(mesh, spec))
+
+    return jax.tree.map(placed, tree)
+
+
 def _simulate(count: int) -> None:
     jax.config.update("jax_platforms", "cpu")
     if FORCED in os.environ.get("XLA_FLAGS", ""):

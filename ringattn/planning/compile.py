@@ -16,7 +16,7 @@ from jax.experimental import topologies
 from ringattn import config
 from ringattn.data import Batch
 from ringattn.hardware import CHIPS
-from ringattn.mesh import TOKENS, arrange, check, in_words, resolve, start
+from ringattn.mesh import TOKENS, abstract, arrange, check, in_words, resolve, start
 from ringattn.model import count_parameters
 from ringattn.training.optimizer import learning_rate, optimizer
 from ringattn.training.run import model_of
@@ -97,7 +97,7 @@ def abstract_step(c: config.Config, mesh: jax.sharding.Mesh) -> tuple[TrainState
         )
     make_model = model_of(c, vocabulary)
     update, schedule = optimizer(c.optimizer, c.train.steps), learning_rate(c.optimizer, c.train.steps)
-    state = jax.tree.map(lambda leaf: _placed(leaf, mesh), jax.eval_shape(make_initial_state(make_model, update)))
+    state = abstract(jax.eval_shape(make_initial_state(make_model, update)), mesh)
     return state, _batch(c, mesh), make_train_step(make_model, vocabulary, update, schedule)
 
 
@@ -115,11 +115,6 @@ def _devices(topology: str) -> Sequence[Any]:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         cure = "use one such as v5e:8x8, v5p:4x4x4, v6e:16x16 or cpu:8"
         raise ValueError(f"--topology {topology}: {reason}: {cure}") from None
-
-
-def _placed(leaf: Any, mesh: jax.sharding.Mesh) -> jax.ShapeDtypeStruct:
-    spec = P() if leaf.sharding is None else leaf.sharding.spec
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=jax.NamedSharding(mesh, spec))
 
 
 def _batch(c: config.Config, mesh: jax.sharding.Mesh) -> Batch:

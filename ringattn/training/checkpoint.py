@@ -67,7 +67,7 @@ class Checkpoints:
             except (MemoryError, PermissionError):  # not the file's fault
                 raise
             except Exception as error:  # whatever a damaged file makes its reader raise
-                damaged[step] = f"checkpoint {step} is damaged, going back: {_first_line(error)}"
+                damaged[step] = f"checkpoint {step} is damaged, going back: {first_line(error)}"
                 continue
             if arrays is None:
                 raise ValueError(f"{self._folder / str(step)} is of another model: {_difference(facts, target)}")
@@ -130,5 +130,5 @@ def _difference(facts: dict[str, Any], target: dict[str, Any]) -> str:
     return f"{name} is {there.get(name, 'missing')} there and {wanted.get(name, 'missing')} here: {cure}"
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

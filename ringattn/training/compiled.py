@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from ringattn import Mask, config
+from ringattn import config
 from ringattn.attention.auto import choose_strategy
 from ringattn.attention.traffic import Traffic, traffic
 from ringattn.hardware import CHIPS
@@ -16,7 +16,7 @@ from ringattn.mesh import DATA, SEQUENCE, TENSOR, shards
 from ringattn.model import count_parameters
 from ringattn.training.flops import step_flops
 from ringattn.training.metrics import bytes_in_words
-from ringattn.training.run import Run
+from ringattn.training.run import Run, mask_of
 from ringattn.training.step import TrainState, TrainStep
 
 Facts = dict[str, Any]
@@ -64,7 +64,7 @@ def device_memory() -> int | None:
 def attention_facts(c: config.Config, mesh: jax.sharding.Mesh) -> Facts:
     """Strategy and hops of a layer's attention, and the bytes that all layers make a device send in a step.
 
-    The forward pass is counted once: what a recomputation of layers saves of attention, it need not send again.
+    A layer that is computed again turns no K/V a third time, but exchanges heads for sequence once more.
     """
     sizes, (outer, inner) = mesh.shape, (mesh.shape[name] for name in SEQUENCE)
     rows, tokens = c.train.batch_size // (sizes[DATA] * c.train.accumulate), c.data.seq_len // shards(mesh)
@@ -72,7 +72,7 @@ def attention_facts(c: config.Config, mesh: jax.sharding.Mesh) -> Facts:
         jax.ShapeDtypeStruct((rows, tokens, heads // sizes[TENSOR], c.model.head_dim), c.model.dtype)
         for heads in (c.model.heads, c.model.kv_heads)
     )
-    mask = Mask(causal=True, window=None if c.attention.window is None else (c.attention.window, 0))
+    mask = mask_of(c)
     strategy = c.attention.strategy
     # As in attention: rings of one, and one ring, are a ring.
     over = (outer, inner) if strategy == "usp" or min(outer, inner) > 1 else outer * inner
@@ -91,13 +91,16 @@ def attention_facts(c: config.Config, mesh: jax.sharding.Mesh) -> Facts:
             device_kind=mesh.devices.flat[0].device_kind,
         ).strategy
     sent: Traffic = traffic(strategy, over, query, key, mask, c.attention.layout)
+    # A layer that is computed again keeps what was exchanged back, and exchanges the rest once more.
+    again = c.model.remat != "off" and strategy in ("ulysses", "usp")
+    exchanged = traffic("ulysses", inner if strategy == "usp" else outer * inner, query, key, mask, c.attention.layout)
     calls = c.model.layers * c.train.accumulate
     return {
         "strategy": strategy,
         "hops": sent.hops,
         "most_hops": sent.most,
         "forward_bytes_sent": calls * sent.forward,
-        "backward_bytes_sent": calls * sent.backward,
+        "backward_bytes_sent": calls * (sent.backward + again * exchanged.forward),
     }
 
 

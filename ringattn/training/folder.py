@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax import P
 
 from ringattn import config
 from ringattn.environment import environment
+from ringattn.mesh import abstract
 from ringattn.training.checkpoint import Checkpoints, saved_steps
 from ringattn.training.run import Run
 from ringattn.training.step import TrainState
@@ -74,8 +74,13 @@ def _check_kept(before: config.Config, c: config.Config, number: int, folder: Pa
         name = changed[0]
         flags = {config.flag(each.stages, number, name) for each in (before, c)}
         flag = (flags - {name} or flags).pop()  # the stage's own value, if it has one or had
-        cure = f"use --{flag} {old[name]}, or start anew under another --name"
+        cure = f"use --{flag} {_in_words(old[name])}, or start anew under another --name"
         raise ValueError(f"{flag}={new[name]!r}, but the run in {folder} has {old[name]!r}: {cure}")
+
+
+def _in_words(value: Any) -> str:
+    """As it is written on a command line."""
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _check_length(before: config.Config, c: config.Config, number: int, step: int, folder: Path) -> None:
@@ -102,10 +107,5 @@ def restore(run: Run, folder: Path) -> tuple[TrainState, list[str]]:
         cure = "put the text back as it was, or start anew under another --name"
         raise ValueError(f"the text of {run.config.data.path!r} is not what the run in {folder} was trained on: {cure}")
 
-    def placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        spec = P() if leaf.sharding is None else leaf.sharding.spec
-        sharding = jax.NamedSharding(run.mesh, spec)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
     with Checkpoints(folder / "checkpoints", run.config.checkpoint.keep) as checkpoints:
-        return checkpoints.restore(jax.tree.map(placed, jax.eval_shape(run.initial_state)))
+        return checkpoints.restore(abstract(jax.eval_shape(run.initial_state), run.mesh))

@@ -100,7 +100,7 @@ def _train_stage(c: config.Config, number: int, text: Sides, folder: Path) -> in
         describe_to(folder, c, run)
         with (
             stopped_by_signal(screen) as stop,  # outermost: the first signal lets the last checkpoint be written
-            MetricsFile(folder / "metrics.jsonl", after=done, stage=number) as file,
+            MetricsFile(folder / "metrics.jsonl", after=done) as file,
             Checkpoints(folder / "checkpoints", c.checkpoint.keep) as checkpoints,
         ):
             status, state, result = advance(run, state, screen, file, checkpoints, stop)
@@ -141,7 +141,7 @@ def advance(
     result = ""
     with (
         Profile(c.profile, begin, run.last, c.folder / "profile", screen) as profile,
-        Writers(c, begin, screen) as writers,
+        Writers(run.whole, begin, screen) as writers,
     ):
         train_step, facts = compile_step(run, state)
         compiled.write(facts, c.folder / "compiled.json")
@@ -149,8 +149,8 @@ def advance(
             screen.say(line)
 
         def write(row: Row) -> None:
-            file.write(row)
-            writers.write(row)
+            for kept in (file, writers):
+                kept.write(row | {"stage": run.number})
 
         tokens = tokens_a_step(c)
         before = run.tokens_before - run.first * tokens

@@ -22,13 +22,10 @@ Row = dict[str, Any]
 class MetricsFile:
     """metrics.jsonl: one JSON object a line, on disk as soon as it is written, by the first process alone."""
 
-    def __init__(self, path: Path, after: int, stage: int = 1):
-        """Opens `path` to go on after step `after`: rows beyond it, of a run that was cut off, are cut away.
-
-        What is written bears the number of its stage.
-        """
+    def __init__(self, path: Path, after: int):
+        """Opens `path` to go on after step `after`: rows beyond it, of a run that was cut off, are cut away."""
         kept = [row for row in read_rows(path) if row["step"] <= after]
-        self._file, self._stage = None, stage
+        self._file = None
         if jax.process_index() == 0:
             unfinished = path.with_name(f".{path.name}.{os.getpid()}")
             unfinished.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
@@ -44,7 +41,7 @@ class MetricsFile:
 
     def write(self, row: Row) -> None:
         if self._file is not None:
-            self._file.write(json.dumps(row | {"stage": self._stage}, allow_nan=False) + "\n")
+            self._file.write(json.dumps(row, allow_nan=False) + "\n")
             self._file.flush()
 
     def sync(self) -> None:

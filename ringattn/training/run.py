@@ -33,7 +33,12 @@ from ringattn.training.writers import check_packages
 class Run:
     """What does not change while a run, or a stage of it, goes on."""
 
+    whole: config.Config
+    """Of all stages."""
+    number: int
+    """This stage's, from 1."""
     config: config.Config
+    """This stage's."""
     """Of this stage alone."""
     mesh: jax.sharding.Mesh
     tokenizer: Tokenizer
@@ -114,6 +119,8 @@ def prepare(whole: config.Config, mesh: jax.sharding.Mesh, number: int = 1, text
     rate = c.optimizer, c.train.steps, first
     update, schedule = optimizer(*rate), learning_rate(*rate)
     return Run(
+        whole=whole,
+        number=number,
         config=c,
         mesh=mesh,
         tokenizer=tokenizer,
@@ -129,13 +136,18 @@ def prepare(whole: config.Config, mesh: jax.sharding.Mesh, number: int = 1, text
     )
 
 
+def mask_of(c: config.Config) -> Mask:
+    return Mask(causal=True, window=None if c.attention.window is None else (c.attention.window, 0))
+
+
 def model_of(c: config.Config, vocabulary: int) -> MakeModel:
     """The model of a run whose tokenizer has `vocabulary` ids; ValueError if it was to have fewer."""
     rows = vocabulary if c.model.vocabulary is None else c.model.vocabulary
     if rows < vocabulary:
         raise ValueError(f"model.vocabulary={rows}, but the tokenizer has {vocabulary} ids: use {vocabulary}, or None")
-    mask = Mask(causal=True, window=None if c.attention.window is None else (c.attention.window, 0))
-    attend = partial(attention, mask=mask, axis=SEQUENCE, layout=c.attention.layout, strategy=c.attention.strategy)
+    attend = partial(
+        attention, mask=mask_of(c), axis=SEQUENCE, layout=c.attention.layout, strategy=c.attention.strategy
+    )
 
     def make_model() -> Transformer:
         return Transformer(c.model, rows, attend, nnx.Rngs(params=c.train.seed))

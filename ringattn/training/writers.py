@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import jax
 
 from ringattn import config
+from ringattn.training.checkpoint import first_line
 from ringattn.training.metrics import Row, Screen
 
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
@@ -116,7 +117,9 @@ class Writers:
                     continue
                 self.__exit__(type(error))
                 cures = f"--log.{field} False" + ", WANDB_MODE=offline or `wandb login`" * (not is_board)
-                raise ValueError(f"log.{field}=True, but it cannot be written ({_line(error)}): use {cures}") from None
+                raise ValueError(
+                    f"log.{field}=True, but it cannot be written ({first_line(error)}): use {cures}"
+                ) from None
 
     def __enter__(self) -> "Writers":
         return self
@@ -137,8 +140,4 @@ class Writers:
                 self._say(field, error)
 
     def _say(self, field: str, error: Exception) -> None:
-        self._screen.say(f"{field} failed ({_line(error)}): going on without it; metrics.jsonl has every row")
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        self._screen.say(f"{field} failed ({first_line(error)}): going on without it; metrics.jsonl has every row")
