@@ -91,3 +91,21 @@ def test_hops_by_the_config(small, make_mesh, attention, expected):
     facts = attention_facts(c, make_mesh(context=8))
     assert (facts["strategy"], facts["hops"], facts["most_hops"]) == expected
     assert facts["backward_bytes_sent"] > facts["forward_bytes_sent"] > 0
+
+
+@pytest.mark.parametrize("strategy", ["ring", "usp"])
+def test_a_layer_that_is_computed_again_exchanges_heads_again_but_turns_no_kv(small, make_mesh, strategy):
+    sent = []
+    for remat in ("off", "on"):
+        c = replace(small, model=replace(small.model, remat=remat), attention=config.Attention(strategy=strategy))
+        with jax.set_mesh(over := make_mesh(data=2, context_outer=2, context=2)):
+            run = prepare(c, over)
+            arrays = run.initial_state(), run.on_devices(run.rows.batch(0))
+            kinds = {"ppermute": 0, "all_to_all": 0}
+            for each in transfers(run.train_step, *arrays):
+                if each.primitive in kinds:
+                    kinds[each.primitive] += each.times
+        sent.append((kinds, attention_facts(c, over)["backward_bytes_sent"]))
+    (off, off_bytes), (on, on_bytes) = sent
+    assert on["ppermute"] == off["ppermute"] > 0
+    assert (on["all_to_all"] > off["all_to_all"]) == (on_bytes > off_bytes) == (strategy == "usp")

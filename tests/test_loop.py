@@ -173,7 +173,7 @@ def test_rows_beyond_the_step_gone_back_to_are_cut_away(tmp_path):
     path.write_text('{"step": 1}\n{"step": 3}\n{"step": 4}\n{"ste')
     with MetricsFile(path, after=3) as file:
         file.write({"step": 4, "again": True})
-    assert read_rows(path) == [{"step": 1}, {"step": 3}, {"step": 4, "again": True, "stage": 1}]
+    assert read_rows(path) == [{"step": 1}, {"step": 3}, {"step": 4, "again": True}]
 
 
 Stage = config.Stage
