@@ -13,9 +13,7 @@ other chips as leading to a switch. A window's hops may have less work than the 
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
-from jax import lax
 
 from ringattn.attention.mask import Mask, needed_hops
 from ringattn.hardware import CHIPS
@@ -106,11 +104,12 @@ def choose_strategy(
     return Choice(best, (*reasons, f"microseconds waited for in a forward pass: {compared}"))
 
 
-def choose_here(query: Any, key: Any, mask: Mask, layout: str | None, axis: Any) -> str:
-    """What `choose_strategy` says of local queries and keys, inside a shard_map that is manual over `axis`."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
+def choose_for(
+    query: Any, key: Any, mask: Mask, layout: str | None, shards: int | tuple[int, int], device_kind: str
+) -> str:
+    """What `choose_strategy` says of one device's queries and keys, arrays or `jax.ShapeDtypeStruct`."""
     return choose_strategy(
-        lax.axis_size(axis) if isinstance(axis, str) else (lax.axis_size(axis[0]), lax.axis_size(axis[1])),
+        shards,
         queries=query.shape[1],
         keys=key.shape[1],
         heads=query.shape[2],
@@ -120,5 +119,5 @@ def choose_here(query: Any, key: Any, mask: Mask, layout: str | None, axis: Any)
         dtype=query.dtype,
         mask=mask,
         layout=layout,
-        device_kind=jax.devices()[0].device_kind if device is None else device.device_kind,
+        device_kind=device_kind,
     ).strategy

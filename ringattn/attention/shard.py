@@ -15,7 +15,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from ringattn.attention.auto import choose_here
+from ringattn.attention.auto import choose_for
 from ringattn.attention.checks import (
     TokenIds,
     axis_names,
@@ -95,7 +95,9 @@ def shard_attention(
     if strategy == "auto":
         # A span lets its tokens see ahead, wherever it lies.
         judged = replace(mask, causal=mask.causal and span_ids is None)
-        strategy = choose_here(query, key, judged, known, axis)
+        device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+        sizes = shards if isinstance(axis, str) else (lax.axis_size(axis[0]), lax.axis_size(axis[1]))
+        strategy = choose_for(query, key, judged, known, sizes, device.device_kind)
     places = None if known is None else implied
     attend = _strategy(strategy, axis, known, places, choose_kernel(kernel), reduce_dtype, rule)
     # All marked as varying alike, so that what is summed over devices in the gradient is left to JAX.

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from ringattn import config
-from ringattn.attention.auto import choose_strategy
+from ringattn.attention.auto import choose_for
 from ringattn.attention.traffic import Traffic, traffic
 from ringattn.hardware import CHIPS
 from ringattn.mesh import DATA, SEQUENCE, TENSOR, shards
@@ -77,19 +77,8 @@ def attention_facts(c: config.Config, mesh: jax.sharding.Mesh) -> Facts:
     # As in attention: rings of one, and one ring, are a ring.
     over = (outer, inner) if strategy == "usp" or min(outer, inner) > 1 else outer * inner
     if strategy == "auto":
-        strategy = choose_strategy(
-            over,
-            queries=tokens,
-            keys=tokens,
-            heads=query.shape[2],
-            kv_heads=key.shape[2],
-            head_dim=c.model.head_dim,
-            batch=rows,
-            dtype=c.model.dtype,
-            mask=mask,
-            layout=c.attention.layout,
-            device_kind=mesh.devices.flat[0].device_kind,
-        ).strategy
+        kind = mesh.devices.flat[0].device_kind
+        strategy = choose_for(query, key, mask, c.attention.layout, over, kind)
     sent: Traffic = traffic(strategy, over, query, key, mask, c.attention.layout)
     # A layer that is computed again keeps what was exchanged back, and exchanges the rest once more.
     again = c.model.remat != "off" and strategy in ("ulysses", "usp")
