@@ -1,5 +1,6 @@
 """From devices to a mesh. The only file that names mesh axes: others take the names and specs from here."""
 
+import hashlib
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax import P
+from jax.experimental import multihost_utils
 
 from ringattn import config
 from ringattn.layout import check_length
@@ -225,6 +227,16 @@ def abstract(tree: Any, mesh: jax.sharding.Mesh) -> Any:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=jax.NamedSharding(mesh, spec))
 
     return jax.tree.map(placed, tree)
+
+
+def check_same(what: str, text: str) -> None:
+    """Raises ValueError, in every process, unless all of them call this with the same `text`; `what` is its name."""
+    if jax.process_count() > 1:
+        own = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.int32)
+        others = np.flatnonzero(np.any(multihost_utils.process_allgather(own) != own, axis=-1))
+        if others.size:
+            here = f"process {jax.process_index()} has another {what} than process {others[0]}"
+            raise ValueError(f"{here}: start all processes with the same command, on the same files")
 
 
 def _simulate(count: int) -> None:

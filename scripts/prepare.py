@@ -1,9 +1,11 @@
 """Writes token shards: python scripts/prepare.py --config configs/dna.py --data.path genome.fa.gz --output FOLDER
 
-Then --data.path FOLDER trains from them, without reading and tokenising anew; they are checked, and mapped into memory.
+--output names the folder to write, which must not be there yet. Then --data.path FOLDER trains from it, without reading
+and tokenising anew; the shards are checked, and mapped into memory.
 """
 
 import argparse
+import signal
 import sys
 
 from ringattn import config
@@ -18,6 +20,7 @@ def main() -> None:
     with config.reported_errors():
         if not found.output:
             raise ValueError("no folder to write to: name one that is not there yet, such as --output shards")
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # as Ctrl-C: nothing is left half done
         prepare(run.data, found.output)
 
 

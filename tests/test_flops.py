@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
@@ -46,6 +48,8 @@ def test_a_step_by_hand():
     weights = 3 * (8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 16) + 100 * 8
     pairs = 24 * 25 // 2 + 9 * 10 // 2 + 1 + 14 * 15 // 2 + 5 * 6 // 2 + 12 * 13 // 2
     assert step_flops(c, 100, PACKED) == 6 * weights * (24 + 24 + 17) + 3 * 3 * 4 * (2 * 4) * pairs
+    more = replace(c, model=replace(c.model, vocabulary=128))  # ids that no text has are multiplied all the same
+    assert step_flops(more, 100, PACKED) - step_flops(c, 100, PACKED) == 6 * 28 * 8 * (24 + 24 + 17)
 
 
 def test_the_peak_is_that_of_all_devices(monkeypatch):

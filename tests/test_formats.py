@@ -2,6 +2,7 @@
 
 import gzip
 import importlib
+import zlib
 from pathlib import Path
 
 import pyarrow
@@ -136,6 +137,39 @@ def test_damaged_gzip_is_refused(tmp_path: Path):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"g.fa.gz is not good gzip data \(.*\): get it again"):
             list(read_documents(str(path)))
+
+
+def bgzip(*parts: bytes) -> bytes:
+    """A file as bgzip writes it: a member for each part, with the subfield BC, and an empty one at the end."""
+    members = []
+    for part in (*parts, b""):
+        packer = zlib.compressobj(wbits=-15)
+        packed = packer.compress(part) + packer.flush()
+        size = (len(packed) + 25).to_bytes(2, "little")
+        head = bytes.fromhex("1f8b08040000000000ff0600424302 00") + size
+        members.append(head + packed + zlib.crc32(part).to_bytes(4, "little") + len(part).to_bytes(4, "little"))
+    return b"".join(members)
+
+
+def test_a_bgzip_file_cut_between_two_members_is_refused(tmp_path: Path):
+    path, whole = tmp_path / "g.fa.gz", bgzip(b">one\nACGT\n", b"ACGT\n")
+    path.write_bytes(whole)
+    assert [document.content for document in read_fasta(path)] == [b"ACGTACGT"]
+    path.write_bytes(whole[:-28])
+    assert gzip.decompress(path.read_bytes()) == b">one\nACGT\nACGT\n"  # gzip itself has nothing to say
+    with pytest.raises(ValueError, match=r"g.fa.gz ends in the middle of its gzip data"):
+        list(read_fasta(path))
+
+
+@pytest.mark.parametrize("name", ["t.ndjson", "t.jsonl.gz"])
+def test_jsonl_by_another_name_or_packed(tmp_path: Path, name: str):
+    lines = b'{"text": "one"}\n\n{"prompt": "t", "completion": "wo"}\n'
+    (tmp_path / name).write_bytes(gzip.compress(lines) if name.endswith("gz") else lines)
+    found = list(read_documents(str(tmp_path)))
+    assert [(document.content, document.prompt) for document in found] == [(b"one", 0), (b"two", 1)]
+    (tmp_path / name).write_bytes(gzip.compress(lines)[:-9] if name.endswith("gz") else lines[:-3])
+    with pytest.raises(ValueError, match=name):
+        list(read_documents(str(tmp_path)))
 
 
 def test_a_document_knows_its_contents_digest():

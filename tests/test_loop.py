@@ -1,3 +1,4 @@
+import gzip
 import json
 import os
 import shutil
@@ -203,7 +204,7 @@ def whole(staged):
         calls = []
         for name, usual in (("read", loop.read), ("prefetch", loop.prefetch)):
             patch.setattr(loop, name, lambda *words, _=(name, usual): calls.append((_[0], *words)) or _[1](*words))
-        c = replace(staged, stages=STAGES[:2])
+        c = replace(staged, stages=STAGES[:2], profile="6:7")
         assert train(c) == 0
     # The text is read once, not once a stage, and each stage begins with the first of its own rows.
     assert [(name, *words[-2:]) for name, *words in calls] == [
@@ -237,11 +238,15 @@ def kept(folder):
 def test_stages_are_trained_one_after_another(staged, whole):
     rows = read_rows(whole / "metrics.jsonl")
     trained = [row for row in rows if "loss" in row]
-    assert [(row["step"], row["stage"]) for row in trained] == [(1, 1), (2, 1), (4, 1), (6, 2), (8, 2)]
+    assert [(row["step"], row["stage"]) for row in trained] == [(1, 1), (2, 1), (4, 1), (5, 2), (6, 2), (8, 2)]
     assert [(row["step"], row["stage"]) for row in rows if "eval/loss" in row] == [(4, 1), (8, 2)]
     assert {row["tokens"] / row["step"] for row in trained} == {64}
     # Both warm up, the second to a peak of a third.
-    assert trained[3]["learning_rate"] == pytest.approx(trained[1]["learning_rate"] / 3)
+    assert trained[4]["learning_rate"] == pytest.approx(trained[1]["learning_rate"] / 3)
+    (traced,) = (whole / "profile").rglob("perfetto_trace.json.gz")  # of steps of the second stage
+    with gzip.open(traced) as file:
+        steps = {event["args"]["step_num"] for event in json.load(file)["traceEvents"] if event.get("name") == "step"}
+    assert steps == {"6", "7"}
     assert config.load(whole / "config.json").stages == STAGES[:2]
     assert saved_steps(whole / "checkpoints")[0] == 8
     assert (whole / "samples.txt").read_text().startswith("=== 1: given")

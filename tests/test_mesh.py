@@ -1,5 +1,4 @@
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -43,33 +42,6 @@ def test_a_jax_that_already_runs_is_reported_without_traceback():
     assert done.stderr == (
         "error: mesh.simulate=4, but JAX already runs on 1 devices: start the mesh before anything else uses JAX\n"
     )
-
-
-def test_processes_join_into_one_mesh():
-    code = """
-import jax, numpy as np
-from ringattn import config, mesh
-ring = mesh.start(config.Mesh(simulate=2))
-rows = mesh.place(np.arange(8, dtype=np.int32)[None], ring, mesh.TOKENS)
-with jax.set_mesh(ring):
-    print(jax.process_count(), ring.shape["context"], int(jax.jit(lambda x: x.sum())(rows)), flush=True)
-"""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    environ = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    environ |= {"PYTHONPATH": str(ROOT), "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    both = [
-        subprocess.Popen([sys.executable, "-c", code], env=environ | {"JAX_PROCESS_ID": own}, **pipes) for own in "01"
-    ]
-    try:
-        for process in both:
-            said, errors = process.communicate(timeout=60)
-            assert "2 4 28\n" in said, errors
-    finally:
-        for process in both:
-            process.kill()
 
 
 def test_a_coordinator_without_numbers_is_refused():

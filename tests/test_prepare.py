@@ -42,6 +42,8 @@ def test_what_it_must_not_write_over_is_refused(genome: Data, tmp_path: Path):
         prepare(replace(genome, path=str(tmp_path / "s")), str(tmp_path / "t"))
     with pytest.raises(ValueError, match=r"names several: write each to a folder of its own"):
         prepare(replace(genome, path=("a", "b")), str(tmp_path / "t"))
+    with pytest.raises(ValueError, match=r"lies inside data.path=.*: choose a folder beside it"):
+        prepare(replace(genome, path=str(tmp_path)), str(tmp_path / "u"))
     with pytest.raises(ValueError, match="must name a folder"):
         prepare(genome, "/")
     (tmp_path / "s" / "shard-00000.bin").write_bytes(b"")

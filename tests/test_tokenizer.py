@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 import tokenizers
 
+from ringattn.config import Data
 from ringattn.data import load_tokenizer
+from ringattn.data.reading import find_tokenizer
 from ringattn.data.tokenizer import ByteTokenizer, FileTokenizer
 
 TEXT = "def f(x):\n    return 'é 漢 🙂'\n" * 3
@@ -106,3 +108,17 @@ def test_the_missing_library_is_named(path: str, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(ValueError, match=r"pip install 'ringattn\[tokenizers\]'"):
         load_tokenizer(path)
+
+
+def test_a_run_reads_the_file_that_it_keeps(path: str, tmp_path: Path):
+    (tmp_path / "run").mkdir()
+    Path(path).rename(tmp_path / "run" / "tokenizer.json")
+    data = Data(tokenizer=path)
+    kept = find_tokenizer(data, kept=tmp_path / "run")
+    assert (
+        kept.encode(TEXT.encode()).tolist()
+        == load_tokenizer(str(tmp_path / "run/tokenizer.json")).encode(TEXT.encode()).tolist()
+    )
+    assert find_tokenizer(Data(), kept=tmp_path / "run").name == "bytes"
+    with pytest.raises(ValueError, match="cannot be read"):
+        find_tokenizer(data)

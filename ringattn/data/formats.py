@@ -6,13 +6,20 @@ import importlib
 import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 FASTA = (".fa", ".fasta", ".fna", ".ffn")
+JSONL = (".jsonl", ".ndjson")
+"""These, as FASTA, plain or gzip."""
 VIDEO = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg")
 """Files of a folder or a glob that are taken for video; a file that is named may be called anything."""
 
+BGZF_END = bytes.fromhex("1f8b08040000000000ff0600424302001b0003000000000000000000")
+"""The empty member that ends a file written by bgzip, whose first member has the same subfield BC."""
+
+_CUT = "ends in the middle of its gzip data: it was cut off, so get it again"
 _KEYS = 'a string under "text", or strings under "prompt" and "completion"'
 
 
@@ -39,23 +46,53 @@ def reader(file: Path) -> Callable[[Path], Iterator[Document]] | None:
         suffixes.pop()
     if suffixes and suffixes[-1] in FASTA:
         return read_fasta
-    return {".jsonl": read_jsonl, ".parquet": read_parquet}.get(file.suffix.lower())
+    if suffixes and suffixes[-1] in JSONL:
+        return read_jsonl
+    return read_parquet if file.suffix.lower() == ".parquet" else None
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
+    """The content of a file, plain or gzip, and the file as it lies; ValueError if its gzip data are not whole."""
+    packed = file.suffix.lower() == ".gz"
+    try:
+        with file.open("rb") as raw, gzip.GzipFile(fileobj=raw) if packed else raw as content:
+            if packed:
+                _check_end(raw)
+            yield content, raw  # pyright: ignore[reportReturnType]
+    except EOFError as error:
+        raise ValueError(f"{file} {_CUT}") from error
+    except (gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{file} is not good gzip data ({error}): get it again") from error
+
+
+def _check_end(raw: IO[bytes]) -> None:
+    """Raises EOFError if bgzip wrote the file, and its last member is not there: a cut between members is no error."""
+    begin = raw.read(16)
+    if begin[:4] == BGZF_END[:4] and begin[12:14] == b"BC":
+        raw.seek(0, 2)
+        raw.seek(max(raw.tell() - len(BGZF_END), 0))
+        if raw.read() != BGZF_END:
+            raise EOFError
+    raw.seek(0)
 
 
 def read_jsonl(file: Path) -> Iterator[Document]:
-    """A document a line. Raises ValueError that names file and line."""
-    with file.open("rb") as lines:
+    """A document a line, plain or gzip. Raises ValueError that names file and line."""
+    with _opened(file) as (lines, raw):
+        before = 0
         for number, line in enumerate(lines, start=1):
             if line.strip():
-                yield _from_json(f"{file}:{number}", line)
+                yield _from_json(f"{file}:{number}", line, raw.tell() - before)
+                before = raw.tell()
 
 
-def _from_json(name: str, line: bytes) -> Document:
+def _from_json(name: str, line: bytes, read: int) -> Document:
     try:
         record = json.loads(line)
         if not isinstance(record, dict):
             raise TypeError(f"it is a {type(record).__name__}")
-        return _from_record(name, record, len(line))
+        return _from_record(name, record, read)
     # Not JSON, no such key, not a string, half a surrogate pair, or nested without end.
     except (ValueError, TypeError, LookupError, RecursionError) as error:
         cure = f"each line must be a JSON object with {_KEYS}"
@@ -114,14 +151,8 @@ def read_fasta(file: Path) -> Iterator[Document]:
     Raises ValueError that names the file, and the record, if a record has no bases, if the file does not begin with
     a record's header, or if its gzip data are damaged or end too early.
     """
-    packed = file.suffix.lower() == ".gz"
-    try:
-        with file.open("rb") as raw, gzip.GzipFile(fileobj=raw) if packed else raw as lines:
-            yield from _records(file, lines, raw)
-    except EOFError as error:
-        raise ValueError(f"{file} ends in the middle of its gzip data: it was cut off, so get it again") from error
-    except (gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{file} is not good gzip data ({error}): get it again") from error
+    with _opened(file) as (lines, raw):
+        yield from _records(file, lines, raw)
 
 
 def _records(file: Path, lines: Iterable[bytes], raw: IO[bytes]) -> Iterator[Document]:

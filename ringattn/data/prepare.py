@@ -70,6 +70,10 @@ def prepare(data: Data, output: str) -> None:
         _check_same(folder, data)
         print(f"nothing to do: {folder} is there already, and whole")
         return
+    source = Path(data.path).expanduser().resolve()
+    if source.is_dir() and folder.resolve().is_relative_to(source):
+        where = f"--output {folder} lies inside data.path={data.path!r}, whose text it would become"
+        raise ValueError(f"{where}: choose a folder beside it")
     tokenizer = find_tokenizer(data)
     video = tokenizer.name == "video"
     with Bar(size_of(data.path, video)) as bar:

@@ -25,8 +25,9 @@ class Sides(NamedTuple):
 def read(data: Data, kept: Path | None = None) -> Sides:
     """Reads and tokenises all that `data` names, or maps the shards where that has been done before.
 
-    `kept` is a folder with the files of the tokenizer of the same run, from which a codebook is taken instead of
-    learned. Raises ValueError where data, tokenizer or shards cannot be read or do not go together.
+    `kept` is a folder with the files of the tokenizer of the same run, which are read in the place of those that
+    `data` names, and of learning a codebook anew. Raises ValueError where data, tokenizer or shards cannot be read or
+    do not go together.
     """
     opened = {path: open_shards(Path(path).expanduser()) for path in data.paths if are_shards(path)}
     tokenizer = find_tokenizer(data, list(opened.values()), kept)
@@ -43,9 +44,11 @@ def read(data: Data, kept: Path | None = None) -> Sides:
 
 
 def find_tokenizer(data: Data, opened: Sequence[Shards] = (), kept: Path | None = None) -> Tokenizer:
-    """The tokenizer of `data`; for 'video' with the codebook that is `kept`, that of shards, or a learned one."""
+    """The tokenizer of `data`, from the file that is `kept` if there is one; for 'video' that of shards, or learned."""
     if data.tokenizer != "video":
-        return load_tokenizer(data.tokenizer, data.frame_size)
+        own = None if kept is None else kept / ("codebook.npy" if data.tokenizer.endswith(".npy") else "tokenizer.json")
+        there = own is not None and data.tokenizer not in ("bytes", "dna") and own.is_file()
+        return load_tokenizer(str(own) if there else data.tokenizer, data.frame_size)
     folders = ([] if kept is None else [kept]) + [shards.folder for shards in opened if shards.tokenizer == "video"]
     there = [folder / "codebook.npy" for folder in folders if (folder / "codebook.npy").is_file()]
     if there:

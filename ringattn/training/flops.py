@@ -13,8 +13,9 @@ def step_flops(c: config.Config, vocabulary: int, batch: Batch) -> int:
 
     For each token 6 a weight of a matrix product; for each pair of tokens of which one sees the other, 12 a layer and
     number of its query heads. What is computed twice to save memory, what a mask excludes, padding, norms and the
-    optimizer do not count.
+    optimizer do not count. `vocabulary` are the ids, unless the model is to have more.
     """
+    vocabulary = c.model.vocabulary or vocabulary
     tokens = int(np.count_nonzero(batch.segment_ids >= 0))
     pairs = visible_pairs(batch.positions, batch.segment_ids, c.attention.window)
     return (

@@ -3,14 +3,13 @@
 import signal
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 
 import jax
 
 from ringattn import config
 from ringattn.data import Sides, VideoTokenizer, prefetch, read
-from ringattn.mesh import check, over_all, shards, start
+from ringattn.mesh import check, check_same, over_all, shards, start
 from ringattn.training import compiled
 from ringattn.training.checkpoint import Checkpoints, saved_steps
 from ringattn.training.compiled import compile_step
@@ -39,13 +38,12 @@ def train(c: config.Config) -> int:
     with config.said_of(c.stages, current):
         start(c.stage(current).mesh)
     text = _checked_text(c, current)
-    status = None
+    status, begin = None, max(saved_steps(folder / "checkpoints"), default=0)
     while status is None:
         # A stage begins as a run does that was cut off: from the newest checkpoint.
         current = _current(c, folder)
         with config.said_of(c.stages, current):
-            status = _train_stage(c, current, text, folder)
-        c = replace(c, profile=None)  # which counts from where this start begins
+            status = _train_stage(c, current, text, folder, begin)
     return status
 
 
@@ -73,16 +71,21 @@ def _fitting_mesh(stage: config.Config) -> jax.sharding.Mesh:
     return mesh
 
 
-def _train_stage(c: config.Config, number: int, text: Sides, folder: Path) -> int | None:
-    """Trains stage `number` to its end; the process's exit status, or None if another stage is to come."""
+def _train_stage(c: config.Config, number: int, text: Sides, folder: Path, begin: int) -> int | None:
+    """Trains stage `number` to its end; the process's exit status, or None if another stage is to come.
+
+    `begin` is the step at which this start, all of its stages, began.
+    """
     mesh = _fitting_mesh(c.stage(number))
     steps = c.steps_before(len(c.stages) + 1)
     with jax.set_mesh(mesh):
         run = prepare(c, mesh, number, text)
+        check_same("config", repr(c))
+        check_same("text", repr(run.fingerprints()))
         found = saved_steps(folder / "checkpoints")
         state, notes = restore(run, folder) if found else (run.initial_state(), [])
         done = int(state.step)
-        screen = Screen(steps, done)
+        screen = Screen(run.last, done)
         if done < run.first:  # the newest was damaged, and the one before it is of an earlier stage
             for line in notes:
                 screen.say(line)
@@ -103,7 +106,8 @@ def _train_stage(c: config.Config, number: int, text: Sides, folder: Path) -> in
             MetricsFile(folder / "metrics.jsonl", after=done) as file,
             Checkpoints(folder / "checkpoints", c.checkpoint.keep) as checkpoints,
         ):
-            status, state, result = advance(run, state, screen, file, checkpoints, stop)
+            profile = Profile(c.profile, begin, steps, folder / "profile", screen)
+            status, state, result = advance(run, state, screen, file, checkpoints, stop, profile)
         if status == 0 and number < len(c.stages):
             if not stop.number:
                 return None
@@ -134,15 +138,18 @@ def finish(run: Run, state: TrainState, folder: Path) -> None:
 
 
 def advance(
-    run: Run, state: TrainState, screen: Screen, file: MetricsFile, checkpoints: Checkpoints, stop: Stop
+    run: Run,
+    state: TrainState,
+    screen: Screen,
+    file: MetricsFile,
+    checkpoints: Checkpoints,
+    stop: Stop,
+    profile: Profile,
 ) -> tuple[int, TrainState, str]:
     """The steps that are left: the exit status, the state they end in, and what came of them in words."""
     c, begin = run.config, int(state.step)
     result = ""
-    with (
-        Profile(c.profile, begin, run.last, c.folder / "profile", screen) as profile,
-        Writers(run.whole, begin, screen) as writers,
-    ):
+    with profile, Writers(run.whole, begin, screen) as writers:
         train_step, facts = compile_step(run, state)
         compiled.write(facts, c.folder / "compiled.json")
         for line in compiled.in_words(facts):
@@ -154,7 +161,9 @@ def advance(
 
         tokens = tokens_a_step(c)
         before = run.tokens_before - run.first * tokens
-        recorder = Recorder(write, screen, c.log.every, tokens, peak_flops(), before)
+        # However short the stage, its first and last step have rows.
+        ends = run.first + 1, run.last
+        recorder = Recorder(write, screen, c.log.every, tokens, peak_flops(), before, ends)
         with screen, closing(prefetch(run.rows, begin - run.first, run.last - run.first)) as batches:
             for step, batch in enumerate(batches, begin + 1):
                 profile.before(step, recorder)

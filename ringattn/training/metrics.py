@@ -65,6 +65,7 @@ class Screen:
     """A live line on a terminal, plain lines elsewhere; only the first process speaks."""
 
     def __init__(self, steps: int, done: int):
+        """Of a run, or a stage, that ends after step `steps`; `done` of them are done."""
         self._console = Console(quiet=jax.process_index() != 0, highlight=False, soft_wrap=True)
         columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
         self._live = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
@@ -106,13 +107,15 @@ class Recorder:
         tokens: int,
         peak_flops: float | None,
         tokens_before: int = 0,
+        always: tuple[int, ...] = (1,),
     ):
-        """Rows come every `every` steps of `tokens` tokens; `peak_flops` is what all devices could do in a second.
+        """Rows come every `every` steps of `tokens` tokens, and after the steps `always`.
 
-        `tokens_before` is what the steps of earlier stages had more (or, negative, less) than this one's would have.
+        `peak_flops` is what all devices could do in a second; `tokens_before` what the steps of earlier stages had more
+        (or, negative, less) than this one's would have.
         """
         self._write, self._screen, self._every, self._tokens, self._peak = write, screen, every, tokens, peak_flops
-        self._before = tokens_before
+        self._before, self._always = tokens_before, always
         self._pending: tuple[int, Metrics, int] | None = None
         self._seconds, self._steps, self._flops, self._mark = 0.0, 0, 0, time.monotonic()
 
@@ -158,7 +161,7 @@ class Recorder:
                 f"{broken[0]} became {values[broken[0]]} at step {step}: lower --optimizer.learning_rate and go on "
                 "from the last checkpoint, or start anew under another --name"
             )
-        if step == 1 or step % self._every == 0:
+        if step in self._always or step % self._every == 0:
             row = {"step": step} | values | self._speed(step)
             self._write(row)
             self._screen.show(row)

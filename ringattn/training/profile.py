@@ -10,6 +10,8 @@ from ringattn.training.metrics import Recorder, Screen
 class Profile:
     """Traces steps START to STOP of a start, counted from 1, the last one included; a context that ends the trace.
 
+    A start may go through several stages, each with a Profile of its own, all told the same: a trace ends with a stage.
+
     Only the first process traces itself. The time that it takes is not counted in the speed of the steps between which
     it begins and ends; within, tracing itself may slow them down.
     """
