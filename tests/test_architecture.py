@@ -29,7 +29,7 @@ ROOMS = {
     "training": BELOW | {"attention", "model", "data"},
     "benchmark": BELOW | {"attention"},
     "generation": BELOW | {"attention", "model", "data"},
-    "evaluation": BELOW | {"attention", "model", "data"},
+    "evaluation": BELOW | {"attention", "model", "data", "training"},
     "planning": BELOW | {"attention", "model", "data", "training"},
 }
 MANY_PARAMETERS = {

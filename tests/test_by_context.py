@@ -1,7 +1,6 @@
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -32,7 +31,7 @@ def test_sums_do_not_depend_on_the_order():
     values = rng.standard_normal((2, 256)).astype(np.float32)
     positions = np.stack([np.arange(256), np.r_[np.arange(100), np.arange(156)]]).astype(np.int32)
     order = rng.permutation(256)
-    found = sums_by_context(jnp.asarray(values[:, order]), jnp.asarray(positions[:, order]))
+    found = sums_by_context(values[:, order], positions[:, order])
     expected = [values[(positions >= a) & (positions <= b)].sum() for a, b in ((0, 63), (64, 127), (128, 255))]
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
@@ -65,7 +64,7 @@ def test_an_evaluation_on_a_ring_is_that_of_a_plain_model(small, make_mesh):
         found = run.evaluate(params)
     whole = jax.tree.map(np.asarray, params)
 
-    losses, places = [], []
+    losses, places, right = [], [], []
     with jax.set_mesh(make_mesh()):
         graphdef = nnx.graphdef(
             nnx.eval_shape(lambda: Transformer(small.model, 257, partial(attention, axis=SEQUENCE), nnx.Rngs(params=0)))
@@ -79,8 +78,10 @@ def test_an_evaluation_on_a_ring_is_that_of_a_plain_model(small, make_mesh):
             wanted = np.take_along_axis(logits, batch.targets[..., None], -1)[..., 0]
             losses.append(np.log(np.exp(logits).sum(-1)) - wanted)
             places.append(batch.positions)
+            right.append(logits.argmax(-1) == batch.targets)
     losses, places = np.concatenate(losses), np.concatenate(places)
     assert found["eval/loss"] == pytest.approx(losses.mean(), rel=1e-5)
+    assert found["eval/accuracy"] == pytest.approx(np.mean(right), rel=1e-5)
     by_context = losses_by_context(found)
     assert list(by_context) == [(0, 63), (64, 127), (128, 191)]
     for (first, last), loss in by_context.items():

@@ -14,7 +14,8 @@ ROOT = Path(__file__).parents[1]
 ALL = sorted((ROOT / "configs").glob("*.py"))
 BENCHMARKS = [path for path in ALL if "scripts/benchmark.py" in path.read_text(encoding="utf-8")]
 PLANS = [path for path in ALL if "scripts/plan.py" in path.read_text(encoding="utf-8")]
-CONFIGS = [path for path in ALL if path not in BENCHMARKS + PLANS]
+EVALUATIONS = [path for path in ALL if path.stem.startswith("eval_")]
+CONFIGS = [path for path in ALL if path not in BENCHMARKS + PLANS + EVALUATIONS]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -60,6 +61,21 @@ def test_a_plan_is_read(path):
 def test_a_benchmark_is_read(path):
     assert config.read(path, config.Benchmark).name == path.stem, "two configs with one name would share a folder"
     assert f"\n    python scripts/benchmark.py --config configs/{path.name}\n" in path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("path", EVALUATIONS, ids=lambda path: path.stem)
+def test_an_evaluation_is_read(path):
+    found = config.read(path, config.Evaluation)
+    assert found.name == path.stem, "two configs with one name would share a folder"
+    assert f"\n    python scripts/eval.py --config configs/{path.name}\n" in path.read_text(encoding="utf-8")
+    assert {Path(run).parts[0] for run in found.runs} == {"runs"}
+    assert {Path(run).name for run in found.runs} <= {each.stem for each in CONFIGS}
+
+
+def test_the_evaluations_show_the_range():
+    found = [config.read(path, config.Evaluation) for path in EVALUATIONS]
+    for name in ("runs", "tasks", "lengths", "depths", "samples", "batch_size", "longer"):
+        assert len({vars(each)[name] for each in found}) > 1, name
 
 
 def test_the_benchmarks_show_the_range():

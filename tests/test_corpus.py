@@ -20,7 +20,7 @@ def contents(corpus: Corpus) -> list[bytes]:
 
 
 def sides(documents: list[Document], share: float, unit: int = 1) -> tuple[list[bytes], list[bytes]]:
-    corpus, digests = gather(encode(documents, ByteTokenizer()), ByteTokenizer())
+    corpus, digests, _ = gather(encode(documents, ByteTokenizer()), ByteTokenizer())
     training, validation = split(corpus, digests, share, unit, "the data")
     return contents(training), contents(validation)
 
@@ -57,7 +57,7 @@ def test_of_a_single_document_the_end_is_held_out_at_a_whole_unit():
 
 
 def test_no_target_is_on_both_sides_of_a_single_document():
-    corpus, digests = gather(encode([Document("", bytes(range(100)), 95)], ByteTokenizer()), ByteTokenizer())
+    corpus, digests, _ = gather(encode([Document("", bytes(range(100)), 95)], ByteTokenizer()), ByteTokenizer())
     training, validation = split(corpus, digests, 0.1, 1, "the data")
     targets = [
         corpus.tokens[each.starts[0] + 1 + np.arange(each.contexts[0], each.lengths[0])].tolist()
@@ -91,7 +91,7 @@ def test_long_documents_are_cut_so_that_each_target_has_weight_once(overlap: int
 
 
 def test_a_prompt_is_context_and_its_tokens_come_first():
-    corpus, _ = gather(
+    corpus, *_ = gather(
         encode([Document("a", b"askanswer", 3), Document("b", b"text")], ByteTokenizer()), ByteTokenizer()
     )
     assert corpus.contexts.tolist() == [3, 0]

@@ -38,7 +38,7 @@ def written(folder: Path, documents=DOCUMENTS, tokenizer=None, shard_tokens: int
 @pytest.mark.parametrize("shard_tokens", [1, 7, 100, 10**6])
 def test_what_is_read_is_what_was_written(tmp_path: Path, shard_tokens: int):
     shards = open_shards(written(tmp_path / "s", shard_tokens=shard_tokens))
-    corpus, digests = gather(encode(DOCUMENTS, ByteTokenizer()), ByteTokenizer())
+    corpus, digests, _ = gather(encode(DOCUMENTS, ByteTokenizer()), ByteTokenizer())
     found = shards.corpus(ByteTokenizer())
     places = np.arange(corpus.count + 1)
     assert np.array_equal(found.tokens[places], corpus.tokens[places])

@@ -2,6 +2,7 @@
 
 from ringattn.config.benchmark import Benchmark, Subject, parse_subject
 from ringattn.config.checks import nearest_multiples
+from ringattn.config.evaluation import Evaluation
 from ringattn.config.reading import load, parse, read, reported_errors, save, summary
 from ringattn.config.sections import (
     Attention,
@@ -16,14 +17,19 @@ from ringattn.config.sections import (
     Train,
 )
 from ringattn.config.stages import Stage, flag, said_of
+from ringattn.config.tasks import LOSSES, RETRIEVAL, TASK
 
 __all__ = [
+    "LOSSES",
+    "RETRIEVAL",
+    "TASK",
     "Attention",
     "Benchmark",
     "Checkpoint",
     "Config",
     "Data",
     "Evaluate",
+    "Evaluation",
     "Log",
     "Mesh",
     "Model",

@@ -10,7 +10,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 UNIONS = (UnionType, Union)
 """`int | None`, and `Literal[...] | None`, which Python makes of another type."""
-WHOLE = ("Config", "Benchmark")
+WHOLE = ("Config", "Benchmark", "Evaluation")
 """What is no section of something else: a user writes its own fields bare."""
 
 

@@ -18,13 +18,15 @@ import tyro
 
 from ringattn.config.benchmark import Benchmark
 from ringattn.config.checks import UNIONS, described, fits, prefix, unknown
+from ringattn.config.evaluation import Evaluation
 from ringattn.config.sections import Config
 from ringattn.config.stages import REPLACES, Stage, changed
 
-Kind = TypeVar("Kind", Config, Benchmark)
+Kind = TypeVar("Kind", Config, Benchmark, Evaluation)
 SCRIPTS: dict[type, tuple[str, str]] = {
     Config: ("scripts/train.py", "configs/quickstart.py"),
     Benchmark: ("scripts/benchmark.py", "configs/benchmark.py"),
+    Evaluation: ("scripts/eval.py", "configs/eval_needle.py"),
 }
 """Each kind of whole config: a script that takes it, and a file that defines one."""
 

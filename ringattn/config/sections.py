@@ -6,8 +6,10 @@ from typing import Literal
 
 from ringattn.config.checks import at_least, check_folder_name, check_types, nearest_multiples, require
 from ringattn.config.stages import Stage, changed, said_of
+from ringattn.config.tasks import TASK, check_task
 
 Layout = Literal["contiguous", "striped", "zigzag"]
+Strategy = Literal["ring", "gather", "ulysses", "usp", "auto"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +61,8 @@ class Model:
 @dataclass(frozen=True, kw_only=True)
 class Data:
     path: str | tuple[str, ...] = "stdlib"
-    """What to train on: a file, a folder, a glob, token shards, or 'stdlib', Python's own source; or several."""
+    """What to train on: a file, a folder, a glob, token shards, 'stdlib' (Python's own source), a retrieval task
+    ('task:needle', a document a row, or 'task:needle:128', of so many tokens); or several."""
     mixture: tuple[float, ...] | None = None
     """For several paths, how many rows come from each, in proportion (7 3); None: every row of each once an epoch."""
     tokenizer: str = "bytes"
@@ -78,6 +81,9 @@ class Data:
         if len(self.paths) == 1:  # so that a path is the same, however it was given
             object.__setattr__(self, "path", self.paths[0])
         require(all(self.paths), self, "path", "a file, a folder, a glob or 'stdlib'")
+        for path in self.paths:
+            if path.startswith(TASK):
+                check_task(path, self.seq_len)
         if self.mixture is not None:
             shares = f"one positive share for each of the {len(self.paths)} of data.path, or None"
             object.__setattr__(self, "mixture", tuple(map(float, self.mixture)))
@@ -126,7 +132,7 @@ class Mesh:
 class Attention:
     layout: Layout = "zigzag"
     """Order in which a row's tokens lie over the ring; zigzag and striped balance causal work."""
-    strategy: Literal["ring", "gather", "ulysses", "usp", "auto"] = "ring"
+    strategy: Strategy = "ring"
     """How queries meet all keys: K/V go round, or are gathered, or heads exchanged for sequence (usp: exchanged over
     mesh.context, round mesh.context_outer); auto: by cost."""
     window: int | None = None
@@ -256,6 +262,11 @@ class Config:
             for number in range(1, len(self.stages) + 1):
                 with said_of(self.stages, number):
                     self.stage(number)
+            lengths = {self.stage(number).data.seq_len for number in range(1, len(self.stages) + 1)}
+            for path in self.data.paths:
+                if path.startswith(TASK) and path.count(":") == 1 and len(lengths) > 1:
+                    cure = f"say how long its documents are, as in {path}:{min(lengths)}"
+                    raise ValueError(f"data.path={path!r} with rows of several lengths: {cure}")
 
     def stage(self, number: int) -> "Config":
         """Stage `number`, counted from 1, as a config of its own, which has this stage alone."""

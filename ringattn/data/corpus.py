@@ -76,6 +76,8 @@ class Encoded(NamedTuple):
     """32 bytes that stand for its content."""
     read: int
     """How many bytes of a file were read for it."""
+    kind: str
+    """What it is one of, as Document.kind."""
 
 
 @contextmanager
@@ -95,12 +97,12 @@ def encode(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[Enco
     for document in documents:
         with named(document):
             tokens = tokenizer.encode(document.content)
-            context = _shared(tokenizer.encode(document.content[: document.prompt]), tokens) if document.prompt else 0
+            context = shared(tokenizer.encode(document.content[: document.prompt]), tokens) if document.prompt else 0
         whole = np.concatenate([np.array([tokenizer.boundary], tokens.dtype), tokens])
-        yield Encoded(whole, context, document.digest, document.read)
+        yield Encoded(whole, context, document.digest, document.read, document.kind)
 
 
-def _shared(prompt: np.ndarray, tokens: np.ndarray) -> int:
+def shared(prompt: np.ndarray, tokens: np.ndarray) -> int:
     """How many tokens of a prompt are those with which the whole begins: a token across its end is to be learned.
 
     Encoded apart, what follows might begin otherwise than in the whole, with a space of the tokenizer's own.
@@ -109,19 +111,20 @@ def _shared(prompt: np.ndarray, tokens: np.ndarray) -> int:
     return int(np.argmin(np.append(same, False)))
 
 
-def gather(encoded: Iterable[Encoded], tokenizer: Tokenizer) -> tuple[Corpus, list[bytes]]:
-    """The documents in memory, and their digests. At least one."""
-    parts, contexts, digests = [], [], []
+def gather(encoded: Iterable[Encoded], tokenizer: Tokenizer) -> tuple[Corpus, list[bytes], list[str]]:
+    """The documents in memory, their digests and kinds. At least one."""
+    parts, contexts, digests, kinds = [], [], [], []
     for each in encoded:
         parts.append(each.tokens)
         contexts.append(each.context)
         digests.append(each.digest)
+        kinds.append(each.kind)
     lengths = np.array([part.size for part in parts], np.int64)
     parts.append(np.array([tokenizer.boundary], parts[0].dtype))
     corpus = Corpus(
         np.concatenate(parts), np.cumsum(lengths) - lengths, lengths, np.array(contexts, np.int64), tokenizer.unlearned
     )
-    return corpus, digests
+    return corpus, digests, kinds
 
 
 def held_out(digests: Sequence[bytes], share: float) -> set[bytes]:

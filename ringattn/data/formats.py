@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import importlib
 import json
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -32,6 +33,12 @@ class Document(NamedTuple):
     """How many bytes at its beginning are given: they are read, but not learned."""
     read: int = 0
     """How many bytes of the file were read for it."""
+
+    @property
+    def kind(self) -> str:
+        """What it is one of: its file's ending ('.py') or, where a file holds many documents, its file's name."""
+        file = Path(re.sub(r"(?<=\w)(:\d+|: record .*)$", "", self.name))
+        return file.name if reader(file) else file.suffix or file.parent.name
 
     @property
     def digest(self) -> bytes:

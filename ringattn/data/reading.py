@@ -5,14 +5,18 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from ringattn.config import Data
+from ringattn.config import TASK, Data
 from ringattn.data.codebook import learn
-from ringattn.data.corpus import Corpus, encode, gather, split
+from ringattn.data.corpus import Corpus, encode, gather, held_out, split
 from ringattn.data.dna import DnaTokenizer
 from ringattn.data.shards import Shards, are_shards, open_shards
 from ringattn.data.sources import read_documents
+from ringattn.data.tasks import questions
 from ringattn.data.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer
 from ringattn.data.video import load_video
+
+QUESTIONS = 8192
+"""Documents that a task makes, to train on and to hold out."""
 
 
 class Sides(NamedTuple):
@@ -20,6 +24,8 @@ class Sides(NamedTuple):
     training: list[Corpus]
     """One for each of data.path."""
     validation: list[Corpus]
+    kinds: list[list[str]]
+    """What each document of validation is one of: the ending of its file, or the file's or the shards' name."""
 
 
 def read(data: Data, kept: Path | None = None) -> Sides:
@@ -33,14 +39,34 @@ def read(data: Data, kept: Path | None = None) -> Sides:
     tokenizer = find_tokenizer(data, list(opened.values()), kept)
     sides = []
     for path in data.paths:
-        if path in opened:
-            opened[path].check(tokenizer, data)
-            corpus, digests = opened[path].corpus(tokenizer), opened[path].digests()
-        else:
-            documents = read_documents(path, video=tokenizer.name == "video")
-            corpus, digests = gather(encode(documents, tokenizer), tokenizer)
-        sides.append(split(corpus, digests, data.validation, tokenizer.unit, f"data.path={path!r}"))
-    return Sides(tokenizer, [training for training, _ in sides], [validation for _, validation in sides])
+        corpus, digests, kinds = _source(path, tokenizer, data, opened)
+        held = held_out(digests, data.validation)
+        kinds = [kind for kind, digest in zip(kinds, digests, strict=True) if digest in held or not held]
+        sides.append((*split(corpus, digests, data.validation, tokenizer.unit, f"data.path={path!r}"), kinds))
+    return Sides(tokenizer, *map(list, zip(*sides, strict=True)))
+
+
+def read_all(data: Data, kept: Path | None = None) -> tuple[list[Corpus], list[list[str]]]:
+    """All documents that `data` names, for training or not, and the kind of each; otherwise as `read`."""
+    opened = {path: open_shards(Path(path).expanduser()) for path in data.paths if are_shards(path)}
+    tokenizer = find_tokenizer(data, list(opened.values()), kept)
+    corpora, _, kinds = zip(*(_source(path, tokenizer, data, opened) for path in data.paths), strict=True)
+    return list(corpora), list(kinds)
+
+
+def _source(
+    path: str, tokenizer: Tokenizer, data: Data, opened: dict[str, Shards]
+) -> tuple[Corpus, list[bytes], list[str]]:
+    """Of one path the documents, their digests and kinds."""
+    if path in opened:
+        opened[path].check(tokenizer, data)
+        corpus, digests = opened[path].corpus(tokenizer), opened[path].digests()
+        return corpus, digests, [Path(path).name] * len(digests)
+    if path.startswith(TASK):
+        _, task, *length = path.split(":")
+        # A row long, unless the path says how long.
+        return gather(questions(task, tokenizer, int(length[0]) if length else data.seq_len, QUESTIONS), tokenizer)
+    return gather(encode(read_documents(path, video=tokenizer.name == "video"), tokenizer), tokenizer)
 
 
 def find_tokenizer(data: Data, opened: Sequence[Shards] = (), kept: Path | None = None) -> Tokenizer:

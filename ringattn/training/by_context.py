@@ -2,9 +2,8 @@
 
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
 FIRST = 64
 """Tokens of the first range."""
@@ -20,11 +19,11 @@ def context_ranges(length: int) -> list[tuple[int, int]]:
     return list(zip(starts, [*(start - 1 for start in starts[1:]), length - 1], strict=True))
 
 
-def sums_by_context(values: Float[Array, "B L"], positions: Int[Array, "B L"]) -> Float[Array, " R"]:
-    """Sums of `values` over the tokens of each of `context_ranges(L)`; tokens may lie in any order."""
-    ranges = context_ranges(values.shape[1])
-    zero = jnp.zeros((), values.dtype)
-    return jnp.stack([jnp.sum(jnp.where((positions >= a) & (positions <= b), values, zero)) for a, b in ranges])
+def sums_by_context(values: Float[np.ndarray, "B L"], positions: Int[np.ndarray, "B L"]) -> Float[np.ndarray, " R"]:
+    """Sums of `values`, in float64, over the tokens of each of `context_ranges(L)`."""
+    starts = [first for first, _ in context_ranges(values.shape[1])]
+    numbers = np.searchsorted(starts, positions.ravel(), side="right") - 1
+    return np.bincount(numbers, values.ravel().astype(np.float64), len(starts))
 
 
 def named_losses(nats: Float[np.ndarray, " R"], weights: Float[np.ndarray, " R"], length: int) -> dict[str, float]:

@@ -4,6 +4,8 @@ Orbax writes a checkpoint under another name and renames it when all is there, s
 does no harm. It does not notice a byte that the disk has changed: each array's sum is kept beside it.
 """
 
+import hashlib
+import json
 import os
 from itertools import count
 from pathlib import Path
@@ -14,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from ringattn.model import Params
 from ringattn.training.step import TrainState
 
 
@@ -78,11 +81,9 @@ class Checkpoints:
 
     def _read(self, step: int, target: dict[str, Any], sums: dict[str, int]) -> dict[str, jax.Array]:
         arrays = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target)))["state"]
-        found = _sums({name: arrays[name] for name in target})
-        changed = [name for name in target if found[name] != sums[name]]
-        if changed:
-            raise ValueError(f"{changed[0]} is not what was written")
-        return {name: arrays[name] for name in target}
+        arrays = {name: arrays[name] for name in target}
+        _check_sums(arrays, sums)
+        return arrays
 
     def _set_aside(self, steps: list[int]) -> None:
         if jax.process_index() == 0:
@@ -93,7 +94,47 @@ class Checkpoints:
         self._manager.reload()
 
 
-def _named(state: TrainState) -> dict[str, Any]:
+def read_params(folder: Path, step: int, like: Params) -> Params:
+    """The parameters alone of checkpoint `step` in `folder`, which is only read, as they are to lie by `like`.
+
+    Raises ValueError if the checkpoint is damaged or of another model.
+    """
+    names = {f"params.{name}": leaf for name, leaf in _named(like).items()}
+    try:
+        facts = json.loads((folder / str(step) / "facts" / "metadata").read_text(encoding="utf-8"))
+        there = {name: shape for name, shape in facts["shapes"].items() if name.startswith("params.")}
+        if there == _shapes(names):
+            args = ocp.args.PyTreeRestore(
+                names, restore_args=ocp.checkpoint_utils.construct_restore_args(names), partial_restore=True
+            )
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+                arrays = reader.restore(folder.absolute() / str(step) / "state", args=args)
+            _check_sums(arrays, facts["sums"])
+            return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in names])
+    except (MemoryError, PermissionError):  # not the file's fault
+        raise
+    except Exception as error:  # whatever a damaged file makes its reader raise
+        raise ValueError(f"{folder / str(step)} is damaged ({first_line(error)}): name another checkpoint") from error
+    raise ValueError(f"{folder / str(step)} is of another model: {_difference(facts, names)}")
+
+
+def params_digest(folder: Path, step: int) -> str:
+    """Hexadecimal digits that change with any parameter of checkpoint `step` in `folder`; ValueError if unreadable."""
+    try:
+        facts = json.loads((folder / str(step) / "facts" / "metadata").read_text(encoding="utf-8"))
+        sums = {name: value for name, value in facts["sums"].items() if name.startswith("params.")}
+    except (OSError, ValueError, LookupError) as error:
+        raise ValueError(f"{folder / str(step)} is damaged ({first_line(error)}): name another checkpoint") from error
+    return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _check_sums(arrays: dict[str, jax.Array], sums: dict[str, int]) -> None:
+    changed = [name for name, sum_ in _sums(arrays).items() if sum_ != sums[name]]
+    if changed:
+        raise ValueError(f"{changed[0]} is not what was written")
+
+
+def _named(state: Any) -> dict[str, Any]:
     """The leaves in the order of the tree, each under its path, such as 'params.layers.0.attention.key.value'."""
     leaves = jax.tree_util.tree_leaves_with_path(state)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}

@@ -44,8 +44,22 @@ def token_losses(
         on are padding and get no probability.
       targets: int32, each below `vocabulary`.
     """
+    return _by_token(hidden, output, targets, vocabulary, best=False)[0]
 
-    @partial(jax.shard_map, in_specs=(ACTIVATIONS, P(TENSOR, FSDP), TOKENS), out_specs=TOKENS)
+
+def token_scores(
+    hidden: Float[Array, "B L E"], output: Float[Array, "V E"], targets: Int[Array, "B L"], vocabulary: int
+) -> tuple[Float[Array, "B L"], Int[Array, "B L"]]:
+    """`token_losses`, and the most likely id instead of each target (int32; of equally likely ones the lowest)."""
+    losses, best = _by_token(hidden, output, targets, vocabulary, best=True)
+    return losses, best
+
+
+def _by_token(hidden: Array, output: Array, targets: Array, vocabulary: int, best: bool) -> tuple[Array, ...]:
+    """Losses [B, L] and, with `best`, the most likely ids [B, L]."""
+    specs = (ACTIVATIONS, P(TENSOR, FSDP), TOKENS)
+
+    @partial(jax.shard_map, in_specs=specs, out_specs=(TOKENS,) * (1 + best))
     def local(hidden, output, targets):
         first = lax.axis_index(TENSOR) * output.shape[0]
         slices = next(n for n in range(-(-output.shape[0] // ROWS), output.shape[0] + 1) if output.shape[0] % n == 0)
@@ -62,36 +76,43 @@ def token_losses(
             @jax.checkpoint
             def one_position(position: Any) -> Any:
                 token, target = position
-                return _sums(token.astype(hidden.dtype), rows.astype(hidden.dtype), ids, target, vocabulary)
+                logits = _logits(token.astype(hidden.dtype), rows.astype(hidden.dtype), ids, vocabulary)
+                likeliest = (ids[jnp.argmax(logits, axis=-1)],) if best else ()
+                return *_sums(logits, ids, target), *likeliest
 
             return lax.map(one_position, by_position, batch_size=CHUNK)
 
         numbered = jnp.arange(slices, dtype=jnp.int32), by_slice
-        shifts, totals, wanted = lax.map(one_slice, numbered)
+        shifts, totals, wanted, *likeliest = lax.map(one_slice, numbered)
         shift = lax.pmax(jnp.max(shifts, axis=0), TENSOR)
         total = lax.psum(jnp.sum(totals * jnp.exp(shifts - shift[None]), axis=0), TENSOR)
-        return (jnp.log(total) + shift - lax.psum(jnp.sum(wanted, axis=0), TENSOR)).T
+        losses = jnp.log(total) + shift - lax.psum(jnp.sum(wanted, axis=0), TENSOR)
+        # The lowest of those ids whose logit is the largest of all.
+        none = jnp.iinfo(jnp.int32).max
+        ids = [lax.pmin(jnp.min(jnp.where(shifts == shift[None], each, none), 0), TENSOR) for each in likeliest]
+        return tuple(each.T for each in (losses, *ids))
 
     # The whole projection, and its gradient, are not to be held while the layers compute.
     hidden, output = lax.optimization_barrier((hidden, output))
     return local(hidden, output, targets)
 
 
+def _logits(
+    hidden: Float[Array, "B E"], rows: Float[Array, "v E"], ids: Int[Array, " v"], vocabulary: int
+) -> Float[Array, "B v"]:
+    logits = jnp.einsum("be,ve->bv", hidden, rows, preferred_element_type=jnp.float32)
+    return jnp.where((ids < vocabulary)[None, :], logits, -jnp.inf)
+
+
 def _sums(
-    hidden: Float[Array, "B E"],
-    rows: Float[Array, "v E"],
-    ids: Int[Array, " v"],
-    targets: Int[Array, " B"],
-    vocabulary: int,
+    logits: Float[Array, "B v"], ids: Int[Array, " v"], targets: Int[Array, " B"]
 ) -> tuple[Float[Array, " B"], Float[Array, " B"], Float[Array, " B"]]:
-    """Of the logits of these `rows`: the largest, the sum of exp(logit - largest), and the target's.
+    """Of these logits: the largest, the sum of exp(logit - largest), and the target's.
 
     The last is 0 where the target lies elsewhere; the first the least of numbers where all rows are padding.
 
     Any shift gives the same loss; the largest logit gives no overflow. It takes no part in the gradient.
     """
-    logits = jnp.einsum("be,ve->bv", hidden, rows, preferred_element_type=jnp.float32)
-    logits = jnp.where((ids < vocabulary)[None, :], logits, -jnp.inf)
     shift = jnp.max(lax.stop_gradient(logits), axis=-1)
     shift = jnp.where(jnp.isfinite(shift), shift, jnp.finfo(jnp.float32).min)
     wanted = jnp.where(ids[None, :] == targets[:, None], logits, 0.0)

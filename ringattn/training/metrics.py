@@ -141,6 +141,7 @@ class Recorder:
         bits = values.get("eval/bits_per_byte")
         text = f"validation loss {values['eval/loss']:.4f} nats per token"
         text += "" if bits is None else f", {bits:.4f} bits per byte"
+        text += f", {values['eval/accuracy']:.1%} right"
         self._screen.say(f"step {step}: {text}")
         by_context = [f"{first:,} {loss:.4f}" for (first, _), loss in losses_by_context(values).items()]
         if len(by_context) > 1:

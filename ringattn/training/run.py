@@ -8,21 +8,20 @@ from functools import partial
 import jax
 import numpy as np
 from flax import nnx
-from jax import Array, P
+from jax import Array
 
 from ringattn import Mask, attention, config, permute
 from ringattn.data import Batch, Loader, Sides, Tokenizer, deal, read
 from ringattn.mesh import SEQUENCE, TOKENS, in_words, place, shards
 from ringattn.model import Params, Transformer, count_parameters
-from ringattn.training.by_context import named_losses
+from ringattn.training.by_context import context_ranges, named_losses, sums_by_context
 from ringattn.training.optimizer import learning_rate, optimizer
 from ringattn.training.samples import NEW, PROMPT, NextLogits, as_text, continue_rows, make_next_logits
+from ringattn.training.score import Scorer, make_scorer, on_devices
 from ringattn.training.step import (
-    EvalStep,
     MakeModel,
     TrainState,
     TrainStep,
-    make_eval_step,
     make_initial_state,
     make_train_step,
 )
@@ -52,30 +51,34 @@ class Run:
     """Tokens of the stages before this one."""
     initial_state: Callable[[], TrainState]
     train_step: TrainStep
-    eval_step: EvalStep
+    scorer: Scorer
     next_logits: NextLogits
 
     def on_devices(self, batch: Batch) -> Batch:
-        """A host's batch [B, L] in the layout's order, as arrays [parts, B / parts, L] spread over the mesh."""
-        layout, size, parts = self.config.attention.layout, shards(self.mesh), self.config.train.accumulate
-        laid = jax.tree.map(lambda x: permute(x, layout, size).reshape(parts, -1, x.shape[1]), batch)
-        return place(laid, self.mesh, P(None, *TOKENS))
+        """A host's batch [B, L] as the update takes it: arrays [parts, B / parts, L]."""
+        return on_devices(batch, self.mesh, self.config.attention.layout, self.config.train.accumulate)
 
     def evaluate(self, params: Params) -> dict[str, float]:
-        """Loss over held-out rows, always the same: of all, in nats per token and bits per byte, and by context."""
+        """Loss over held-out rows, always the same: of all, in nats per token and bits per byte, and by context.
+
+        Beside it the share of the tokens that the model would have said itself.
+        """
         there = self.held_out.rows_per_epoch // self.config.train.batch_size
         count = min(self.config.evaluate.batches, there)
         batches, length = [self.held_out.batch(number) for number in range(count)], self.config.data.seq_len
-        # All are on their way before the first is read.
-        sums = [self.eval_step(params, self.on_devices(batch)) for batch in batches]
-        of_batches = np.asarray(jax.device_get(sums), np.float64)  # [batches, 2, ranges]
-        nats, weight = np.moveaxis(of_batches, 1, 0).sum(1)
+        nats = weight = np.zeros(len(context_ranges(length)))
+        right = 0.0
+        for batch, scores in zip(batches, self.scorer(params, batches), strict=True):
+            nats = nats + sums_by_context(batch.weights * scores.nats, batch.positions)
+            weight = weight + sums_by_context(batch.weights, batch.positions)
+            right += float(np.sum(batch.weights, where=scores.best == batch.targets, dtype=np.float64))
         if not weight.any():
             cure = "use more --evaluate.batches, or a larger --data.validation"
             raise ValueError(f"the validation's first {count} batches are all prompt, with nothing to learn: {cure}")
         text = sum(self.tokenizer.byte_length(batch.targets[batch.weights > 0]) for batch in batches)
         bits = {"eval/bits_per_byte": float(nats.sum()) / math.log(2) / text} if text else {}
-        return {"eval/loss": float(nats.sum() / weight.sum())} | bits | named_losses(nats, weight, length)
+        means = {"eval/loss": float(nats.sum() / weight.sum()), "eval/accuracy": right / float(weight.sum())}
+        return means | bits | named_losses(nats, weight, length)
 
     def fingerprints(self) -> dict[str, str]:
         """What stands for all tokens of training and of validation."""
@@ -131,7 +134,7 @@ def prepare(whole: config.Config, mesh: jax.sharding.Mesh, number: int = 1, text
         tokens_before=sum(each.train.steps * tokens_a_step(each) for each in map(whole.stage, range(1, number))),
         initial_state=make_initial_state(make_model, update),
         train_step=make_train_step(make_model, vocabulary, update, schedule),
-        eval_step=make_eval_step(make_model, vocabulary),
+        scorer=make_scorer(make_model, vocabulary, mesh, c.attention.layout, c.train.accumulate),
         next_logits=make_next_logits(make_model, vocabulary),
     )
 

@@ -1,4 +1,4 @@
-"""The state of a training run and the two jitted functions that read and change it."""
+"""The state of a training run and the jitted functions that make and change it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,8 +14,7 @@ from jaxtyping import Array, Float
 
 from ringattn.data import Batch
 from ringattn.model import Params, Transformer
-from ringattn.training.by_context import sums_by_context
-from ringattn.training.loss import cross_entropy, token_losses
+from ringattn.training.loss import cross_entropy
 
 
 @jax.tree_util.register_dataclass
@@ -39,7 +38,6 @@ class Metrics(NamedTuple):
 
 MakeModel = Callable[[], Transformer]
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
-EvalStep = Callable[[Params, Batch], tuple[Float[Array, " R"], Float[Array, " R"]]]
 
 
 def make_initial_state(make_model: MakeModel, optimizer: optax.GradientTransformation) -> Callable[[], TrainState]:
@@ -105,22 +103,3 @@ def make_train_step(
         return TrainState(params, opt_state, state.step + 1), Metrics(loss, norm, rate)
 
     return train_step
-
-
-def make_eval_step(make_model: MakeModel, vocabulary: int) -> EvalStep:
-    """A jitted function: parameters and a batch [parts, B, L] -> the sums of weighted losses and those of weights.
-
-    A sum for each of the R ranges of `context_ranges(L)`.
-    """
-    forward = make_forward(make_model)
-
-    @jax.jit
-    def eval_step(params: Params, batch: Batch):
-        def sums(part: Batch):
-            targets, positions, weights = map(jnp.asarray, (part.targets, part.positions, part.weights))
-            losses = token_losses(*forward(params, part), targets, vocabulary)
-            return [sums_by_context(x, positions) for x in (weights * losses, weights)]
-
-        return tuple(jnp.sum(each, 0) for each in lax.map(sums, batch))
-
-    return eval_step

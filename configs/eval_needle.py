@@ -1,0 +1,19 @@
+"""Hides needles at nine depths of rows of three lengths, and draws which of them the model of `needle` finds.
+
+    python scripts/eval.py --config configs/eval_needle.py
+
+Expect some two minutes on two CPU cores. The heat map lies in runs/needle/evaluations/eval_needle/plots/needle.png.
+"""
+
+from ringattn.config import Evaluation, Mesh
+
+config = Evaluation(
+    name="eval_needle",
+    runs=("runs/needle",),
+    tasks=("needle",),
+    lengths=(128, 256, 512),
+    depths=(0.0, 0.25, 0.5, 0.75, 1.0),
+    samples=100,
+    batch_size=25,
+    mesh=Mesh(context=8, simulate=8),
+)

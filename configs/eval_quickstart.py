@@ -1,0 +1,18 @@
+"""Does the quickstart's model use its context? Losses by position, by length of context and by kind of document.
+
+    python scripts/eval.py --config configs/eval_quickstart.py
+
+Expect a minute on two CPU cores. Numbers and curves lie in runs/quickstart/evaluations/eval_quickstart/.
+"""
+
+from ringattn.config import Evaluation, Mesh
+
+config = Evaluation(
+    name="eval_quickstart",
+    runs=("runs/quickstart",),
+    tasks=("loss_by_position", "loss_by_context", "loss_by_kind"),
+    lengths=(256, 512, 1024, 2048),
+    samples=64,
+    batch_size=4,
+    mesh=Mesh(context=8, simulate=8),
+)

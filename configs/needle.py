@@ -1,0 +1,23 @@
+"""Trains a tiny model from nothing until it finds a needle at every depth of rows of 512 bytes.
+
+    python scripts/train.py --config configs/needle.py
+    python scripts/eval.py --config configs/eval_needle.py
+
+Each row is prose with a number of seven digits hidden somewhere, and ends with the question for it; only the answer
+counts in the loss.
+"""
+
+from ringattn.config import Attention, Checkpoint, Config, Data, Evaluate, Log, Mesh, Model, Optimizer, Train
+
+config = Config(
+    name="needle",
+    model=Model(layers=2, dim=128, heads=4, kv_heads=4, head_dim=32, feed_forward=256),
+    data=Data(path=("task:needle:128", "task:needle:256", "task:needle:512"), mixture=(2, 1, 1), seq_len=512),
+    mesh=Mesh(data=2, context=4, simulate=8),
+    attention=Attention(layout="zigzag", strategy="ring"),
+    optimizer=Optimizer(learning_rate=3e-3, warmup_steps=50),
+    train=Train(steps=2000, batch_size=8),
+    evaluate=Evaluate(every=100, batches=4),
+    checkpoint=Checkpoint(every=200),
+    log=Log(every=20),
+)

@@ -1,0 +1,155 @@
+"""Losses on text: by position in a row, by how much context the same tokens have, by kind of document."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import sqrt
+from typing import Any
+
+import numpy as np
+
+from ringattn.config import Evaluation
+from ringattn.data import Batch, Corpus, PackedRows, Tokenizer
+from ringattn.evaluation.retrieval import single
+from ringattn.evaluation.subject import Score
+
+RANGES = 24
+"""At most so many ranges of positions; they grow, so that a logarithmic axis shows them evenly."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """Documents to compute losses on."""
+
+    corpora: list[Corpus]
+    kinds: list[list[str]]
+    """Of each document of each corpus."""
+
+    @property
+    def fingerprint(self) -> str:
+        return "/".join(corpus.fingerprint for corpus in self.corpora)
+
+    def windows(self, length: int, count: int, seed: int) -> list[tuple[Corpus, int, int]]:
+        """Up to `count` stretches of `length` tokens, each of one document: (corpus, document, where it begins).
+
+        None overlaps another; drawn by `seed`. Raises ValueError if no document is as long.
+        """
+        found = []
+        for corpus in self.corpora:
+            for document in np.flatnonzero(corpus.lengths >= length):
+                found += [
+                    (corpus, int(document), begin) for begin in range(0, corpus.lengths[document] + 1 - length, length)
+                ]
+        if not found:
+            longest = max(int(corpus.lengths.max()) for corpus in self.corpora)
+            cure = f"use --lengths of at most {longest}, or other text by --path"
+            raise ValueError(f"lengths: the text has no document of {length} tokens, the longest has {longest}: {cure}")
+        keys = np.atleast_1d(np.random.PCG64(seed).random_raw(len(found)))
+        return [found[number] for number in np.argsort(keys, kind="stable")[:count]]
+
+
+def by_position(score: Score, tokenizer: Tokenizer, c: Evaluation, text: Text, length: int) -> dict[str, Any]:
+    """Loss over rows that are one document each, and in ranges of positions: does it keep falling?"""
+    windows = text.windows(length, c.samples, c.seed)
+    total = Total(tokenizer)
+    nats, weights = [], []
+    for batch, kept, scores in _scored(score, [_row(*each, length) for each in windows], c.batch_size):
+        total.add(batch, kept, scores.nats, scores.best)
+        nats.append((batch.weights * scores.nats)[:kept])
+        weights.append(batch.weights[:kept])
+    ranges, shares = _ranges(length), []
+    for first, last in ranges:
+        sums = np.concatenate(nats)[:, first : last + 1].sum(1, dtype=np.float64)
+        counts = np.concatenate(weights)[:, first : last + 1].sum(1, dtype=np.float64)
+        if counts.any():
+            shares.append({"first": first, "last": last} | _mean(sums, counts))
+    return total.means() | {"rows": len(windows), "by_position": shares}
+
+
+def by_context(score: Score, tokenizer: Tokenizer, c: Evaluation, text: Text, length: int) -> dict[str, Any]:
+    """Loss of the same tokens, whatever the length: the last ones of rows that end where the longest rows end."""
+    longest, scored = max(c.lengths), min(c.lengths) // 2
+    windows = text.windows(longest, c.samples, c.seed)
+    rows = [_row(corpus, document, begin + longest - length, length) for corpus, document, begin in windows]
+    total, sums, counts = Total(tokenizer), [], []
+    for batch, kept, scores in _scored(score, rows, c.batch_size):
+        batch.weights[:, :-scored] = 0
+        total.add(batch, kept, scores.nats, scores.best)
+        sums.append((batch.weights * scores.nats)[:kept].sum(1, dtype=np.float64))
+        counts.append(batch.weights[:kept].sum(1, dtype=np.float64))
+    error = _mean(np.concatenate(sums), np.concatenate(counts))["error"]
+    return total.means() | {"error": error, "rows": len(windows), "scored": scored}
+
+
+def by_kind(score: Score, tokenizer: Tokenizer, c: Evaluation, text: Text, length: int) -> dict[str, Any]:
+    """Loss over packed rows of one kind of document after another; kinds of less than a row are left out."""
+    found = {}
+    for corpus, kinds in zip(text.corpora, text.kinds, strict=True):
+        for kind in sorted(set(kinds)):
+            chosen = corpus.take(np.array([each == kind for each in kinds]))
+            packed = PackedRows(chosen, length, np.arange(chosen.starts.size))
+            rows = [packed.rows(np.array([number])) for number in range(min(len(packed), c.samples))]
+            total = found.setdefault(kind, Total(tokenizer))
+            for batch, kept, scores in _scored(score, rows, c.batch_size):
+                total.add(batch, kept, scores.nats, scores.best)
+    return {"kinds": [{"kind": kind} | total.means() for kind, total in found.items() if total.weight]}
+
+
+class Total:
+    """Loss, accuracy and bits per byte of all tokens that were added."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._nats = self._right = self.weight = 0.0
+        self._bytes = 0
+
+    def add(self, batch: Batch, kept: int, nats: np.ndarray, best: np.ndarray) -> None:
+        """The first `kept` rows of a batch."""
+        weights, targets = batch.weights[:kept], batch.targets[:kept]
+        self._nats += float(np.sum(weights * nats[:kept], dtype=np.float64))
+        self._right += float(np.sum(weights, where=best[:kept] == targets, dtype=np.float64))
+        self.weight += float(np.sum(weights, dtype=np.float64))
+        self._bytes += self._tokenizer.byte_length(targets[weights > 0])
+
+    def means(self) -> dict[str, Any]:
+        """Raises ValueError if none of the tokens counts."""
+        if not self.weight:
+            raise ValueError("the text is all prompt, with nothing to learn: name other text by --path")
+        bits = self._nats / math.log(2) / self._bytes if self._bytes else None
+        means = {"loss": self._nats / self.weight, "accuracy": self._right / self.weight}
+        return means | {"bits_per_byte": bits, "tokens": int(self.weight)}
+
+
+def _ranges(length: int) -> list[tuple[int, int]]:
+    starts = sorted({0, *np.geomspace(1, length, RANGES, endpoint=False).round().astype(int).tolist()})
+    return list(zip(starts, [*(start - 1 for start in starts[1:]), length - 1], strict=True))
+
+
+def _mean(sums: np.ndarray, counts: np.ndarray) -> dict[str, float]:
+    """The mean over tokens of what each row has sums and counts of, and its standard error over rows."""
+    mean = sums.sum() / counts.sum()
+    spread = np.square(sums - mean * counts).sum()
+    return {"loss": float(mean), "error": float(sqrt(spread) / counts.sum())}
+
+
+def _row(corpus: Corpus, document: int, begin: int, length: int) -> Batch:
+    """A stretch of a document as a row, [1, length]."""
+    within = begin + np.arange(length)
+    places = (corpus.starts[document] + within)[None]
+    row = single(*(corpus.tokens[places + ahead].astype(np.int32) for ahead in (0, 1)))
+    learned = (within >= corpus.contexts[document])[None] & (
+        np.ones_like(row.targets, bool) if corpus.unlearned is None else row.targets != corpus.unlearned
+    )
+    return row._replace(weights=learned.astype(np.float32))
+
+
+def _scored(score: Score, rows: list[Batch], size: int) -> Iterator[tuple[Batch, int, Any]]:
+    """The rows in batches of `size`, how many of a batch's rows count, and their scores."""
+    batches = []
+    for begin in range(0, len(rows), size):
+        some = rows[begin : begin + size]
+        batches.append(
+            (Batch(*map(np.concatenate, zip(*some, *[some[0]] * (size - len(some)), strict=True))), len(some))
+        )
+    for (batch, kept), scores in zip(batches, score(batch for batch, _ in batches), strict=True):
+        yield batch, kept, scores

@@ -1,0 +1,86 @@
+"""How an evaluation is told: results.json, a Markdown table, plots; of one run or of several, in the same way."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ringattn import config
+from ringattn.environment import environment
+from ringattn.evaluation import plots
+
+Result = dict[str, Any]
+
+
+def report(runs: dict[str, list[Result]], c: config.Evaluation, folder: Path, facts: dict[str, Any]) -> None:
+    """Writes results.json, table.md and plots/ of each run's results to `folder`, in the place of earlier ones."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save(c, folder / "config.json")
+    rows = [{"run": run} | result for run, results in runs.items() for result in results]
+    content = facts | {"config": asdict(c), "environment": environment(), "results": rows}
+    (folder / "results.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    (folder / "table.md").write_text("\n\n".join(tables(runs)) + "\n", encoding="utf-8")
+    plots.draw(runs, folder / "plots")
+
+
+def in_words(result: Result) -> str:
+    """A line for the screen."""
+    depth = "" if result["depth"] is None else f", depth {result['depth']:.0%}"
+    text = f"{result['task']}, {result['length']:,} tokens{depth}: "
+    if "rate" in result:
+        return text + f"{result['right']} of {result['samples']} right, {result['nats']:.3f} nats an answer"
+    if "kinds" in result:
+        return text + (", ".join(f"{each['kind']} {each['loss']:.4f}" for each in result["kinds"]) or "too little text")
+    return text + f"loss {result['loss']:.4f} nats per token"
+
+
+def tables(runs: dict[str, list[Result]]) -> Iterable[str]:
+    """Markdown: a grid of length and depth for each task that has depths; then other retrieval; then losses."""
+    several = len(runs) > 1
+    for task in dict.fromkeys(each["task"] for results in runs.values() for each in results):
+        for run, results in runs.items():
+            own = [each for each in results if each["task"] == task]
+            title = f"## {task}" + f" of {run}" * several
+            if own[0]["depth"] is not None:
+                yield f"{title}: exact match by length and depth (95 % interval)\n\n{_grid(own)}"
+            elif "rate" in own[0]:
+                yield f"{title}\n\n{_rates(own)}"
+            else:
+                yield f"{title}\n\n{_losses(own)}"
+
+
+def _table(header: list[str], rows: Iterable[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _rate(result: Result) -> str:
+    return f"{result['rate']:.3f} ({result['low']:.2f} to {result['high']:.2f})"
+
+
+def _grid(results: list[Result]) -> str:
+    depths = list(dict.fromkeys(each["depth"] for each in results))
+    lengths = list(dict.fromkeys(each["length"] for each in results))
+    cells = {(each["length"], each["depth"]): _rate(each) for each in results}
+    header = ["tokens", *(f"depth {depth:.0%}" for depth in depths)]
+    return _table(header, ([f"{length:,}", *(cells[length, depth] for depth in depths)] for length in lengths))
+
+
+def _rates(results: list[Result]) -> str:
+    header = ["tokens", "exact match (95 % interval)", "answers right", "nats an answer"]
+    return _table(
+        header,
+        ([f"{x['length']:,}", _rate(x), f"{x['answers']:.3f}", f"{x['nats']:.3f}"] for x in results),
+    )
+
+
+def _losses(results: list[Result]) -> str:
+    rows = []
+    for result in results:
+        for each in result.get("kinds", [result]):
+            bits = "-" if each["bits_per_byte"] is None else f"{each['bits_per_byte']:.4f}"
+            kind, error = each.get("kind", "all"), f" ± {each['error']:.4f}" if "error" in each else ""
+            numbers = [f"{each['loss']:.4f}{error}", bits, f"{each['accuracy']:.1%}", f"{each['tokens']:,}"]
+            rows.append([f"{result['length']:,}", kind, *numbers])
+    return _table(["tokens in a row", "kind", "nats per token", "bits per byte", "right", "tokens"], rows)

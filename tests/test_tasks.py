@@ -1,0 +1,166 @@
+"""Retrieval tasks: rows of the right length whose answers follow from the text alone."""
+
+import re
+from collections import Counter
+from random import Random
+
+import numpy as np
+import pytest
+from test_tokenizer import BOUNDARY, train
+
+from ringattn.config import RETRIEVAL, Data
+from ringattn.data import load_tokenizer, read
+from ringattn.data.haystack import names, prose, sentences, words
+from ringattn.data.tasks import DEEP, TASKS, check_tokenizer, question, questions
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    train([BOUNDARY]).save(str(path))
+    return load_tokenizer(str(path))
+
+
+def text_and_answers(task, length=3000, depth=0.5, seed="0"):
+    tokenizer = load_tokenizer("bytes")
+    row = question(task, tokenizer, length, depth, seed)
+    answers = [tokenizer.decode(row.tokens[a:b]).strip(" ,") for a, b in zip(row.ends, row.ends[1:], strict=False)]
+    return tokenizer.decode(row.tokens[: row.ends[0]]), answers
+
+
+def test_config_names_the_tasks_that_there_are():
+    assert list(TASKS) == list(RETRIEVAL)
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("length", [1500, 4096])
+def test_a_row_has_its_length_with_any_tokenizer(task, length, tokenizer):
+    for own in (tokenizer, load_tokenizer("bytes")):
+        row = question(task, own, length, 0.3, "seed")
+        assert row.tokens.shape == (length,)
+        assert row.tokens[0] == own.boundary
+        assert own.boundary not in row.tokens[1:]
+        assert list(row.ends) == sorted(set(row.ends))
+        assert row.ends[-1] == length
+        assert np.array_equal(row.tokens, question(task, own, length, 0.3, "seed").tokens)
+        assert not np.array_equal(row.tokens, question(task, own, length, 0.3, "other").tokens)
+
+
+def test_the_answer_is_that_of_the_text_whatever_the_tokenizer(tokenizer):
+    for task in TASKS:
+        row = question(task, tokenizer, 2000, 0.3, "seed")
+        answer = tokenizer.decode(row.tokens[row.ends[0] :])
+        text = tokenizer.decode(row.tokens)
+        assert text.endswith(answer)
+        assert answer.strip(" <>").split(",")[0] in text[: -len(answer)]
+
+
+@pytest.mark.parametrize("task", ["passkey", "needle", "multi_key", "multi_query", "multi_value"])
+@pytest.mark.parametrize("seed", "012")
+def test_numbers_are_those_of_the_text(task, seed):
+    text, answers = text_and_answers(task, seed=seed)
+    asked = text.rsplit("\n", 1)[1]
+    if task == "passkey":
+        assert re.findall(r"pass key is (\d{5})\.", text) == answers
+    else:
+        there = re.findall(r"The magic number of (\w+) is (\d{7})\.", text)
+        keys = re.sub(r"The magic numbers? of |, in order,| is$| are$", "", asked).replace(" and ", ", ").split(", ")
+        if task == "multi_value":
+            assert [value for _, value in there] == answers
+        else:
+            assert [dict(there)[key] for key in keys] == answers
+        assert len(there) == (1 if task == "needle" else 4)
+
+
+@pytest.mark.parametrize("task", DEEP)
+def test_what_is_asked_for_lies_at_its_depth(task):
+    for depth in (0.0, 0.2, 0.5, 1.0):
+        text, (answer,) = text_and_answers(task, 20_000, depth)
+        assert text.index(answer) / len(text) == pytest.approx(depth, abs=0.03)
+
+
+def test_variables_form_a_chain():
+    text, answers = text_and_answers("variables")
+    (value,) = re.findall(r"hold (\d+), in order", text)
+    assigned = re.findall(r"VAR (\w+) = (?:VAR )?(\w+)\.", text)
+    assert len(assigned) == 10
+    held = {}
+    for name, source in assigned:  # in the order of the text, each source is known
+        held[name] = held.get(source, source)
+    assert [name for name, _ in assigned if held[name] == value] == answers
+    assert len(answers) == 5
+
+
+@pytest.mark.parametrize("length", [1300, 3000, 40_000])
+def test_common_words_are_the_most_common(length):
+    text, answers = text_and_answers("common_words", length)
+    counts = Counter(re.findall(r"\d+\. (\S+)", text)).most_common()
+    assert sorted(word for word, _ in counts[:10]) == answers
+    assert counts[9][1] > counts[10][1]
+    if length == 40_000:
+        assert (counts[9][1], counts[10][1]) == (30, 3)
+
+
+@pytest.mark.parametrize("length", [800, 40_000])
+def test_frequent_words_are_the_most_frequent_in_order(length):
+    text, answers = text_and_answers("frequent_words", length)
+    listed = text.rsplit("\n", 1)[0].splitlines()[-1].split()
+    counts = Counter(listed).most_common(4)
+    assert [word for word, _ in counts[:3]] == answers
+    assert counts[0][1] > counts[1][1] > counts[2][1] > counts[3][1]
+
+
+def test_lines_hold_each_register_once():
+    text, (answer,) = text_and_answers("lines")
+    asked = text.rsplit("\n", 1)[1].removeprefix("line ").removesuffix(": REGISTER_CONTENT is")
+    there = re.findall(r"line ([\w-]+): REGISTER_CONTENT is (<\d+>)", text)
+    assert len(dict(there)) == len(there) > 40
+    assert dict(there)[asked] == answer
+
+
+@pytest.mark.parametrize("seed", "01234567")
+def test_somebody_is_where_he_went_last(seed):
+    text, (place,) = text_and_answers("where_person", seed=seed)
+    (person,) = re.findall(r"Where is (\w+)\?", text)
+    assert re.findall(rf"{person} went to the (\w+)\.", text)[-1] == place
+    text, (place,) = text_and_answers("where_thing", seed=seed)
+    (thing,) = re.findall(r"Where is the (\w+)\?", text)
+    (person,) = re.findall(rf"(\w+) took the {thing}\.", text)
+    _, after = text.split(f"{person} took the {thing}.")
+    assert re.findall(rf"{person} went to the (\w+)\.", after)[-1] == place
+
+
+def test_a_row_that_is_too_short_is_refused():
+    with pytest.raises(ValueError, match=r"the task needle needs rows of more than \d+ tokens, not of 40: use longer"):
+        question("needle", load_tokenizer("bytes"), 40, 0.5, "0")
+
+
+def test_only_text_can_be_asked():
+    with pytest.raises(ValueError, match="the task needle is text, but the tokenizer is 'dna': use one for text"):
+        check_tokenizer("needle", load_tokenizer("dna"))
+
+
+def test_to_train_on_only_the_answer_is_learned():
+    tokenizer = load_tokenizer("bytes")
+    some = list(questions("needle", tokenizer, 200, 20))
+    assert len({each.digest for each in some}) == 20
+    for each in some:
+        assert each.tokens.size == 200
+        assert re.fullmatch(r" \d{7}", tokenizer.decode(each.tokens[each.context + 1 :]))
+    depths = [tokenizer.decode(each.tokens).index("The magic") for each in some]
+    assert min(depths) < 30
+    assert max(depths) > 90
+
+
+def test_documents_of_a_task_fill_rows():
+    sides = read(Data(path=("task:needle:128", "task:passkey"), seq_len=256))
+    assert [set(corpus.lengths.tolist()) for corpus in sides.training] == [{128}, {256}]
+    assert sides.kinds[0][0] == "needle"
+
+
+def test_the_haystack_is_plain():
+    assert len(sentences()) > 300
+    assert not re.search(r"\d", " ".join(sentences()))
+    assert len(words()) > 1000
+    assert len(set(names(Random(0), 5000))) == 5000
+    assert Counter(prose(Random(0), 3 * len(sentences()))).most_common(1)[0][1] == 3
