@@ -15,9 +15,9 @@ config = Config(
     data=Data(path=("task:needle:128", "task:needle:256", "task:needle:512"), mixture=(2, 1, 1), seq_len=512),
     mesh=Mesh(data=2, context=4, simulate=8),
     attention=Attention(layout="zigzag", strategy="ring"),
-    optimizer=Optimizer(learning_rate=3e-3, warmup_steps=50),
-    train=Train(steps=2000, batch_size=8),
+    optimizer=Optimizer(learning_rate=1e-3, warmup_steps=50),
+    train=Train(steps=1500, batch_size=16),
     evaluate=Evaluate(every=100, batches=4),
     checkpoint=Checkpoint(every=200),
-    log=Log(every=20),
+    log=Log(every=25),
 )

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import jax
@@ -7,7 +8,7 @@ import pytest
 from jax import P
 
 from ringattn.mesh import FSDP, TENSOR
-from ringattn.training.checkpoint import Checkpoints, saved_steps
+from ringattn.training.checkpoint import Checkpoints, params_digest, read_params, saved_steps
 from ringattn.training.step import TrainState
 
 # A reader that fails leaves reads behind that it never awaits.
@@ -158,3 +159,31 @@ def test_what_is_not_finite_is_not_saved(folder, mesh):
     with Checkpoints(folder, 2) as checkpoints, pytest.raises(ValueError, match=lower):
         checkpoints.save(broken)
     assert saved_steps(folder) == [6, 4]
+
+
+def test_parameters_are_read_alone_and_the_folder_is_left_as_it_is(folder, mesh, make_mesh):
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    other = make_mesh(context=8)
+    like = {"matrix": jax.ShapeDtypeStruct((16, 8), jnp.float32, sharding=jax.NamedSharding(other, P(FSDP)))}
+    with jax.set_mesh(other):
+        found = read_params(folder, 4, like)
+    np.testing.assert_array_equal(found["matrix"], state(mesh, 4).params["matrix"])
+    assert found["matrix"].sharding == like["matrix"].sharding
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    assert params_digest(folder, 4) == params_digest(folder, 4) != params_digest(folder, 6)
+
+
+def test_damaged_parameters_are_refused(folder, mesh):
+    like = {"matrix": jax.ShapeDtypeStruct((16, 8), jnp.float32, sharding=jax.NamedSharding(mesh, P()))}
+    with pytest.raises(ValueError, match=r"4 is of another model: params.matrix is \[16, 8\] there and \[16, 4\] here"):
+        read_params(folder, 4, {"matrix": jax.ShapeDtypeStruct((16, 4), jnp.float32, sharding=like["matrix"].sharding)})
+    facts = folder / "4" / "facts" / "metadata"
+    content = json.loads(facts.read_text())
+    content["sums"]["params.matrix"] ^= 1
+    facts.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"4 is damaged \(params.matrix is not what was written\): name another"):
+        read_params(folder, 4, like)
+    facts.unlink()
+    for read in (lambda: read_params(folder, 4, like), lambda: params_digest(folder, 4)):
+        with pytest.raises(ValueError, match=r"4 is damaged .*: name another checkpoint"):
+            read()

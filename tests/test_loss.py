@@ -9,7 +9,7 @@ from jax import P
 
 from ringattn.mesh import ACTIVATIONS, FSDP, TENSOR, TOKENS, place
 from ringattn.training import loss as loss_module
-from ringattn.training.loss import cross_entropy
+from ringattn.training.loss import cross_entropy, token_scores
 
 ROWS, DIM, VOCABULARY, PADDED = 2, 16, 70, 128
 
@@ -56,6 +56,27 @@ def test_agrees_with_all_logits_at_once(arrays, make_mesh, monkeypatch, sizes, c
     for one, other in zip(found_gradients, gradients, strict=True):
         np.testing.assert_allclose(one, other, atol=2e-5)
     assert not found_gradients[1][VOCABULARY:].any()
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2), (1, 1, 8)], ids=str)
+@pytest.mark.parametrize("rows", [32_768, 10, 1])
+def test_the_likeliest_id_is_that_of_all_logits(arrays, make_mesh, monkeypatch, sizes, rows):
+    monkeypatch.setattr(loss_module, "ROWS", rows)
+    hidden, output, targets, _ = map(np.copy, arrays)
+    hidden[0, :5] = 0  # all equally likely: the lowest id
+    output[VOCABULARY:] = 100 * output[0]  # padding would be likelier
+    output[69] = output[13]  # two that are equally likely, far apart
+    mesh = make_mesh(*sizes)
+    with jax.set_mesh(mesh):
+        placed = on_mesh(mesh, (hidden, output, targets, targets))[:3]
+        losses, best = jax.jit(partial(token_scores, vocabulary=VOCABULARY))(*placed)
+    logits = np.einsum("ble,ve->blv", hidden, output[:VOCABULARY])
+    np.testing.assert_array_equal(best, logits[..., :69].argmax(-1))
+    assert 13 in np.asarray(best)
+    found = jax.nn.log_softmax(logits, axis=-1)
+    np.testing.assert_allclose(
+        losses, -np.take_along_axis(np.asarray(found), targets[..., None], -1)[..., 0], atol=2e-5
+    )
 
 
 def test_large_logits_neither_overflow_nor_lose_the_rest(arrays, make_mesh, monkeypatch):

@@ -64,8 +64,8 @@ def test_the_line_says_what_is_known(clock, capsys):
 def test_an_evaluation_is_said_by_context(capsys):
     rows = []
     recorder = Recorder(rows.append, Screen(1, 0), 1, 10, None)
-    values = {"eval/loss": 2.5, "eval/loss/0-63": 3.0, "eval/loss/64-127": 2.0}
-    assert recorder.evaluation(7, values) == "validation loss 2.5000 nats per token"
+    values = {"eval/loss": 2.5, "eval/accuracy": 0.25, "eval/loss/0-63": 3.0, "eval/loss/64-127": 2.0}
+    assert recorder.evaluation(7, values) == "validation loss 2.5000 nats per token, 25.0% right"
     assert "by tokens of context, from: 0 3.0000, 64 2.0000" in capsys.readouterr().out
     assert rows == [{"step": 7} | values]
 

@@ -60,6 +60,15 @@ def test_all_commands_that_measure_are_valid():
         config.parse(flags, "", config.Benchmark)
 
 
+def test_all_commands_that_evaluate_are_valid():
+    commands = [shlex.split(line, comments=True) for line in COMMANDS if "scripts/eval.py" in line]
+    assert len(commands) > 2
+    for words in commands:
+        flags = words[words.index("--config") :]
+        flags[1] = str(ROOT / flags[1])
+        config.parse(flags, "", config.Evaluation)
+
+
 def test_all_commands_that_plan_are_valid():
     commands = [shlex.split(line, comments=True) for line in COMMANDS if "scripts/plan.py" in line]
     assert len(commands) > 2
