@@ -1,4 +1,4 @@
-"""Hides needles at nine depths of rows of three lengths, and draws which of them the model of `needle` finds.
+"""Hides needles at five depths of rows of three lengths, and draws which of them the model of `needle` finds.
 
     python scripts/eval.py --config configs/eval_needle.py
 

@@ -11,7 +11,7 @@ from ringattn.config import Attention, Checkpoint, Config, Data, Evaluate, Log, 
 
 config = Config(
     name="needle",
-    model=Model(layers=2, dim=128, heads=4, kv_heads=4, head_dim=32, feed_forward=256),
+    model=Model(layers=2, dim=128, heads=4, kv_heads=4, head_dim=32, feed_forward=256, rope_theta=1e6),
     data=Data(path=("task:needle:128", "task:needle:256", "task:needle:512"), mixture=(2, 1, 1), seq_len=512),
     mesh=Mesh(data=2, context=4, simulate=8),
     attention=Attention(layout="zigzag", strategy="ring"),

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from ringattn import config
-from ringattn.data import load_tokenizer, question
+from ringattn.data import haystack, load_tokenizer, question
 from ringattn.data.corpus import encode, gather
 from ringattn.data.formats import Document
-from ringattn.evaluation import evaluate, losses, retrieval
+from ringattn.evaluation import evaluate, kept, losses, retrieval
 from ringattn.evaluation import run as evaluation_run
 from ringattn.evaluation.retrieval import wilson
 from ringattn.training import train
@@ -40,6 +40,8 @@ def trained(tmp_path_factory):
     )
     assert train(c) == 0
     assert train(replace(c, name="two", train=replace(c.train, seed=1), checkpoint=config.Checkpoint(every=2))) == 0
+    rows = replace(c.data, path=("task:needle:128", "task:needle:384"))
+    assert train(replace(c, name="asked", data=rows, train=replace(c.train, steps=2))) == 0
     return folder / "runs"
 
 
@@ -164,6 +166,55 @@ def test_a_stopped_evaluation_goes_on_where_it_was(asked, monkeypatch, capsys):
     assert len(measured) == len(list(evaluation_run.cells(asked))) + 1 + 4
 
 
+def test_a_cell_is_not_taken_from_another_model_or_text(asked, monkeypatch):
+    c = replace(asked, tasks=("needle", "loss_by_kind"), lengths=(LONG,), depths=(0.5,))
+    assert evaluate(c) == 0
+    lines = len((folder_of(c) / "cells.jsonl").read_text().splitlines())
+    path = Path(c.runs[0]) / "config.json"
+    before = path.read_text()
+    path.write_text(before.replace('"window": null', '"window": 4'))
+    assert evaluate(c) == 0
+    assert len((folder_of(c) / "cells.jsonl").read_text().splitlines()) == 2 * lines
+    path.write_text(before)
+    monkeypatch.setattr(haystack, "sentences", lambda: ("This is another haystack, of one sentence.",))
+    assert evaluate(c) == 0
+    assert len((folder_of(c) / "cells.jsonl").read_text().splitlines()) == 2 * lines + 1
+
+
+def test_text_that_is_no_longer_what_it_was_is_refused(asked):
+    path = Path(asked.runs[0]) / "data.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"validation": "0"}))
+    with pytest.raises(
+        ValueError, match=r"is not what one was trained on: put it back .* or name other text by --path"
+    ):
+        evaluate(asked)
+    assert evaluate(replace(asked, tasks=("needle",), samples=1)) == 0
+
+
+def test_runs_on_texts_of_their_own_are_not_compared_in_silence(asked, capsys):
+    runs = asked.runs[0], str(Path(asked.runs[0]).parent / "asked")
+    c = replace(asked, runs=runs, tasks=("loss_by_kind",))
+    assert evaluate(c) == 0
+    assert "Each run was scored on its own held-out text" in (folder_of(c) / "comparison" / "table.md").read_text()
+    assert evaluate(replace(c, runs=runs[:1], lengths=(SHORT,))) == 0
+    assert "own held-out" not in (folder_of(c) / "table.md").read_text()
+
+
+def test_nothing_finished_is_lost_when_it_cannot_write(asked, monkeypatch):
+    assert evaluate(replace(asked, tasks=("needle",))) == 0
+    before = (folder_of(asked) / "cells.jsonl").read_bytes()
+
+    def full(self, *_, **__):
+        raise OSError(28, "No space left on device")
+
+    own = kept.Kept(folder_of(asked) / "cells.jsonl")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", full)
+        with pytest.raises(ValueError, match=r"\(No space left on device\): .* what was finished is kept"):
+            own.add("key", {})
+    assert (folder_of(asked) / "cells.jsonl").read_bytes() == before
+
+
 def test_several_runs_are_compared(asked, capsys):
     c = replace(asked, runs=(asked.runs[0], str(Path(asked.runs[0]).parent / "two")))
     assert evaluate(c) == 0
@@ -187,6 +238,12 @@ def test_a_single_checkpoint_can_be_named(asked):
     assert early["results"][0]["loss"] != late["results"][0]["loss"]
 
 
+def test_a_model_that_was_trained_on_a_task_is_asked_in_rows_of_any_length(asked):
+    c = replace(asked, runs=(str(Path(asked.runs[0]).parent / "asked"),), tasks=("needle", "loss_by_kind"))
+    assert evaluate(c) == 0
+    assert [len(each.get("kinds", ())) for each in results_of(c)] == [0, 0, 0, 0, 1, 1]
+
+
 def test_text_can_be_another(asked, tmp_path):
     (tmp_path / "other.txt").write_bytes(b"ab" * 400)
     c = replace(asked, tasks=("loss_by_position", "loss_by_kind"), path=str(tmp_path / "other.txt"), lengths=(LONG,))
@@ -207,6 +264,7 @@ def test_text_can_be_another(asked, tmp_path):
         ({"lengths": (100,)}, r"lengths=100 must be a positive multiple of 2 \* context = 16.*: use 96 or 112"),
         ({"tasks": ("where_thing",), "lengths": (128,)}, r"where_thing needs rows of more than \d+ tokens, not of 128"),
         ({"mesh": config.Mesh(data=8, context=1)}, r"batch_size=2 must be a multiple of mesh.data = 8: use 8"),
+        ({"strategy": "ulysses"}, r"one cannot be evaluated on this mesh .*kv_heads=2.*: choose another --mesh"),
         ({"mesh": config.Mesh(context=3)}, r"mesh .*context=3.* does not fit 8 devices"),
         ({"path": "nowhere"}, r"'nowhere' is neither a file nor a folder"),
         ({"lengths": (1024,), "longer": True}, r"no document of 1024 tokens, the longest has \d+: use --lengths of at"),
@@ -222,6 +280,7 @@ def test_a_run_without_a_good_checkpoint_is_refused(asked):
     run = Path(asked.runs[0])
     with pytest.raises(ValueError, match=r"one has no checkpoint 3: there are 4"):
         evaluate(replace(asked, runs=(str(run / "checkpoints" / "3"),)))
+    assert evaluate(replace(asked, runs=(str(run / "checkpoints"),), tasks=("needle",), samples=1)) == 0
     for path in (run / "checkpoints" / "4" / "state").rglob("*"):
         if path.is_file():
             path.write_bytes(b"")

@@ -131,3 +131,24 @@ def test_a_prepare_that_is_killed_leaves_nothing_that_passes_for_whole(tmp_path)
     done = run(*words, script="prepare.py")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "s" / "index.json").is_file()
+
+
+EVALUATION = ("--config", str(ROOT / "configs" / "eval_needle.py"))
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("--runs", "nothing"), "nothing holds no run"),
+        (("--tasks", "needel"), "did you mean 'needle'?"),
+        (("--length", "128"), "did you mean '--lengths'?"),
+        (("--depths", "2"), "between 0 and 1"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_a_mistake_in_what_is_evaluated(words, expected):
+    assert expected in message_of(*EVALUATION, *words, script="eval.py")
+
+
+def test_a_config_of_another_script_is_named():
+    assert "for scripts/train.py: scripts/eval.py takes an Evaluation" in message_of(*QUICKSTART, script="eval.py")

@@ -45,6 +45,15 @@ def test_a_stage_is_a_config_of_its_own(staged):
     assert c.stage(3).train == c.train
 
 
+def test_documents_of_a_task_have_one_length_in_all_stages():
+    stages = (config.Stage(seq_len=256), config.Stage(seq_len=512))
+    with pytest.raises(ValueError, match=r"'task:needle' with rows of several lengths: say .* task:needle:256"):
+        config.Config(data=config.Data(path="task:needle"), stages=stages)
+    assert config.Config(data=config.Data(path="task:needle:256"), stages=stages).stage(2).data.seq_len == 512
+    with pytest.raises(ValueError, match=r"stage 1: .*must be .*divides stages.1.seq_len=256"):
+        config.Config(data=config.Data(path="task:needle:512"), stages=stages)
+
+
 def test_every_field_of_a_stage_stands_for_one_of_a_section():
     assert [each.name for each in dataclasses.fields(Stage)] == list(REPLACES)
     for name in REPLACES.values():

@@ -39,6 +39,7 @@ class Evaluation:
     def __post_init__(self) -> None:
         check_types(self)
         check_folder_name(self, "name")
+        object.__setattr__(self, "depths", tuple(map(float, self.depths)))
         for task in self.tasks:
             if task not in LOSSES + RETRIEVAL:
                 raise ValueError(f"tasks: {unknown(task, LOSSES + RETRIEVAL)} They are {', '.join(LOSSES + RETRIEVAL)}")

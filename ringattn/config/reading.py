@@ -197,7 +197,8 @@ def read(path: Path, kind: type[Kind] = Config) -> Kind:
 
 def _other_kind(found: type, kind: type) -> str:
     (its_script, _), (script, example) = SCRIPTS[found], SCRIPTS[kind]
-    return f"holds a {found.__name__}, for {its_script}: {script} takes a {kind.__name__}, such as --config {example}"
+    one, other = (f"{'an' if each.__name__[0] in 'AEIOU' else 'a'} {each.__name__}" for each in (found, kind))
+    return f"holds {one}, for {its_script}: {script} takes {other}, such as --config {example}"
 
 
 def _blame(error: Exception, path: Path) -> str:

@@ -107,7 +107,8 @@ def shared(prompt: np.ndarray, tokens: np.ndarray) -> int:
 
     Encoded apart, what follows might begin otherwise than in the whole, with a space of the tokenizer's own.
     """
-    same = prompt == tokens[: prompt.size] if prompt.size <= tokens.size else np.zeros(1, bool)
+    common = min(prompt.size, tokens.size)
+    same = prompt[:common] == tokens[:common]
     return int(np.argmin(np.append(same, False)))
 
 

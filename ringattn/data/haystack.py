@@ -29,11 +29,18 @@ def _manual() -> str:
 
 
 def prose(random: Random, count: int) -> list[str]:
-    """`count` sentences in a random order; none comes twice before all have come once."""
+    """`count` words of sentences in a random order; none comes twice before all have come once."""
     found: list[str] = []
     while len(found) < count:
-        found += random.sample(sentences(), min(count - len(found), len(sentences())))
-    return found
+        some = random.sample(sentences(), min((count - len(found)) // 5 + 1, len(sentences())))
+        found += " ".join(some).split()
+    return found[:count]
+
+
+def noise(count: int) -> list[str]:
+    """`count` words of NOISE, again and again."""
+    known = NOISE.split()
+    return [known[number % len(known)] for number in range(count)]
 
 
 def names(random: Random, count: int) -> list[str]:

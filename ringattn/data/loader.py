@@ -111,8 +111,7 @@ class Loader:
     @property
     def fingerprint(self) -> str:
         """What stands for the text: 16 hexadecimal digits that change with any token, any document's end or share."""
-        parts = [source.fingerprint for source in self._sources]
-        return hashlib.sha256("/".join([*parts, *map(str, self._shares)]).encode()).hexdigest()[:16]
+        return fingerprint([source.fingerprint for source in self._sources], self._shares)
 
     def batch(self, step: int) -> Batch:
         """The batch of `step` (from 0): each array [batch_size, seq_len], equal for equal (seed, step)."""
@@ -124,6 +123,11 @@ class Loader:
         parts = [self._sources[source].rows(numbers[sources == source]) for source in chosen]
         back = np.argsort(np.concatenate([np.flatnonzero(sources == source) for source in chosen]))
         return Batch(*(np.concatenate(arrays)[back] for arrays in zip(*parts, strict=True)))
+
+
+def fingerprint(corpora: Sequence[str], mixture: tuple[float, ...] | None) -> str:
+    """16 hexadecimal digits that stand for corpora of these fingerprints, mixed so."""
+    return hashlib.sha256("/".join([*corpora, *map(str, mixture or ())]).encode()).hexdigest()[:16]
 
 
 def _check_rows(tokens: int, seq_len: int, batch_size: int, name: str) -> None:

@@ -6,14 +6,14 @@ definition asks for a set, the question says in which order.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from random import Random
 from typing import NamedTuple
 
 import numpy as np
 
 from ringattn.data.corpus import Encoded, shared
-from ringattn.data.haystack import NOISE, names, numbers, prose
+from ringattn.data.haystack import names, noise, numbers, prose
 from ringattn.data.tokenizer import Tokenizer
 
 
@@ -30,13 +30,21 @@ Make = Callable[[Random, int, float], Passage]
 
 
 def _hidden(units: list[str], needles: list[tuple[float, str]], join: str = " ") -> str:
-    """The haystack's units with each needle after a share of them, its depth."""
-    inserts = [(round(depth * len(units)), needle) for depth, needle in needles]
+    """The haystack's units with each needle after a share of them, its depth.
+
+    Where units are words, it is moved to the end of a sentence if one is near: within 2 % of the haystack.
+    """
+    inserts = [(_place(units, round(depth * len(units)), join), needle) for depth, needle in needles]
     parts = list(units)
     # From the end, so that places hold, and those of one place stay in order.
     for place, needle in sorted(inserts, key=lambda insert: insert[0])[::-1]:
         parts.insert(place, needle)
     return join.join(parts)
+
+
+def _place(units: list[str], place: int, join: str) -> int:
+    near = range(place, min(place + len(units) // 50, len(units)) + 1) if join == " " else ()
+    return next((end for end in near if end in (0, len(units)) or units[end - 1].endswith(".")), place)
 
 
 def _depths(random: Random, count: int) -> list[float]:
@@ -52,7 +60,7 @@ def passkey(random: Random, units: int, depth: float) -> Passage:
     """A number in repeated noise (Mohtashami and Jaggi, arXiv 2305.16300)."""
     (key,) = numbers(random, 1, 5)
     needle = f"The pass key is {key}. Remember it. {key} is the pass key."
-    return Passage(_hidden([NOISE] * units, [(depth, needle)]), "\nThe pass key is", (f" {key}",))
+    return Passage(_hidden(noise(units), [(depth, needle)]), "\nThe pass key is", (f" {key}",))
 
 
 def _magic(key: str, value: str) -> str:
@@ -105,7 +113,7 @@ def variables(random: Random, units: int, depth: float) -> Passage:
         assignments = [f"VAR {name} = {each}." for name, each in zip(chain, held, strict=True)]
         needles += zip(_depths(random, 5), assignments, strict=True)
     question = f"\nThe variables that hold {values[0]}, in order, are"
-    return Passage(_hidden([NOISE] * units, needles), question, _listed(asked))
+    return Passage(_hidden(noise(units), needles), question, _listed(asked))
 
 
 COMMON = 10
@@ -215,7 +223,8 @@ class Question(NamedTuple):
 def question(task: str, tokenizer: Tokenizer, length: int, depth: float, seed: str) -> Question:
     """A row of `length` tokens, the same for the same `seed`, with as much haystack as there is room for.
 
-    What is left of the room, some 2 % of a long row, is filled with the end of some prose. Raises ValueError if the
+    What is left of the room, a word's (a line's) or 2 % of a long row, is filled with the end of some prose. Raises
+    ValueError if the
     task does not fit at all.
     """
 
@@ -226,7 +235,7 @@ def question(task: str, tokenizer: Tokenizer, length: int, depth: float, seed: s
     low, (passage, tokens) = 0, attempt(0)
     if tokens.size >= length:
         raise ValueError(f"the task {task} needs rows of more than {tokens.size} tokens, not of {length}: use longer")
-    high, beyond, per_unit = None, 0, 40.0
+    high, beyond, per_unit = None, 0, 6.0
     while (high is None or high - low > 1) and length - 1 - tokens.size > length // 50:
         # The haystack grows about evenly.
         guess = max(low + int((length - 1 - tokens.size) / per_unit), low + 1)
@@ -240,13 +249,25 @@ def question(task: str, tokenizer: Tokenizer, length: int, depth: float, seed: s
         if high is not None:
             per_unit = max((beyond - tokens.size) / (high - low), 1.0)
     room = length - 1 - tokens.size
-    filler = tokenizer.encode(("\n".join(prose(Random(seed), room // 4 + 1)) + "\n").encode())
+    filler = tokenizer.encode((" ".join(prose(Random(seed), room + 1)) + "\n").encode())
     filler = np.resize(filler[::-1], room)[::-1]  # its end
     known = [passage.text + passage.question, *passage.answers[:-1]]
     befores = ["".join(known[: number + 1]) for number in range(len(known))]
     counts = [shared(tokenizer.encode(before.encode()), tokens) for before in befores] + [tokens.size]
+    if counts != sorted(set(counts)) or not counts[0]:
+        raise ValueError(f"the task {task} cannot be asked by this tokenizer: its tokens run from question to answer")
     whole = np.concatenate([np.array([tokenizer.boundary], tokens.dtype), filler, tokens])
     return Question(whole, tuple(1 + room + count for count in counts))
+
+
+def check_room(task: str, tokenizer: Tokenizer, length: int, seeds: Iterable[str]) -> None:
+    """Raises ValueError if a row of any of `seeds`, without any haystack, has no room in `length` tokens."""
+    sizes = []
+    for seed in seeds:
+        passage = TASKS[task](Random(f"{task} {seed}"), 0, 0.0)
+        sizes.append(tokenizer.encode("".join([passage.text, passage.question, *passage.answers]).encode()).size)
+    if max(sizes) >= length:
+        raise ValueError(f"the task {task} needs rows of more than {max(sizes)} tokens, not of {length}: use longer")
 
 
 def questions(task: str, tokenizer: Tokenizer, length: int, count: int) -> Iterator[Encoded]:

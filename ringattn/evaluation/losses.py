@@ -1,8 +1,10 @@
 """Losses on text: by position in a row, by how much context the same tokens have, by kind of document."""
 
+import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from math import sqrt
 from typing import Any
 
@@ -10,8 +12,8 @@ import numpy as np
 
 from ringattn.config import Evaluation
 from ringattn.data import Batch, Corpus, PackedRows, Tokenizer
-from ringattn.evaluation.retrieval import single
-from ringattn.evaluation.subject import Score
+from ringattn.evaluation.scoring import Score, in_batches, single
+from ringattn.training.score import Scores
 
 RANGES = 24
 """At most so many ranges of positions; they grow, so that a logarithmic axis shows them evenly."""
@@ -25,9 +27,10 @@ class Text:
     kinds: list[list[str]]
     """Of each document of each corpus."""
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
-        return "/".join(corpus.fingerprint for corpus in self.corpora)
+        parts = [corpus.fingerprint for corpus in self.corpora] + [repr(self.kinds)]
+        return hashlib.sha256("/".join(parts).encode()).hexdigest()
 
     def windows(self, length: int, count: int, seed: int) -> list[tuple[Corpus, int, int]]:
         """Up to `count` stretches of `length` tokens, each of one document: (corpus, document, where it begins).
@@ -44,55 +47,61 @@ class Text:
             longest = max(int(corpus.lengths.max()) for corpus in self.corpora)
             cure = f"use --lengths of at most {longest}, or other text by --path"
             raise ValueError(f"lengths: the text has no document of {length} tokens, the longest has {longest}: {cure}")
-        keys = np.atleast_1d(np.random.PCG64(seed).random_raw(len(found)))
-        return [found[number] for number in np.argsort(keys, kind="stable")[:count]]
+        return [found[number] for number in _drawn(len(found), count, seed)]
 
 
 def by_position(score: Score, tokenizer: Tokenizer, c: Evaluation, text: Text, length: int) -> dict[str, Any]:
     """Loss over rows that are one document each, and in ranges of positions: does it keep falling?"""
     windows = text.windows(length, c.samples, c.seed)
-    total = Total(tokenizer)
-    nats, weights = [], []
-    for batch, kept, scores in _scored(score, [_row(*each, length) for each in windows], c.batch_size):
-        total.add(batch, kept, scores.nats, scores.best)
-        nats.append((batch.weights * scores.nats)[:kept])
-        weights.append(batch.weights[:kept])
-    ranges, shares = _ranges(length), []
-    for first, last in ranges:
-        sums = np.concatenate(nats)[:, first : last + 1].sum(1, dtype=np.float64)
-        counts = np.concatenate(weights)[:, first : last + 1].sum(1, dtype=np.float64)
+    total, nats, weights = Total(tokenizer), [], []
+    for batch, scores in in_batches(score, (_row(*each, length) for each in windows), c.batch_size):
+        total.add(batch, scores)
+        nats.append(batch.weights * scores.nats)
+        weights.append(batch.weights)
+    means, shares = total.means(), []
+    for first, last in _ranges(length):
+        sums, counts = (np.concatenate(each)[:, first : last + 1].sum(1, dtype=np.float64) for each in (nats, weights))
         if counts.any():
             shares.append({"first": first, "last": last} | _mean(sums, counts))
-    return total.means() | {"rows": len(windows), "by_position": shares}
+    return means | {"rows": len(windows), "by_position": shares}
 
 
 def by_context(score: Score, tokenizer: Tokenizer, c: Evaluation, text: Text, length: int) -> dict[str, Any]:
     """Loss of the same tokens, whatever the length: the last ones of rows that end where the longest rows end."""
     longest, scored = max(c.lengths), min(c.lengths) // 2
     windows = text.windows(longest, c.samples, c.seed)
-    rows = [_row(corpus, document, begin + longest - length, length) for corpus, document, begin in windows]
+
+    def rows() -> Iterator[Batch]:
+        for corpus, document, begin in windows:
+            row = _row(corpus, document, begin + longest - length, length)
+            row.weights[:, :-scored] = 0
+            yield row
+
     total, sums, counts = Total(tokenizer), [], []
-    for batch, kept, scores in _scored(score, rows, c.batch_size):
-        batch.weights[:, :-scored] = 0
-        total.add(batch, kept, scores.nats, scores.best)
-        sums.append((batch.weights * scores.nats)[:kept].sum(1, dtype=np.float64))
-        counts.append(batch.weights[:kept].sum(1, dtype=np.float64))
+    for batch, scores in in_batches(score, rows(), c.batch_size):
+        total.add(batch, scores)
+        sums.append((batch.weights * scores.nats).sum(1, dtype=np.float64))
+        counts.append(batch.weights.sum(1, dtype=np.float64))
+    means = total.means()
     error = _mean(np.concatenate(sums), np.concatenate(counts))["error"]
-    return total.means() | {"error": error, "rows": len(windows), "scored": scored}
+    return means | {"error": error, "rows": len(windows), "scored": scored}
 
 
 def by_kind(score: Score, tokenizer: Tokenizer, c: Evaluation, text: Text, length: int) -> dict[str, Any]:
-    """Loss over packed rows of one kind of document after another; kinds of less than a row are left out."""
-    found = {}
+    """Loss over packed rows of one kind of document after another; kinds of less than a row are named."""
+    found: dict[str, Total] = {}
     for corpus, kinds in zip(text.corpora, text.kinds, strict=True):
         for kind in sorted(set(kinds)):
             chosen = corpus.take(np.array([each == kind for each in kinds]))
             packed = PackedRows(chosen, length, np.arange(chosen.starts.size))
-            rows = [packed.rows(np.array([number])) for number in range(min(len(packed), c.samples))]
+            rows = (packed.rows(np.array([number])) for number in _drawn(len(packed), c.samples, c.seed))
             total = found.setdefault(kind, Total(tokenizer))
-            for batch, kept, scores in _scored(score, rows, c.batch_size):
-                total.add(batch, kept, scores.nats, scores.best)
-    return {"kinds": [{"kind": kind} | total.means() for kind, total in found.items() if total.weight]}
+            for batch, scores in in_batches(score, rows, c.batch_size):
+                total.add(batch, scores)
+    return {
+        "kinds": [{"kind": kind} | total.means() for kind, total in found.items() if total.weight],
+        "too_short": [kind for kind, total in found.items() if not total.weight],
+    }
 
 
 class Total:
@@ -103,13 +112,12 @@ class Total:
         self._nats = self._right = self.weight = 0.0
         self._bytes = 0
 
-    def add(self, batch: Batch, kept: int, nats: np.ndarray, best: np.ndarray) -> None:
-        """The first `kept` rows of a batch."""
-        weights, targets = batch.weights[:kept], batch.targets[:kept]
-        self._nats += float(np.sum(weights * nats[:kept], dtype=np.float64))
-        self._right += float(np.sum(weights, where=best[:kept] == targets, dtype=np.float64))
+    def add(self, batch: Batch, scores: Scores) -> None:
+        weights, right = batch.weights, scores.best == batch.targets
+        self._nats += float(np.sum(weights * scores.nats, dtype=np.float64))
+        self._right += float(np.sum(weights, where=right, dtype=np.float64))
         self.weight += float(np.sum(weights, dtype=np.float64))
-        self._bytes += self._tokenizer.byte_length(targets[weights > 0])
+        self._bytes += self._tokenizer.byte_length(batch.targets[weights > 0])
 
     def means(self) -> dict[str, Any]:
         """Raises ValueError if none of the tokens counts."""
@@ -132,24 +140,18 @@ def _mean(sums: np.ndarray, counts: np.ndarray) -> dict[str, float]:
     return {"loss": float(mean), "error": float(sqrt(spread) / counts.sum())}
 
 
+def _drawn(there: int, count: int, seed: int) -> list[int]:
+    """Up to `count` of the numbers below `there`, drawn by `seed`."""
+    keys = np.atleast_1d(np.random.PCG64(seed).random_raw(there)) if there else np.zeros(0)
+    return np.argsort(keys, kind="stable")[:count].tolist()
+
+
 def _row(corpus: Corpus, document: int, begin: int, length: int) -> Batch:
     """A stretch of a document as a row, [1, length]."""
     within = begin + np.arange(length)
-    places = (corpus.starts[document] + within)[None]
-    row = single(*(corpus.tokens[places + ahead].astype(np.int32) for ahead in (0, 1)))
-    learned = (within >= corpus.contexts[document])[None] & (
-        np.ones_like(row.targets, bool) if corpus.unlearned is None else row.targets != corpus.unlearned
-    )
+    places = corpus.starts[document] + within
+    row = single(corpus.tokens[places], corpus.tokens[places + 1])
+    learned = (within >= corpus.contexts[document])[None]
+    if corpus.unlearned is not None:
+        learned = learned & (row.targets != corpus.unlearned)
     return row._replace(weights=learned.astype(np.float32))
-
-
-def _scored(score: Score, rows: list[Batch], size: int) -> Iterator[tuple[Batch, int, Any]]:
-    """The rows in batches of `size`, how many of a batch's rows count, and their scores."""
-    batches = []
-    for begin in range(0, len(rows), size):
-        some = rows[begin : begin + size]
-        batches.append(
-            (Batch(*map(np.concatenate, zip(*some, *[some[0]] * (size - len(some)), strict=True))), len(some))
-        )
-    for (batch, kept), scores in zip(batches, score(batch for batch, _ in batches), strict=True):
-        yield batch, kept, scores

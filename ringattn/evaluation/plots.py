@@ -16,6 +16,8 @@ Results = dict[str, list[dict[str, Any]]]
 def draw(runs: Results, folder: Path) -> None:
     """Writes <task>.png for each task with depths, retrieval.png for all others; loss_by_position.png and so on."""
     folder.mkdir(exist_ok=True)
+    for earlier in folder.glob("*.png"):  # of tasks that are no longer asked
+        earlier.unlink()
     found = [each for results in runs.values() for each in results]
     for task in dict.fromkeys(each["task"] for each in found if each["depth"] is not None):
         _save(heat_maps(runs, task), folder / f"{task}.png")

@@ -14,14 +14,22 @@ Result = dict[str, Any]
 
 
 def report(runs: dict[str, list[Result]], c: config.Evaluation, folder: Path, facts: dict[str, Any]) -> None:
-    """Writes results.json, table.md and plots/ of each run's results to `folder`, in the place of earlier ones."""
-    folder.mkdir(parents=True, exist_ok=True)
-    config.save(c, folder / "config.json")
+    """Writes results.json, table.md and plots/ of each run's results to `folder`, in the place of earlier ones.
+
+    `facts` are written, too; a `note` among them stands above the table. Raises ValueError if it cannot write.
+    """
     rows = [{"run": run} | result for run, results in runs.items() for result in results]
     content = facts | {"config": asdict(c), "environment": environment(), "results": rows}
-    (folder / "results.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    (folder / "table.md").write_text("\n\n".join(tables(runs)) + "\n", encoding="utf-8")
-    plots.draw(runs, folder / "plots")
+    parts = [*([facts["note"]] if facts.get("note") else []), *tables(runs)]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        config.save(c, folder / "config.json")
+        (folder / "results.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        (folder / "table.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+        plots.draw(runs, folder / "plots")
+    except OSError as error:
+        cure = "mend that, and give the command again: what was finished is kept"
+        raise ValueError(f"cannot write to {folder} ({error.strerror}): {cure}") from error
 
 
 def in_words(result: Result) -> str:
@@ -31,7 +39,8 @@ def in_words(result: Result) -> str:
     if "rate" in result:
         return text + f"{result['right']} of {result['samples']} right, {result['nats']:.3f} nats an answer"
     if "kinds" in result:
-        return text + (", ".join(f"{each['kind']} {each['loss']:.4f}" for each in result["kinds"]) or "too little text")
+        kinds = [f"{each['kind']} {each['loss']:.4f}" for each in result["kinds"]]
+        return text + ", ".join([*kinds, *(f"{kind} less than a row" for kind in result["too_short"])])
     return text + f"loss {result['loss']:.4f} nats per token"
 
 

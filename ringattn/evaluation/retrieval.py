@@ -1,6 +1,8 @@
 """Is the answer to a question about a long text what the model would have said? No sampling: the answer is given."""
 
+from collections import deque
 from collections.abc import Iterator
+from itertools import pairwise
 from math import sqrt
 from typing import Any
 
@@ -8,7 +10,7 @@ import numpy as np
 
 from ringattn.config import Evaluation
 from ringattn.data import Batch, Question, Tokenizer, question
-from ringattn.evaluation.subject import Score
+from ringattn.evaluation.scoring import Score, in_batches, single
 
 
 def measure(score: Score, tokenizer: Tokenizer, c: Evaluation, task: str, length: int, depth: float) -> dict[str, Any]:
@@ -18,44 +20,40 @@ def measure(score: Score, tokenizer: Tokenizer, c: Evaluation, task: str, length
     `low` to `high` its 95 % interval; `answers` is the share of single answers that are right; `nats` the mean over the
     rows of -log p(answer), and `nats_error` its standard error.
     """
-    # Rows of one number ask the same at each depth.
-    rows = [question(task, tokenizer, length, depth, f"{c.seed} {number}") for number in range(c.samples)]
+    asked: deque[Question] = deque()
+
+    def rows() -> Iterator[Batch]:
+        for seed in seeds(c):
+            row = question(task, tokenizer, length, depth, seed)
+            asked.append(row)
+            yield single(row.tokens, np.append(row.tokens[1:], tokenizer.boundary))
+
     right, answers, nats = 0, [], []
-    batches = list(_batches(rows, c.batch_size, tokenizer))
-    for number, scores in enumerate(score(batches)):
-        for place, row in enumerate(rows[number * c.batch_size : (number + 1) * c.batch_size]):
+    for batch, scores in in_batches(score, rows(), c.batch_size):
+        for own, best, target in zip(scores.nats, scores.best, batch.targets, strict=True):
+            ends = asked.popleft().ends
             # The token at a place is the target of the one before.
-            spans = [slice(begin - 1, end - 1) for begin, end in zip(row.ends, row.ends[1:], strict=False)]
-            found = [bool(np.all(scores.best[place, span] == row.tokens[1:][span])) for span in spans]
+            spans = [slice(begin - 1, end - 1) for begin, end in pairwise(ends)]
+            found = [bool(np.all(best[span] == target[span])) for span in spans]
             right += all(found)
             answers.append(sum(found) / len(found))
-            nats.append(float(sum(scores.nats[place, span].sum(dtype=np.float64) for span in spans)))
-    low, high = wilson(right, len(rows))
+            nats.append(float(own[ends[0] - 1 : ends[-1] - 1].sum(dtype=np.float64)))
+    low, high = wilson(right, c.samples)
     return {
-        "samples": len(rows),
+        "samples": c.samples,
         "right": right,
-        "rate": right / len(rows),
+        "rate": right / c.samples,
         "low": low,
         "high": high,
         "answers": float(np.mean(answers)),
         "nats": float(np.mean(nats)),
-        "nats_error": float(np.std(nats) / sqrt(len(nats))),
+        "nats_error": float(np.std(nats) / sqrt(c.samples)),
     }
 
 
-def _batches(rows: list[Question], size: int, tokenizer: Tokenizer) -> Iterator[Batch]:
-    """The rows in batches of `size`; the last is filled up with rows that are scored in vain."""
-    for begin in range(0, len(rows), size):
-        tokens = np.stack([row.tokens for row in rows[begin : begin + size]]).astype(np.int32)
-        tokens = np.concatenate([tokens, np.repeat(tokens[:1], size - len(tokens), axis=0)])
-        end = np.full((size, 1), tokenizer.boundary, np.int32)
-        yield single(tokens, np.concatenate([tokens[:, 1:], end], axis=1))
-
-
-def single(tokens: np.ndarray, targets: np.ndarray) -> Batch:
-    """Rows [B, L] that are one document each."""
-    positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
-    return Batch(tokens, targets, positions, np.zeros_like(tokens), np.ones(tokens.shape, np.float32))
+def seeds(c: Evaluation) -> list[str]:
+    """Of the rows of a cell: at each depth they ask the same."""
+    return [f"{c.seed} {number}" for number in range(c.samples)]
 
 
 def wilson(right: int, count: int) -> tuple[float, float]:

@@ -1,6 +1,5 @@
 """What is evaluated: a checkpoint of a run, on any mesh, layout and strategy, whatever it was trained with."""
 
-from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -9,15 +8,13 @@ import jax
 from flax import nnx
 
 from ringattn import config
-from ringattn.data import Batch, Tokenizer, find_tokenizer
+from ringattn.data import Tokenizer, find_tokenizer
+from ringattn.evaluation.scoring import Score
 from ringattn.layout import check_length
 from ringattn.mesh import DATA, abstract, check, shards
 from ringattn.training.checkpoint import params_digest, read_params, saved_steps
 from ringattn.training.run import model_of
-from ringattn.training.score import Scores, make_scorer
-
-Score = Callable[[Iterable[Batch]], Iterator[Scores]]
-"""A model's scores of batches [B, L], one after another."""
+from ringattn.training.score import make_scorer
 
 
 @dataclass(frozen=True)
@@ -38,7 +35,7 @@ class Subject:
     def tokenizer(self) -> Tokenizer:
         return find_tokenizer(self.stage.data, kept=self.folder)
 
-    @property
+    @cached_property
     def weights(self) -> str:
         """What stands for its weights."""
         return params_digest(self.folder / "checkpoints", self.step)
@@ -54,9 +51,13 @@ class Subject:
         if c.batch_size % data:
             cure = config.nearest_multiples(c.batch_size, data)
             raise ValueError(f"batch_size={c.batch_size} must be a multiple of mesh.data = {data}: use {cure}")
-        fitting = replace(self.stage.data, seq_len=c.lengths[0], overlap=0)
+        rows = config.Data(seq_len=c.lengths[0])
         train = replace(self.stage.train, batch_size=c.batch_size, accumulate=1)
-        check(replace(self.stage, data=fitting, train=train), mesh)
+        try:
+            check(replace(self.stage, data=rows, train=train), mesh)
+        except ValueError as error:
+            cure = "choose another --mesh.context, --mesh.data, --mesh.tensor or --strategy"
+            raise ValueError(f"{self.name} cannot be evaluated on this mesh ({error}): {cure}") from error
 
     def loaded(self, mesh: jax.sharding.Mesh) -> Score:
         """Puts its weights on `mesh`, under which this is called. Raises ValueError if they cannot be read."""
@@ -73,18 +74,18 @@ def find(path: str, c: config.Evaluation) -> Subject:
     """
     place = Path(path).expanduser()
     asked = place.name.isdecimal() and place.parent.name == "checkpoints"
-    folder = place.parent.parent if asked else place
+    folder = place.parent.parent if asked else place.parent if place.name == "checkpoints" else place
     if not (folder / "config.json").is_file():
         near = sorted(each.parent.name for each in folder.parent.glob("*/config.json"))
         there = f"there are {', '.join(near)}" if near else "train one by scripts/train.py"
         raise ValueError(f"runs: {folder} holds no run, for it has no config.json: {there}")
+    whole = config.load(folder / "config.json")
     steps = saved_steps(folder / "checkpoints")
     if not steps:
         raise ValueError(f"runs: {folder} has no checkpoint: python scripts/train.py --config {folder}/config.json")
     step = int(place.name) if asked else steps[0]
     if step not in steps:
         raise ValueError(f"runs: {folder} has no checkpoint {step}: there are {', '.join(map(str, steps))}")
-    whole = config.load(folder / "config.json")
     number = whole.stage_after(step - 1)
     trained = max(whole.stage(each).data.seq_len for each in range(1, number + 1))
     stage = whole.stage(number)

@@ -38,7 +38,6 @@ class Run:
     """This stage's, from 1."""
     config: config.Config
     """This stage's."""
-    """Of this stage alone."""
     mesh: jax.sharding.Mesh
     tokenizer: Tokenizer
     rows: Loader
