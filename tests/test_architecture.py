@@ -19,7 +19,7 @@ ROOMS = {
     "flax": {"attention"},
     "config": set(),
     "layout": set(),
-    "visualize": {"layout"},
+    "visualize": {"layout", "attention"},
     "hardware": set(),
     "environment": set(),
     "mesh": {"config", "layout"},

@@ -1,7 +1,12 @@
-"""The picture of the ring says what the ring does."""
+"""The pictures say what the ring does: the schedule, what is seen, how much work it is, in numbers."""
 
+import math
 import re
+import runpy
+import sys
+import xml.etree.ElementTree as ET
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,14 +19,37 @@ from ringattn.attention.mask import Mask, Tokens
 from ringattn.attention.ring import Ring
 from ringattn.attention.softmax import Partial
 from ringattn.layout import LAYOUTS
-from ringattn.visualize import COLOURS, draw, owners, visitors
+from ringattn.visualize import (
+    COLOURS,
+    Row,
+    animate,
+    balance_figure,
+    balance_text,
+    draw,
+    full_hops,
+    hops_made,
+    imbalance,
+    mask_figure,
+    owners,
+    pairs,
+    schedule_text,
+    seen,
+    visitors,
+)
 
 ROOT = Path(__file__).parents[1]
+SVG = "{http://www.w3.org/2000/svg}"
 
 
-def test_the_committed_picture_is_what_the_code_draws():
-    committed = (ROOT / "notebooks" / "images" / "ring.svg").read_text(encoding="utf-8")
-    assert committed == draw(), "draw it again: python -m ringattn.visualize notebooks/images/ring.svg"
+def two_documents(length: int) -> np.ndarray:
+    """A quarter of the tokens, then the rest."""
+    return np.repeat(np.array([0, 1], np.int32), [length // 4, 3 * length // 4])
+
+
+@pytest.mark.parametrize(("name", "picture", "flag"), [("ring", draw, ""), ("ring_animated", animate, " --animate")])
+def test_the_committed_pictures_are_what_the_code_draws(name, picture, flag):
+    committed = (ROOT / "notebooks" / "images" / f"{name}.svg").read_text(encoding="utf-8")
+    assert committed == picture(), f"draw it again: python -m ringattn.visualize notebooks/images/{name}.svg{flag}"
 
 
 @pytest.mark.parametrize("devices", range(3, 9))
@@ -74,6 +102,165 @@ def test_the_bars_fill_up_with_the_visits(layout):
 
 
 @pytest.mark.parametrize(("devices", "layout", "message"), [(9, "zigzag", "devices=9"), (4, "spiral", "'spiral'")])
-def test_what_cannot_be_drawn(devices, layout, message):
+@pytest.mark.parametrize("picture", [draw, animate])
+def test_what_cannot_be_drawn(picture, devices, layout, message):
     with pytest.raises(ValueError, match=message):
-        draw(devices, layout)
+        picture(devices, layout)
+
+
+def animations(picture: str, name: str) -> list[tuple[list[str], list[float]]]:
+    """(values, the steps at which each holds) of all animations of an attribute, or of all motions."""
+    root, found = ET.fromstring(picture), []
+    for element in root.iter():
+        if element.tag.startswith(f"{SVG}animate"):
+            assert element.get("repeatCount") == "indefinite"
+            values = (element.get("values") or element.get("keyPoints") or "").split(";")
+            times = [float(time) for time in (element.get("keyTimes") or "").split(";")]
+            assert len(values) == len(times)
+            assert times == sorted(times)
+            assert times[0] == 0
+            assert times[-1] == 1 or element.get("calcMode") == "discrete"
+            length = float((element.get("dur") or "").removesuffix("s"))
+            if element.get("attributeName", "motion") == name:
+                found.append((values, [time * length / 2.4 for time in times]))
+    return found
+
+
+@pytest.mark.parametrize("devices", [3, 4, 8])
+def test_shards_change_hands_as_on_the_ring(devices):
+    picture = animate(devices)
+    places = [values for values, _ in animations(picture, "transform")]
+    homes = {each[0]: device for device, each in enumerate(places)}
+    for home, (values, steps) in enumerate(animations(picture, "transform")):
+        at = [homes[value] for value in values]
+        assert [visitors(devices)[device][hop] for hop, device in enumerate(at)] == [home] * devices
+        np.testing.assert_allclose(steps, range(devices), atol=0.01)
+
+
+def test_a_copy_arrives_before_it_is_needed():
+    devices = 4
+    motions = animations(animate(devices), "motion")
+    assert len(motions) == devices
+    for points, steps in motions:
+        way = dict(zip(np.round(steps, 1), map(float, points), strict=True))
+        for hop in range(1, devices):
+            assert way[hop - 0.2] == way[hop] == pytest.approx(hop / (devices - 1), abs=1e-3)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_bars_grow_while_their_shard_is_at_work(layout):
+    devices = 4
+    sequence = owners(devices, layout)
+    bars = iter(animations(animate(devices, layout), "width"))
+    for row in visitors(devices):
+        for owner in sequence:
+            values, steps = next(bars)
+            start = max(at for at, value in zip(steps, values, strict=True) if value == "0")
+            full = min(at for at, value in zip(steps, values, strict=True) if value != "0")
+            assert (start, full) == pytest.approx((row.index(owner), row.index(owner) + 1), abs=0.01)
+    assert next(bars, None) is None
+
+
+def test_the_animation_is_small_and_needs_no_script():
+    assert len(animate()) < 20_000
+    assert not re.search(r"(?i)<script|javascript|href", animate())
+
+
+def test_causal_work_is_balanced_in_zigzag():
+    row = Row(512, 8, "zigzag")
+    assert imbalance(row) == 1
+    half = row.local // 2
+    work = pairs(row)
+    np.testing.assert_array_equal(work[:, 1:], 2 * half**2)
+    np.testing.assert_array_equal(work[:, 0], row.local * (row.local + 1) // 2)
+
+
+def test_causal_work_in_contiguous_and_striped():
+    p, c = 8, 64
+    triangle, less = c * (c + 1) // 2, c * (c - 1) // 2
+    for device, hop in np.ndindex(p, p):
+        contiguous = triangle if hop == 0 else c * c * (hop <= device)
+        assert pairs(Row(p * c, p, "contiguous"))[device, hop] == contiguous
+        assert pairs(Row(p * c, p, "striped"))[device, hop] == (triangle if hop <= device else less)
+    time, mean = full_hops(Row(p * c, p, "contiguous"))
+    assert time == pytest.approx(triangle / c**2 + p - 1)
+    assert mean == pytest.approx(triangle / c**2 + (p - 1) / 2)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_all_that_is_seen_is_somebodys_work(layout):
+    ids, spans = two_documents(64), np.where(np.arange(64) < 10, 0, -1).astype(np.int32)
+    for row in (
+        Row(64, 4, layout),
+        Row(64, 4, layout, Mask(causal=False)),
+        Row(64, 4, layout, Mask(window=(9, 0))),
+        Row(64, 4, layout, segment_ids=ids),
+        Row(64, 4, layout, span_ids=spans),
+    ):
+        natural = seen(replace(row, layout="contiguous"))
+        assert pairs(row).sum() == seen(row).sum() == natural.sum()
+    assert natural[0, 9]
+    assert not natural[0, 10]
+    documents = seen(Row(64, 4, segment_ids=ids))
+    assert documents.sum() == 16 * 17 // 2 + 48 * 49 // 2
+
+
+@pytest.mark.parametrize("left", [1, 15, 16, 17, 32, 33, 100])
+def test_hops_vanish_beyond_a_window(left):
+    row = Row(128, 8, mask=Mask(window=(left, 0)))
+    made = hops_made(row)
+    assert len(made) == math.ceil(left / row.local)
+    gone = [hop for hop in range(1, 8) if hop not in made]
+    assert not pairs(row)[:, gone].any()
+    assert pairs(row)[:, list(made)].any(0).all()
+
+
+def test_a_window_to_both_sides_comes_from_both_sides():
+    assert hops_made(Row(128, 8, mask=Mask(causal=False, window=16))) == (1, 7)
+    assert hops_made(Row(128, 8, span_ids=np.zeros(128, np.int32))) == tuple(range(1, 8))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [({"length": 100}, "112"), ({"segment_ids": np.zeros(3, np.int32)}, "segment_ids"), ({"layout": "x"}, "'x'")],
+)
+def test_rows_that_do_not_fit(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        Row(**({"length": 64, "shards": 8, "layout": "zigzag"} | wrong))
+
+
+def test_figures_show_the_numbers():
+    rows = {"even": Row(64, 4, "zigzag"), "window": Row(64, 4, mask=Mask(window=(16, 0)))}
+    figure = balance_figure(rows)
+    for axes, (title, row) in zip(figure.axes, rows.items(), strict=False):
+        shown = axes.images[0].get_array()
+        assert shown is not None
+        np.testing.assert_allclose(shown, 100 * pairs(row) / row.local**2)
+        assert axes.get_title().startswith(f"{title}\nmax/mean {imbalance(row):.2f};")
+        hatched = [patch for patch in axes.patches if patch.get_hatch()]
+        assert len(hatched) == row.shards - 1 - len(hops_made(row))
+    for axes, row in zip(mask_figure(rows).axes, rows.values(), strict=True):
+        shown = axes.images[0].get_array()
+        assert shown is not None
+        np.testing.assert_array_equal((np.asarray(shown) < 1).any(-1), seen(row))
+
+
+def test_text_says_what_the_pictures_say():
+    first = schedule_text(3).splitlines()[1]
+    assert first.split() == ["device", "0", "K/V", "0", "##....", "K/V", "2", "##..##", "K/V", "1", "######"]
+    text = balance_text(Row(64, 4, mask=Mask(window=(16, 0)))).splitlines()
+    assert text[3].split() == ["device", "1", "53.1%", "53.1%", "-", "-"]
+    assert text[-1].startswith("max/mean 1.14: ")
+
+
+def test_the_command(tmp_path, monkeypatch, capsys):
+    def command(*words):
+        monkeypatch.setattr(sys, "argv", ["visualize", *map(str, words)])
+        runpy.run_module("ringattn.visualize", run_name="__main__")
+
+    command(tmp_path / "new" / "ring.svg", "--devices", 5, "--animate")
+    assert (tmp_path / "new" / "ring.svg").read_text(encoding="utf-8") == animate(5)
+    command("--layout", "zigzag")
+    assert capsys.readouterr().out.startswith(schedule_text(4, "zigzag"))
+    with pytest.raises(SystemExit):
+        command("--animate")
