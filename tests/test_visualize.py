@@ -222,11 +222,26 @@ def test_a_window_to_both_sides_comes_from_both_sides():
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
-    [({"length": 100}, "112"), ({"segment_ids": np.zeros(3, np.int32)}, "segment_ids"), ({"layout": "x"}, "'x'")],
+    [
+        ({"length": 100}, "112"),
+        ({"segment_ids": np.zeros(3, np.int32)}, "segment_ids"),
+        ({"layout": "x"}, "'x'"),
+        ({"tile": 3}, "tile=3"),
+    ],
 )
 def test_rows_that_do_not_fit(wrong, message):
     with pytest.raises(ValueError, match=message):
         Row(**({"length": 64, "shards": 8, "layout": "zigzag"} | wrong))
+
+
+def test_tiles_are_computed_whole_or_not_at_all():
+    p, c, tile = 4, 16, 4
+    work = pairs(Row(p * c, p, "contiguous", tile=tile))
+    np.testing.assert_array_equal(work[:, 0], tile**2 * (c // tile) * (c // tile + 1) // 2)
+    np.testing.assert_array_equal(work[:, 1], [0, c * c, c * c, c * c])
+    assert imbalance(Row(p * c, p, "zigzag", tile=tile)) == 1
+    documents = Row(p * c, p, "striped", segment_ids=two_documents(p * c), tile=c)
+    assert (pairs(documents) == c * c).all(), "a tile of striped tokens reaches over the whole row"
 
 
 def test_figures_show_the_numbers():

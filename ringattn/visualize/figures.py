@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
@@ -44,10 +45,12 @@ def _mask(axes: Axes, row: Row) -> None:
 def balance_figure(rows: Mapping[str, Row]) -> Figure:
     """A map of devices x hops a row: the pairs a device computes, of those of a hop in which everything is seen.
 
-    Hatched hops are not made. The title says max/mean of work at a hop, and the time of the ring in full hops.
+    An empty cell has nothing to do; hatched hops are not made. The title says max/mean of work at a hop, and the time
+    of the ring in full hops.
     """
     most = max(row.shards for row in rows.values())
-    figure = Figure(figsize=((1.2 + 0.42 * most) * len(rows) + 1.0, 1.5 + 0.36 * most), layout="constrained", dpi=DPI)
+    size = (1.1 + 0.36 * most) * len(rows) + 0.9, 1.3 + 0.3 * most
+    figure = Figure(figsize=size, layout="constrained", dpi=DPI)
     panels, image = figure.subplots(1, len(rows), squeeze=False)[0], None
     for axes, (title, row) in zip(panels, rows.items(), strict=True):
         image = _balance(axes, row)
@@ -61,9 +64,9 @@ def balance_figure(rows: Mapping[str, Row]) -> Figure:
 
 def _balance(axes: Axes, row: Row):
     work, made = 100 * pairs(row) / row.local**2, (0, *hops_made(row))
-    image = axes.imshow(work, vmin=0, vmax=100, cmap="YlGnBu", aspect="auto")
+    image = axes.imshow(work, vmin=0, vmax=100, cmap=colormaps["YlGnBu"].resampled(20), aspect="auto")
     for (device, hop), share in np.ndenumerate(work):
-        if hop in made:
+        if share > 0:
             colour = "white" if share > 55 else INK
             axes.text(hop, device, f"{share:.0f}", ha="center", va="center", fontsize=8, color=colour)
     for hop in set(range(row.shards)) - set(made):

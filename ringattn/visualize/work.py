@@ -23,8 +23,9 @@ class Row:
       layout: how the tokens lie over them.
       mask: by positions, as of `ringattn.attention`.
       segment_ids, span_ids: int32 [length] in natural order, as of `ringattn.attention`, or None.
+      tile: tokens of a kernel's tile to each side, which is computed if anything in it is seen; 1 counts single pairs.
 
-    Raises ValueError if the length does not fit the layout, or the ids not the length.
+    Raises ValueError if the length does not fit the layout, the ids not the length, or the tile not a shard.
     """
 
     length: int
@@ -33,6 +34,7 @@ class Row:
     mask: Mask = Mask()
     segment_ids: np.ndarray | None = None
     span_ids: np.ndarray | None = None
+    tile: int = 1
 
     def __post_init__(self):
         check_length(self.length, self.layout, self.shards)
@@ -40,6 +42,8 @@ class Row:
             ids = vars(self)[name]
             if ids is not None and ids.shape != (self.length,):
                 raise ValueError(f"{name} {ids.shape} must be ({self.length},), an id for every token of the row")
+        if self.tile < 1 or self.local % self.tile:
+            raise ValueError(f"tile={self.tile} must divide a device's {self.local} tokens: use 1, or {self.local}")
 
     @property
     def local(self) -> int:
@@ -70,10 +74,11 @@ def seen(row: Row) -> Bool[np.ndarray, "L L"]:
 def pairs(row: Row) -> Int[np.ndarray, "devices hops"]:
     """Pairs of a query and a key it sees: the work of each device with the shard from each number of hops away.
 
-    Hop h is that of the K/V from h devices back, whichever way they come.
+    Hop h is that of the K/V from h devices back, whichever way they come. Of a tile all pairs count, or none.
     """
-    shape = row.shards, row.local, row.shards, row.local
-    met = seen(row).reshape(shape).sum((1, 3))
+    tiles, local = row.length // row.tile, row.local // row.tile
+    met = seen(row).reshape(tiles, row.tile, tiles, row.tile).any((1, 3))
+    met = row.tile**2 * met.reshape(row.shards, local, row.shards, local).sum((1, 3))
     return np.stack([met[device, homes] for device, homes in enumerate(visitors(row.shards))])
 
 
@@ -89,8 +94,8 @@ def hops_made(row: Row) -> tuple[int, ...]:
 def full_hops(row: Row) -> tuple[float, float]:
     """(time, mean): what the ring computes, in hops of a device in which every query sees every key.
 
-    At each hop all wait for the device that has the most to do: `time` sums the most of every hop, `mean` what they do
-    on average, the time if work were even.
+    `time` sums the most that a device has to do at every hop, as if all waited for it; since neighbours may be a hop
+    apart, it is a bound from above. `mean` sums what they do on average: the time if work were even.
     """
     work = pairs(row) / row.local**2
     return float(work.max(0).sum()), float(work.mean(0).sum())
