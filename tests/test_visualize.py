@@ -217,7 +217,22 @@ def test_hops_vanish_beyond_a_window(left):
 
 def test_a_window_to_both_sides_comes_from_both_sides():
     assert hops_made(Row(128, 8, mask=Mask(causal=False, window=16))) == (1, 7)
-    assert hops_made(Row(128, 8, span_ids=np.zeros(128, np.int32))) == tuple(range(1, 8))
+    spans = np.zeros(128, np.int32)
+    assert hops_made(Row(128, 8, mask=Mask(window=16), span_ids=spans)) == (1, 7), "causal, but for spans"
+    assert hops_made(Row(128, 8, span_ids=spans)) == tuple(range(1, 8))
+
+
+def test_a_hop_takes_as_long_as_its_slowest_device():
+    """All 16 tokens of device 0 are one document, and so are 8 of device 2 and 8 of device 3: the others are alone."""
+    ids = np.arange(64, dtype=np.int32)
+    ids[:16], ids[40:56] = 0, 40
+    row = Row(64, 4, segment_ids=ids)
+    np.testing.assert_array_equal(pairs(row)[:, 0], [136, 16, 44, 44])
+    np.testing.assert_array_equal(pairs(row)[:, 1], [0, 0, 0, 64])
+    time, mean = full_hops(row)
+    assert time == pytest.approx((136 + 64) / 256)
+    assert mean == pytest.approx((136 + 16 + 44 + 44 + 64) / 4 / 256)
+    assert imbalance(row) == pytest.approx(time / mean)
 
 
 @pytest.mark.parametrize(
