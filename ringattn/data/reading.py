@@ -15,8 +15,8 @@ from ringattn.data.tasks import questions
 from ringattn.data.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer
 from ringattn.data.video import load_video
 
-QUESTIONS = 8192
-"""Documents that a task makes, to train on and to hold out."""
+TASK_TOKENS = 2**22
+"""Tokens that a task makes, to train on and to hold out: so many that a small model does not learn them by heart."""
 
 
 class Sides(NamedTuple):
@@ -63,9 +63,9 @@ def _source(
         corpus, digests = opened[path].corpus(tokenizer), opened[path].digests()
         return corpus, digests, [Path(path).name] * len(digests)
     if path.startswith(TASK):
-        _, task, *length = path.split(":")
-        # A row long, unless the path says how long.
-        return gather(questions(task, tokenizer, int(length[0]) if length else data.seq_len, QUESTIONS), tokenizer)
+        _, task, *given = path.split(":")
+        length = int(given[0]) if given else data.seq_len
+        return gather(questions(task, tokenizer, length, max(TASK_TOKENS // length, 64)), tokenizer)
     return gather(encode(read_documents(path, video=tokenizer.name == "video"), tokenizer), tokenizer)
 
 

@@ -50,10 +50,11 @@ def heat_maps(runs: Results, task: str) -> Figure:
         grid = np.array([[rate[length, depth] for length in lengths] for depth in depths])
         image = axes.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
         for (line, column), value in np.ndenumerate(grid):
-            axes.text(column, line, f"{value:.2f}", ha="center", va="center", fontsize=9)
+            color = "black" if 0.12 < value < 0.88 else "white"  # the map is dark at both ends
+            axes.text(column, line, f"{value:.2f}", ha="center", va="center", fontsize=10, color=color)
         axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
         axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
-        axes.set(xlabel="tokens in the row", title=f"{task}: {run}")
+        axes.set(xlabel="tokens in the row", title=f"task {task}, run {run}")
     row[0].set_ylabel("depth (100 %: just before the question)")
     assert image is not None
     figure.colorbar(image, ax=list(row), label="exact match")
