@@ -2,7 +2,7 @@
 
     python scripts/eval.py --config configs/eval_needle.py
 
-Expect some two minutes on two CPU cores. The heat map lies in runs/needle/evaluations/eval_needle/plots/needle.png.
+Expect a minute on two CPU cores. The heat map lies in runs/needle/evaluations/eval_needle/plots/needle.png.
 """
 
 from ringattn.config import Evaluation, Mesh

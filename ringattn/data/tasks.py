@@ -278,7 +278,8 @@ def questions(task: str, tokenizer: Tokenizer, length: int, count: int) -> Itera
     check_tokenizer(task, tokenizer)
     for number in range(count):
         seed = f"train {number}"
-        tokens, ends = question(task, tokenizer, length, Random(seed).random(), seed)
+        depth = min(max(1.1 * Random(seed).random() - 0.05, 0.0), 1.0)  # beginning and end are no rarer than others
+        tokens, ends = question(task, tokenizer, length, depth, seed)
         yield Encoded(tokens, ends[0] - 1, hashlib.sha256(tokens.tobytes()).digest(), 0, task)
 
 
