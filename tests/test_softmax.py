@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from ringattn.attention.softmax import Partial, merge, normalise, shifted_exp, with_sink
 
-LOGITS = st.one_of(st.just(-np.inf), st.floats(-80, 80, width=32))
+# Compilers for processors round numbers below 1e-38 to 0.
+LOGITS = st.one_of(st.just(-np.inf), st.floats(-80, 80, width=32, allow_subnormal=False))
 ROWS = st.lists(LOGITS, min_size=6, max_size=6)
 VALUES = np.random.default_rng(0).standard_normal((6, 4)).astype(np.float32)
 
