@@ -12,7 +12,7 @@ config = Evaluation(
     runs=("runs/quickstart",),
     tasks=("loss_by_position", "loss_by_context", "loss_by_kind"),
     lengths=(256, 512, 1024, 2048),
-    samples=64,
+    samples=256,
     batch_size=4,
     mesh=Mesh(context=8, simulate=8),
 )

@@ -5,7 +5,7 @@
 
 Each row is prose with a number of seven digits hidden somewhere, and ends with the question for it; only the answer
 counts in the loss. Documents of 128 and 256 bytes, of which several fill a row, are learned first and show the way to
-those of 512. Expect ten to fifteen minutes on two CPU cores.
+those of 512. Expect some twelve minutes on two CPU cores.
 """
 
 from ringattn.config import Attention, Checkpoint, Config, Data, Evaluate, Log, Mesh, Model, Optimizer, Train

@@ -14,6 +14,7 @@ from ringattn.data.corpus import encode, gather
 from ringattn.data.formats import Document
 from ringattn.evaluation import evaluate, kept, losses, retrieval
 from ringattn.evaluation import run as evaluation_run
+from ringattn.evaluation.report import tables
 from ringattn.evaluation.retrieval import wilson
 from ringattn.training import train
 from ringattn.training.score import Scores
@@ -372,3 +373,24 @@ def test_the_same_tokens_are_scored_whatever_the_length(asked):
         assert found["loss"] == 1.0
         assert found["tokens"] == 3 * SHORT // 2
     np.testing.assert_array_equal(*seen)
+
+
+def test_a_change_is_told_by_rows_in_pairs():
+    """Rows that are hard at any length say nothing of the change; its error is that of their differences."""
+    results = [
+        {"length": 8, "row_nats": [9.0, 90.0, 900.0], "row_tokens": [3.0, 3.0, 3.0]},
+        {"length": 4, "row_nats": [10.0, 92.0, 903.0], "row_tokens": [3.0, 3.0, 3.0]},
+    ]
+    longer, shortest = losses.changes(results)
+    assert longer == {"loss": pytest.approx(-6 / 9), "error": pytest.approx(2**0.5 / 9)}
+    assert shortest == {"loss": 0, "error": 0}
+    figures = {
+        "loss": 1.0,
+        "bits_per_byte": None,
+        "accuracy": 0.5,
+        "tokens": 9,
+        "task": "loss_by_context",
+        "depth": None,
+    }
+    (table,) = tables({"run": [result | figures for result in results]})
+    assert "| 8 | 1.0000 | 0.6667 ± 0.1571 | - | 50.0% | 9 |\n| 4 | 1.0000 | - | - |" in table

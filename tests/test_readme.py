@@ -99,9 +99,34 @@ def test_all_configs_are_in_the_table():
 
 def test_links_lead_somewhere():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    targets = [target for target in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in target]
-    assert targets
-    assert [target for target in targets if not (ROOT / target).exists()] == []
+    targets = re.findall(r"\]\(([^)]+)\)|<img src=\"([^\"]+)\"", text)
+    here = [target for pair in targets for target in pair if target and "://" not in target]
+    assert len(here) > 10
+    headings = re.findall(r"^## (.*)$", re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S), re.M)
+    anchors = {"#" + re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+    assert [target for target in here if target not in anchors and not (ROOT / target).exists()] == []
+
+
+def test_the_first_screen_has_the_first_command():
+    """Title, what it is, the commands and the animation, before the first heading; lines as a screen of 80 columns."""
+    first = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## ")[0]
+    until = first.split("python scripts/train.py --config configs/quickstart.py")[0]
+    assert sum(1 + len(line) // 80 for line in until.splitlines()) < 16
+    assert "ring_animated.svg" in first
+
+
+def test_the_docs_render(tmp_path):
+    command = next(line for line in COMMANDS if "-m pdoc" in line).split("&& ")[-1]
+    words = [sys.executable, "-W", "error::UserWarning", *shlex.split(command)[1:]]
+    environ = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    page = (tmp_path / "site" / "ringattn.html").read_text(encoding="utf-8")
+    assert {f'id="{name}"' for name in ("attention", "arguments", "returns", "raises")} <= set(
+        re.findall(r'id="[a-z]+"', page)
+    )
+    for module in (path.parent for path in (ROOT / "ringattn").glob("*/__init__.py")):
+        assert (tmp_path / "site" / "ringattn" / f"{module.name}.html").exists()
 
 
 def test_the_tree_is_the_tree():

@@ -82,9 +82,17 @@ def by_context(score: Score, tokenizer: Tokenizer, c: Evaluation, text: Text, le
         total.add(batch, scores)
         sums.append((batch.weights * scores.nats).sum(1, dtype=np.float64))
         counts.append(batch.weights.sum(1, dtype=np.float64))
-    means = total.means()
-    error = _mean(np.concatenate(sums), np.concatenate(counts))["error"]
-    return means | {"error": error, "rows": len(windows), "scored": scored}
+    rows_of = {"row_nats": np.concatenate(sums).tolist(), "row_tokens": np.concatenate(counts).tolist()}
+    return total.means() | {"rows": len(windows), "scored": scored} | rows_of
+
+
+def changes(results: list[dict[str, Any]]) -> list[dict[str, float]]:
+    """Of by_context's results: each one's loss less that of the shortest rows, and the standard error over rows.
+
+    The tokens are the same, so how hard they are cancels out, row by row: the change is known far better than the loss.
+    """
+    shortest = np.array(min(results, key=lambda each: each["length"])["row_nats"])
+    return [_mean(np.array(each["row_nats"]) - shortest, np.array(each["row_tokens"])) for each in results]
 
 
 def by_kind(score: Score, tokenizer: Tokenizer, c: Evaluation, text: Text, length: int) -> dict[str, Any]:

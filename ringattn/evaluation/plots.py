@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ringattn.config import LOSSES
+from ringattn.evaluation.losses import changes
 
 Results = dict[str, list[dict[str, Any]]]
 """Of each run, by its name."""
@@ -121,14 +122,12 @@ def by_context(runs: Results) -> Figure:
     lengths: set[int] = set()
     for run, results in runs.items():
         own = _of(results, LOSSES[1])
-        across = [each["length"] for each in own]
-        axes.errorbar(
-            across, [each["loss"] for each in own], [each["error"] for each in own], marker=".", capsize=3, label=run
-        )
+        across, error = [each["length"] for each in own], [each["error"] for each in changes(own)]
+        axes.errorbar(across, [each["loss"] for each in own], error, marker=".", capsize=3, label=run)
         lengths |= set(across)
         scored = own[0]["scored"]
         axes.set_title(f"the last {scored:,} tokens of rows that all end in the same place", fontsize=10)
-    _lengths(axes, sorted(lengths), "tokens in the row (bars: standard error over rows)")
+    _lengths(axes, sorted(lengths), f"tokens in the row (bars: standard error of the change since {min(lengths):,})")
     axes.legend()
     return figure
 

@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from ringattn import config
+from ringattn.config import LOSSES
 from ringattn.environment import environment
 from ringattn.evaluation import plots
+from ringattn.evaluation.losses import changes
 
 Result = dict[str, Any]
+BESIDE = ("bits per byte", "right", "tokens")
+"""What stands beside every loss."""
 
 
 def report(runs: dict[str, list[Result]], c: config.Evaluation, folder: Path, facts: dict[str, Any]) -> None:
@@ -55,6 +59,8 @@ def tables(runs: dict[str, list[Result]]) -> Iterable[str]:
                 yield f"{title}: exact match by length and depth (95 % interval)\n\n{_grid(own)}"
             elif "rate" in own[0]:
                 yield f"{title}\n\n{_rates(own)}"
+            elif task == LOSSES[1]:
+                yield f"{title}\n\n{_changes(own)}"
             else:
                 yield f"{title}\n\n{_losses(own)}"
 
@@ -88,8 +94,20 @@ def _losses(results: list[Result]) -> str:
     rows = []
     for result in results:
         for each in result.get("kinds", [result]):
-            bits = "-" if each["bits_per_byte"] is None else f"{each['bits_per_byte']:.4f}"
-            kind, error = each.get("kind", "all"), f" ± {each['error']:.4f}" if "error" in each else ""
-            numbers = [f"{each['loss']:.4f}{error}", bits, f"{each['accuracy']:.1%}", f"{each['tokens']:,}"]
-            rows.append([f"{result['length']:,}", kind, *numbers])
-    return _table(["tokens in a row", "kind", "nats per token", "bits per byte", "right", "tokens"], rows)
+            rows.append([f"{result['length']:,}", each.get("kind", "all"), f"{each['loss']:.4f}", *_beside(each)])
+    return _table(["tokens in a row", "kind", "nats per token", *BESIDE], rows)
+
+
+def _changes(results: list[Result]) -> str:
+    shortest = min(each["length"] for each in results)
+    header = ["tokens in a row", "nats per token", f"less than with {shortest:,} (± standard error)", *BESIDE]
+    rows = []
+    for result, change in zip(results, changes(results), strict=True):
+        less = "-" if result["length"] == shortest else f"{-change['loss']:.4f} ± {change['error']:.4f}"
+        rows.append([f"{result['length']:,}", f"{result['loss']:.4f}", less, *_beside(result)])
+    return _table(header, rows)
+
+
+def _beside(result: Result) -> list[str]:
+    bits = "-" if result["bits_per_byte"] is None else f"{result['bits_per_byte']:.4f}"
+    return [bits, f"{result['accuracy']:.1%}", f"{result['tokens']:,}"]
