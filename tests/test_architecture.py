@@ -19,7 +19,7 @@ ROOMS = {
     "flax": {"attention"},
     "config": set(),
     "layout": set(),
-    "visualize": {"layout", "attention"},
+    "visualize": BELOW | {"attention"},
     "hardware": set(),
     "environment": set(),
     "mesh": {"config", "layout"},
@@ -27,7 +27,7 @@ ROOMS = {
     "model": BELOW,  # it receives attention as a function
     "data": BELOW,
     "training": BELOW | {"attention", "model", "data"},
-    "benchmark": BELOW | {"attention"},
+    "benchmark": BELOW | {"attention", "visualize"},
     "generation": BELOW | {"attention", "model", "data"},
     "evaluation": BELOW | {"attention", "model", "data", "training"},
     "planning": BELOW | {"attention", "model", "data", "training"},

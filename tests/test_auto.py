@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from ringattn import Mask, attention, choose_strategy
+from ringattn.attention.auto import least_queries
 from ringattn.hardware import CHIPS
 
 LLAMA: dict[str, Any] = {"heads": 32, "kv_heads": 8, "head_dim": 128, "device_kind": "TPU v5"}
@@ -42,6 +43,14 @@ def test_the_law(change, least):
     below = choose_strategy(16, **{**tokens(even - 2), **change})
     assert f"from {least:,.0f} local queries on" in below.reasons[0]
     assert "a ring waits" in below.reasons[1]
+
+
+def test_the_law_alone():
+    """0.7 * 989.4e12 / 450e9 * (8 / 32) * 1.2 = 462"""
+    h100 = CHIPS["NVIDIA H100 80GB HBM3"]
+    assert least_queries(h100, 32, 8) == pytest.approx(461.7, abs=0.1)
+    assert least_queries(h100, 32, 32) == pytest.approx(4 * least_queries(h100, 32, 8))
+    assert least_queries(h100, 32, 8, "float32", balanced=True) == pytest.approx(4 * least_queries(h100, 32, 8))
 
 
 def waits(choice: Any) -> dict[str, int]:

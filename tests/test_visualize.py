@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from matplotlib.patches import Rectangle
 
 from ringattn.attention.kernels import Keys, Queries, Rule
 from ringattn.attention.mask import Mask, Tokens
@@ -21,21 +22,33 @@ from ringattn.attention.softmax import Partial
 from ringattn.layout import LAYOUTS
 from ringattn.visualize import (
     COLOURS,
+    Need,
     Row,
+    Shape,
     animate,
+    attention_bytes,
     balance_figure,
     balance_text,
+    doubling,
     draw,
+    fit,
     full_hops,
     hops_made,
     imbalance,
     mask_figure,
+    memory,
+    memory_curves,
+    memory_figure,
+    memory_text,
+    overlap_figure,
     owners,
     pairs,
+    reach_figure,
     schedule_text,
     seen,
     visitors,
 )
+from ringattn.visualize.text import size
 
 ROOT = Path(__file__).parents[1]
 SVG = "{http://www.w3.org/2000/svg}"
@@ -283,6 +296,120 @@ def test_text_says_what_the_pictures_say():
     assert text[-1].startswith("max/mean 1.14: ")
 
 
+SMALL = Shape(heads=4, kv_heads=2, head_dim=32, dtype="float32")
+
+
+def test_a_gather_takes_the_keys_of_all_devices_and_a_ring_does_not():
+    length = 8 * 2048
+    gather, ring = (attention_bytes(strategy, length, 8, shape=SMALL) for strategy in ("gather", "ring"))
+    keys = length * SMALL.kv_heads * SMALL.head_dim * 4
+    assert 2 * keys / 8 < ring < 4 * keys <= gather, "keys, values and the gradients of both, of the whole row"
+
+
+def test_dense_attention_takes_logits_of_all_pairs():
+    short, long = (attention_bytes("dense", length, 8, shape=SMALL) for length in (2048, 4096))
+    assert long >= 2 * 4 * 4 * 4096**2, "logits and their gradients, or weights, of four heads"
+    assert doubling({2048: short, 4096: long}) == pytest.approx(4, rel=0.05)
+
+
+def test_what_fits_no_memory_can_be_asked_for():
+    assert attention_bytes("dense", memory.longest_dense(), 1) > 2**39
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"devices": 9}, "a ring of 9 does not fit 8 devices"),
+        ({"length": 100}, "112"),
+        ({"strategy": "x"}, "'x'"),
+        ({"strategy": "dense", "length": 2**16}, "length=65536 .* 32 heads: ask for up to 32768"),
+    ],
+)
+def test_what_cannot_be_compiled(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        attention_bytes(**({"strategy": "ring", "length": 128, "devices": 8} | wrong))
+
+
+def test_curves_are_of_dense_gather_and_ring(monkeypatch):
+    asked = []
+    monkeypatch.setattr(memory, "attention_bytes", lambda *words: asked.append(words) or len(asked))
+    longer = 2 * memory.longest_dense(SMALL)
+    assert memory_curves([16, longer], 8, "striped", SMALL) == {
+        "dense": {16: 1},
+        "gather": {16: 2, longer: 3},
+        "ring": {16: 4, longer: 5},
+    }
+    assert asked[-1] == ("ring", longer, 8, "striped", SMALL)
+
+
+def test_a_law_is_found_again_and_turned_round():
+    law = Need(own=5.0, row=3.0)
+    found = fit({devices: 1000 * (5 + 3 * devices) for devices in (2, 4, 8)}, 1000)
+    np.testing.assert_allclose(found, law)
+    length = law.reach(2**30, 4)
+    assert length / 4 * (law.own + law.row * 4) == pytest.approx(2**30)
+    flat = fit({2: 7001, 4: 7000, 8: 6999}, 1000)
+    assert flat.row == 0, "noise, by which memory would shrink with the devices"
+    assert flat.reach(1.0, 64) == pytest.approx(8 * flat.reach(1.0, 8))
+
+
+@pytest.mark.parametrize("power", [0, 1, 2])
+def test_doubling_tells_the_power(power):
+    assert doubling({x: 3 * x**power for x in (4, 16, 64)}) == pytest.approx(2**power)
+
+
+CURVES = {"dense": {2**14: 2**37, 2**16: 2**41}, "ring": {2**14: 2**27, 2**16: 2**29}}
+
+
+def test_memory_as_text():
+    lines = [line.split() for line in memory_text(CURVES | {"gather": {2**14: 1000, 2**18: 16_000}}).splitlines()]
+    assert lines[1] == ["tokens", "dense", "ring", "gather"]
+    assert lines[2] == ["16,384", "128", "GiB", "128", "MiB", "1000", "B"]
+    assert lines[3] == ["65,536", "2", "TiB", "512", "MiB"]
+    assert lines[4] == ["262,144", "15.62", "KiB"]
+    assert lines[5] == ["a", "doubling", "x", "4.00", "x", "2.00", "x", "2.00"]
+    one = memory_text({"ring": {2: 1024}}, "devices").splitlines()
+    assert one[1].split() == ["devices", "ring"]
+    assert one[-1].split() == ["a", "doubling", "-"]
+    assert [size(n) for n in (5, 1536, 3 * 2**40, 5000 * 2**40)] == ["5 B", "1.5 KiB", "3 TiB", "5,000 TiB"]
+
+
+def test_a_figure_of_memory_shows_the_curves():
+    axes = memory_figure(CURVES, "tokens of the row", {"a chip": 2**34}).axes[0]
+    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("tokens of the row", "temporary memory of a device")
+    lines = {str(line.get_label()): line for line in axes.lines}
+    for name, curve in CURVES.items():
+        np.testing.assert_array_equal(lines[name].get_xydata(), list(curve.items()))
+    np.testing.assert_array_equal(lines["a chip"].get_ydata(), 2**34)
+    ring = memory_figure({"ring": {2: 2**29, 8: 2**29}}, "devices", logarithmic=False).axes[0]
+    assert ring.get_yscale() == "linear"
+    assert ring.get_ylim()[0] == 0
+    assert ring.lines[0].get_color() == lines["ring"].get_color(), "a strategy has its colour in all figures"
+    assert [ring.xaxis.get_major_formatter()(x, None) for x in ring.get_xticks()] == ["2", "8"]
+
+
+def test_a_figure_of_reach_says_what_is_a_law_alone():
+    reached = {"gather": {2: 100.0, 8: 200.0, 64: 250.0}, "ring": {2: 100.0, 8: 400.0, 64: 3200.0}}
+    axes = reach_figure(reached, 8, "in 1 GiB").axes[0]
+    known, beyond = ([line for line in axes.lines if line.get_linestyle() == style] for style in ("-", "--"))
+    assert [line.get_label() for line in known] == ["gather", "ring"]
+    assert str(beyond[-1].get_label()) == "beyond 8 devices: the law alone"
+    np.testing.assert_array_equal(known[1].get_xydata(), [(2, 100), (8, 400)])
+    np.testing.assert_array_equal(beyond[0].get_xydata(), [(8, 200), (64, 250)])
+    assert axes.get_title() == "in 1 GiB"
+
+
+def test_a_figure_of_overlap_has_a_bar_a_chip_and_kind():
+    axes = overlap_figure({"slow": {"plain": 500.0, "half": 1000.0}, "fast": {"plain": 1200.0, "half": 2400.0}}).axes[0]
+    boxes = [bar.get_bbox() for bar in axes.patches if isinstance(bar, Rectangle)]
+    widths = sorted((round((box.y0 + box.y1) / 2, 1), round(box.width)) for box in boxes)
+    assert widths == [(-0.2, 500), (0.2, 1000), (0.8, 1200), (1.2, 2400)]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["slow", "fast"]
+    assert {text.get_text() for text in axes.texts} == {"500", "1,000", "1,200", "2,400"}
+    assert "tokens a device" in axes.get_xlabel()
+
+
 def test_the_command(tmp_path, monkeypatch, capsys):
     def command(*words):
         monkeypatch.setattr(sys, "argv", ["visualize", *map(str, words)])
@@ -294,3 +421,14 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.startswith(schedule_text(4, "zigzag"))
     with pytest.raises(SystemExit):
         command("--animate")
+
+    def planned(lengths, devices, layout):
+        return {f"{layout} on {devices}": {length: length * 2**20 for length in lengths}}
+
+    monkeypatch.setattr("ringattn.visualize.memory_curves", planned)
+    command("--memory", "--devices", 8, "--layout", "striped")
+    shown = capsys.readouterr().out
+    assert "striped on 8" in shown
+    assert "1,048,576" in shown
+    with pytest.raises(SystemExit):
+        command("ring.svg", "--memory")

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from ringattn.attention.mask import Mask, needed_hops
-from ringattn.hardware import CHIPS
+from ringattn.hardware import CHIPS, Chip
 from ringattn.layout import check_length
 
 UTILISATION = 0.7
@@ -76,7 +76,7 @@ def choose_strategy(
         known = f"nothing is known of {device_kind!r}, only of {', '.join(CHIPS)}"
         return Choice("ring", (known, "a ring's memory does not grow with the devices"))
     width, balanced = jnp.dtype(dtype).itemsize, mask.causal and layout != "contiguous"
-    least = UTILISATION * chip.flops / chip.link_bandwidth * kv_heads / heads * (width / 2) * 1.2 * (1 + balanced)
+    least = least_queries(chip, heads, kv_heads, dtype, balanced)
     law = f"{device_kind} at {UTILISATION:.0%} of {chip.flops / 1e12:,.0f} TFLOP/s, {chip.link_bandwidth / 1e9:,.0f} "
     law += f"GB/s a link, {heads} heads on {kv_heads}: a hop hides its transfer from {least:,.0f} local queries on"
     if queries >= least:
@@ -102,6 +102,18 @@ def choose_strategy(
     best = min(waits, key=lambda each: waits[each])
     compared = ", ".join(f"{each} {seconds * 1e6:,.0f}" for each, seconds in waits.items())
     return Choice(best, (*reasons, f"microseconds waited for in a forward pass: {compared}"))
+
+
+def least_queries(chip: Chip, heads: int, kv_heads: int, dtype: Any = "bfloat16", balanced: bool = False) -> float:
+    """The law: queries that a device must hold for a hop to hide its transfer, forward and backward.
+
+    Args:
+      chip: of `ringattn.hardware.CHIPS`.
+      heads, kv_heads, dtype: of query and key.
+      balanced: whether a hop has half of the work, as in a causal zigzag.
+    """
+    width = jnp.dtype(dtype).itemsize
+    return UTILISATION * chip.flops / chip.link_bandwidth * kv_heads / heads * (width / 2) * 1.2 * (1 + balanced)
 
 
 def choose_for(

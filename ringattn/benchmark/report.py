@@ -11,6 +11,8 @@ from matplotlib.ticker import FixedLocator, LogLocator
 from rich.console import Console
 from rich.table import Table
 
+from ringattn.visualize.text import size
+
 Row = dict[str, Any]
 """What is known of one pass of one subject at one length and ring size; an object of results.json."""
 
@@ -60,14 +62,6 @@ def skipped(rows: list[Row]) -> list[str]:
 
 def duration(seconds: float) -> str:
     return f"{seconds:,.2f} s" if seconds >= 1 else f"{seconds * 1e3:,.2f} ms"
-
-
-def size(count: float | int) -> str:
-    """Bytes in binary units."""
-    for unit, word in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if count >= unit:
-            return f"{count / unit:,.4g} {word}"
-    return f"{count:.4g} B"
 
 
 def write_json(content: dict[str, Any], path: Path) -> None:

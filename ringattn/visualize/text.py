@@ -1,5 +1,8 @@
 """The pictures as text, for terminals."""
 
+from collections.abc import Mapping
+
+from ringattn.visualize.memory import Curve, doubling
 from ringattn.visualize.work import Row, full_hops, hops_made, imbalance, owners, pairs, visitors
 
 
@@ -30,3 +33,22 @@ def balance_text(row: Row) -> str:
         lines.append(f"device {device}".ljust(10) + "".join(cell.rjust(8) for cell in cells))
     lines.append(f"max/mean {imbalance(row):.2f}: takes {time:.2f} full hops, {mean:.2f} if work were even")
     return "\n".join(lines)
+
+
+def memory_text(curves: Mapping[str, Curve], against: str = "tokens") -> str:
+    """A line a number of tokens (or devices), a column a curve: bytes; at last `doubling` of each."""
+    rows = [(against, list(curves))]
+    for x in sorted({x for curve in curves.values() for x in curve}):
+        rows.append((f"{x:,}", [size(curve[x]) if x in curve else "" for curve in curves.values()]))
+    rows.append(("a doubling", [f"x {doubling(curve):.2f}" if len(curve) > 1 else "-" for curve in curves.values()]))
+    width = max(15, *(len(name) + 3 for name in curves))
+    lines = [head.rjust(12) + "".join(cell.rjust(width) for cell in cells) for head, cells in rows]
+    return "\n".join(["temporary memory of a device", *(line.rstrip() for line in lines)])
+
+
+def size(count: float | int) -> str:
+    """Bytes in binary units."""
+    for power, word in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
+        if count >= 1024**power:
+            return f"{count / 1024**power:,.4g} {word}"
+    return f"{count:.4g} B"
