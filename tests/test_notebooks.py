@@ -91,6 +91,14 @@ def test_it_opens_in_colab(path):
     assert ours == {there}
 
 
+def test_what_is_quoted_of_the_readme_is_there(path):
+    """Figures that a notebook cannot find by itself, such as those that need the TPU's compiler."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    quoting = [cell.source for cell in read(path).cells if cell.cell_type == "markdown" and "README.md" in cell.source]
+    rows = [line for source in quoting for line in source.splitlines() if line.startswith("|")]
+    assert [row for row in rows if row not in readme] == []
+
+
 @pytest.mark.parametrize(
     ("devices", "extra"), [({"/dev/accel0"}, "[tpu]"), ({"/dev/nvidia0"}, "[cuda]"), (set(), "")], ids=str
 )
