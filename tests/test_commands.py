@@ -18,8 +18,8 @@ from test_video import film
 
 ROOT = Path(__file__).parents[1]
 SHORTER = [
-    # What a command says, and the flags that it is then given; they stand for its own, and for those above. A flag
-    # without a value takes it away.
+    # What a command says, and the flags that it is then given; they stand for its own, and for those above; "-" takes
+    # a flag away.
     (
         "scripts/train.py",
         "--model.layers 1 --model.dim 32 --model.head_dim 8 --model.feed_forward 32 --data.seq_len 128 "
@@ -27,13 +27,13 @@ SHORTER = [
     ),
     ("--train.steps 600", "--train.steps 3"),
     ("--profile 10:12", "--profile 1:2"),
-    ("configs/staged.py", "--data.seq_len --train.steps"),
+    ("configs/staged.py", "--data.seq_len - --train.steps -"),
     ("configs/staged.py", " ".join(f"--stages.{n}.steps 1 --stages.{n}.seq_len {32 << n}" for n in (1, 2, 3))),
     ("--stages.3.steps 200", "--stages.3.steps 2"),
     ("configs/dna.py", "--data.overlap 16"),
     ("configs/needle.py", "--data.path task:needle:128 --data.mixture 1"),
     ("scripts/eval.py", "--lengths 64 128 --samples 2 --batch_size 2"),
-    ("eval_needle.py", "--lengths 128 --longer True"),
+    ("eval_needle.py", "--lengths 256 --longer True"),
     ("configs/llama3", "--model.layers 1 --model.dim 64 --model.vocabulary 256 --topology cpu:8 --data.seq_len 256"),
     ("scripts/benchmark.py", "--shard_tokens 16 --seconds 0 --simulate 8"),
 ]
@@ -42,14 +42,15 @@ SHORTER = [
 def shortened(command: str) -> list[str]:
     """Its words after `python`, with the flags above."""
     words = shlex.split(command, comments=True)[1:]
-    asked = [words[1:], *(shlex.split(flags) for says, flags in SHORTER if says in " ".join(words))]
     flags: dict[str, list[str]] = {}
-    for word in (word for words in asked for word in words):
-        if word.startswith("--"):
-            flags[word] = values = []
-        else:
-            values.append(word)
-    return [words[0], *(word for flag, values in flags.items() if values for word in (flag, *values))]
+    values = before = []  # of a flag; those before the first one stay as they are
+    for each in (words, *(shlex.split(flags) for says, flags in SHORTER if says in " ".join(words))):
+        for word in each:
+            if word.startswith("--"):
+                flags[word] = values = []
+            else:
+                values.append(word)
+    return [*before, *(word for flag, values in flags.items() if values != ["-"] for word in (flag, *values))]
 
 
 @pytest.fixture(scope="module")
