@@ -132,7 +132,7 @@ def test_the_top_level_holds_nothing_else():
 def test_a_test_file_a_module():
     """Every test file is named after a module, or is one of those that cut across."""
     across = {"equivalence", "laws", "meshes", "resume", "multiprocess", "scripts", "notebooks", "architecture"}
-    across |= {"configs", "readme", "support"}
+    across |= {"configs", "readme", "commands", "support"}
     modules = {path.stem for path in SOURCES} | {room(path) for path in SOURCES}
     for path in (ROOT / "tests").glob("test_*.py"):
         assert path.stem.removeprefix("test_") in modules | across, name(path)
