@@ -3,7 +3,7 @@
     python scripts/eval.py --config configs/eval_needle_window.py
 
 The heat maps lie side by side in runs/needle/evaluations/eval_needle_window/comparison/plots/needle.png: the one
-shows where sight ends, 128 tokens back, in rows of any length; the other knows no rows longer than it was trained on.
+shows where sight ends, 128 tokens back, in longer rows, too; the other knows no rows longer than it was trained on.
 """
 
 from dataclasses import replace

@@ -73,7 +73,7 @@ def clone(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("line", COMMANDS)
+@pytest.mark.parametrize("line", [line for line in COMMANDS if "python " in line])
 def test_a_command_runs(line, clone):
     """In order: some go on from what others left."""
     environ = {name: value for name, value in os.environ.items() if name not in {"XLA_FLAGS", "JAX_PLATFORMS"}}
@@ -82,7 +82,7 @@ def test_a_command_runs(line, clone):
     environ |= {"JAX_COMPILATION_CACHE_DIR": str(clone / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     for command in line.split("&&"):
         if not command.strip().startswith("python "):
-            continue  # installing, and all the tests: what runs this has done the one and does the other
+            continue  # installing, which has been done; what else is installed is tested below
         words = [sys.executable, *shortened(command)]
         words = [str(clone / word[2:]) if word.startswith("~/") else word for word in words]
         done = subprocess.run(words, cwd=clone, env=environ, capture_output=True, text=True, timeout=300)

@@ -118,6 +118,7 @@ def test_a_loss_is_what_a_validation_finds(asked):
 @pytest.mark.parametrize(
     ("mesh", "layout", "strategy"),
     [
+        (config.Mesh(context=1, data=8), "contiguous", "gather"),
         (config.Mesh(context=2, data=4), "contiguous", "ring"),
         (config.Mesh(context=4, data=2), "striped", "gather"),
         (config.Mesh(context=2, data=4), "zigzag", "ulysses"),
@@ -378,12 +379,16 @@ def test_the_same_tokens_are_scored_whatever_the_length(asked):
 def test_a_change_is_told_by_rows_in_pairs():
     """Rows that are hard at any length say nothing of the change; its error is that of their differences."""
     results = [
-        {"length": 8, "row_nats": [9.0, 90.0, 900.0], "row_tokens": [3.0, 3.0, 3.0]},
-        {"length": 4, "row_nats": [10.0, 92.0, 903.0], "row_tokens": [3.0, 3.0, 3.0]},
+        {"length": 8, "row_nats": [9.0, 90.0, 900.0], "row_tokens": [3.0, 3.0, 3.0], "row_documents": [0, 1, 2]},
+        {"length": 4, "row_nats": [10.0, 92.0, 903.0], "row_tokens": [3.0, 3.0, 3.0], "row_documents": [0, 1, 2]},
     ]
     longer, shortest = losses.changes(results)
-    assert longer == {"loss": pytest.approx(-6 / 9), "error": pytest.approx(2**0.5 / 9)}
+    # The changes of rows are -1, -2 and -3, whose standard error is that of a mean of three, 1 / sqrt(3), in 3 tokens.
+    assert longer == {"loss": pytest.approx(-6 / 9), "error": pytest.approx(1 / 3**0.5 / 3)}
     assert shortest == {"loss": 0, "error": 0}
+    alike = [each | {"row_documents": [0, 0, 1]} for each in results]  # -1 and -2 of one document, -3 of another
+    assert losses.changes(alike)[0]["error"] == pytest.approx((2 * (1 + 1)) ** 0.5 / 9)
+    assert losses.changes([each | {"row_documents": [0, 0, 0]} for each in results])[0]["error"] is None
     figures = {
         "loss": 1.0,
         "bits_per_byte": None,
@@ -393,4 +398,4 @@ def test_a_change_is_told_by_rows_in_pairs():
         "depth": None,
     }
     (table,) = tables({"run": [result | figures for result in results]})
-    assert "| 8 | 1.0000 | 0.6667 ± 0.1571 | - | 50.0% | 9 |\n| 4 | 1.0000 | - | - |" in table
+    assert "| 8 | 1.0000 | 0.6667 ± 0.1925 | - | 50.0% | 9 | - | - |\n| 4 | 1.0000 | - | - |" in table

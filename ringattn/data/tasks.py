@@ -130,7 +130,7 @@ def common_words(random: Random, units: int, depth: float) -> Passage:
     others = max(units, COMMON)
     found = names(random, COMMON + others)
     common = found[:COMMON]
-    listed = common * often + (found[COMMON:] * seldom)[: others * seldom]
+    listed = common * often + found[COMMON:] * seldom
     random.shuffle(listed)
     text = " ".join(f"{number}. {word}" for number, word in enumerate(listed, 1))
     return Passage(text, f"\nThe {COMMON} most common words, sorted, are", _listed(sorted(common)))
@@ -224,8 +224,7 @@ def question(task: str, tokenizer: Tokenizer, length: int, depth: float, seed: s
     """A row of `length` tokens, the same for the same `seed`, with as much haystack as there is room for.
 
     What is left of the room, a word's (a line's) or 2 % of a long row, is filled with the end of some prose. Raises
-    ValueError if the
-    task does not fit at all.
+    ValueError if the task does not fit at all.
     """
 
     def attempt(units: int) -> tuple[Passage, np.ndarray]:

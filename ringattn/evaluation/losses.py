@@ -53,7 +53,7 @@ class Text:
 def by_position(score: Score, tokenizer: Tokenizer, c: Evaluation, text: Text, length: int) -> dict[str, Any]:
     """Loss over rows that are one document each, and in ranges of positions: does it keep falling?"""
     windows = text.windows(length, c.samples, c.seed)
-    total, nats, weights = Total(tokenizer), [], []
+    total, nats, weights, groups = Total(tokenizer), [], [], _documents(windows)
     for batch, scores in in_batches(score, (_row(*each, length) for each in windows), c.batch_size):
         total.add(batch, scores)
         nats.append(batch.weights * scores.nats)
@@ -62,8 +62,8 @@ def by_position(score: Score, tokenizer: Tokenizer, c: Evaluation, text: Text, l
     for first, last in _ranges(length):
         sums, counts = (np.concatenate(each)[:, first : last + 1].sum(1, dtype=np.float64) for each in (nats, weights))
         if counts.any():
-            shares.append({"first": first, "last": last} | _mean(sums, counts))
-    return means | {"rows": len(windows), "by_position": shares}
+            shares.append({"first": first, "last": last} | _mean(sums, counts, groups))
+    return means | {"rows": len(windows), "documents": len(set(groups)), "by_position": shares}
 
 
 def by_context(score: Score, tokenizer: Tokenizer, c: Evaluation, text: Text, length: int) -> dict[str, Any]:
@@ -82,17 +82,22 @@ def by_context(score: Score, tokenizer: Tokenizer, c: Evaluation, text: Text, le
         total.add(batch, scores)
         sums.append((batch.weights * scores.nats).sum(1, dtype=np.float64))
         counts.append(batch.weights.sum(1, dtype=np.float64))
+    groups = _documents(windows)
     rows_of = {"row_nats": np.concatenate(sums).tolist(), "row_tokens": np.concatenate(counts).tolist()}
-    return total.means() | {"rows": len(windows), "scored": scored} | rows_of
+    counted = {"rows": len(windows), "documents": len(set(groups)), "scored": scored}
+    return total.means() | counted | rows_of | {"row_documents": groups}
 
 
-def changes(results: list[dict[str, Any]]) -> list[dict[str, float]]:
-    """Of by_context's results: each one's loss less that of the shortest rows, and the standard error over rows.
+def changes(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of by_context's results: each one's loss less that of the shortest rows, and the standard error over documents.
 
     The tokens are the same, so how hard they are cancels out, row by row: the change is known far better than the loss.
     """
     shortest = np.array(min(results, key=lambda each: each["length"])["row_nats"])
-    return [_mean(np.array(each["row_nats"]) - shortest, np.array(each["row_tokens"])) for each in results]
+    return [
+        _mean(np.array(each["row_nats"]) - shortest, np.array(each["row_tokens"]), each["row_documents"])
+        for each in results
+    ]
 
 
 def by_kind(score: Score, tokenizer: Tokenizer, c: Evaluation, text: Text, length: int) -> dict[str, Any]:
@@ -141,11 +146,23 @@ def _ranges(length: int) -> list[tuple[int, int]]:
     return list(zip(starts, [*(start - 1 for start in starts[1:]), length - 1], strict=True))
 
 
-def _mean(sums: np.ndarray, counts: np.ndarray) -> dict[str, float]:
-    """The mean over tokens of what each row has sums and counts of, and its standard error over rows."""
+def _documents(windows: list[tuple[Corpus, int, int]]) -> list[int]:
+    """A number for each window: the same for those of one document."""
+    names = [(id(corpus), document) for corpus, document, _ in windows]
+    number = {name: at for at, name in enumerate(dict.fromkeys(names))}
+    return [number[name] for name in names]
+
+
+def _mean(sums: np.ndarray, counts: np.ndarray, documents: list[int]) -> dict[str, Any]:
+    """The mean over tokens of what each row has sums and counts of, and its standard error, None for one document.
+
+    Rows of a document are alike, so that documents are what was drawn (the sandwich estimator for clusters).
+    """
     mean = sums.sum() / counts.sum()
-    spread = np.square(sums - mean * counts).sum()
-    return {"loss": float(mean), "error": float(sqrt(spread) / counts.sum())}
+    apart = np.bincount(documents, sums - mean * counts)
+    scale = apart.size / (apart.size - 1) if apart.size > 1 else None
+    error = None if scale is None else float(sqrt(scale * np.square(apart).sum()) / counts.sum())
+    return {"loss": float(mean), "error": error}
 
 
 def _drawn(there: int, count: int, seed: int) -> list[int]:

@@ -106,7 +106,7 @@ def by_position(runs: Results) -> Figure:
         for result in _of(results, LOSSES[0]):
             ranges = result["by_position"]
             middles = [np.sqrt((each["first"] + 1) * (each["last"] + 1)) for each in ranges]
-            loss, error = (np.array([each[name] for each in ranges]) for name in ("loss", "error"))
+            loss, error = (np.array([each[name] for each in ranges], float) for name in ("loss", "error"))
             label = f"{run}, rows of {result['length']:,}" if len(runs) > 1 else f"rows of {result['length']:,}"
             (line,) = axes.plot(middles, loss, marker=".", label=label)
             axes.fill_between(middles, loss - error, loss + error, alpha=0.2, color=line.get_color(), linewidth=0)
@@ -117,17 +117,19 @@ def by_position(runs: Results) -> Figure:
 
 
 def by_context(runs: Results) -> Figure:
-    """Loss of the same tokens over the length of the row; a line a run."""
-    figure, axes = _lines(runs, "loss of the same tokens (nats per token)")
+    """Loss of the same tokens over the length of the row, less that of the shortest rows; a line a run."""
+    figure, axes = _lines(runs, "change of the loss of the same tokens (nats per token)")
     lengths: set[int] = set()
     for run, results in runs.items():
         own = _of(results, LOSSES[1])
-        across, error = [each["length"] for each in own], [each["error"] for each in changes(own)]
-        axes.errorbar(across, [each["loss"] for each in own], error, marker=".", capsize=3, label=run)
+        across, found = [each["length"] for each in own], changes(own)
+        error = np.array([each["error"] for each in found], float)  # nan, where there is none
+        label = f"{run}: {own[across.index(min(across))]['loss']:.4f} with {min(across):,}"
+        axes.errorbar(across, [each["loss"] for each in found], error, marker=".", capsize=3, label=label)
         lengths |= set(across)
         scored = own[0]["scored"]
         axes.set_title(f"the last {scored:,} tokens of rows that all end in the same place", fontsize=10)
-    _lengths(axes, sorted(lengths), f"tokens in the row (bars: standard error of the change since {min(lengths):,})")
+    _lengths(axes, sorted(lengths), "tokens in the row (bars: standard error over documents)")
     axes.legend()
     return figure
 

@@ -13,7 +13,7 @@ from ringattn.evaluation import plots
 from ringattn.evaluation.losses import changes
 
 Result = dict[str, Any]
-BESIDE = ("bits per byte", "right", "tokens")
+BESIDE = ("bits per byte", "right", "tokens", "rows", "of documents")
 """What stands beside every loss."""
 
 
@@ -59,10 +59,8 @@ def tables(runs: dict[str, list[Result]]) -> Iterable[str]:
                 yield f"{title}: exact match by length and depth (95 % interval)\n\n{_grid(own)}"
             elif "rate" in own[0]:
                 yield f"{title}\n\n{_rates(own)}"
-            elif task == LOSSES[1]:
-                yield f"{title}\n\n{_changes(own)}"
             else:
-                yield f"{title}\n\n{_losses(own)}"
+                yield f"{title}{_missing(own)}\n\n{_changes(own) if task == LOSSES[1] else _losses(own)}"
 
 
 def _table(header: list[str], rows: Iterable[list[str]]) -> str:
@@ -90,6 +88,12 @@ def _rates(results: list[Result]) -> str:
     )
 
 
+def _missing(results: list[Result]) -> str:
+    """Kinds of document that had no row of some length."""
+    missing = list(dict.fromkeys(kind for each in results for kind in each.get("too_short", ())))
+    return f": less than a row of {', '.join(missing)}" if missing else ""
+
+
 def _losses(results: list[Result]) -> str:
     rows = []
     for result in results:
@@ -103,11 +107,13 @@ def _changes(results: list[Result]) -> str:
     header = ["tokens in a row", "nats per token", f"less than with {shortest:,} (± standard error)", *BESIDE]
     rows = []
     for result, change in zip(results, changes(results), strict=True):
-        less = "-" if result["length"] == shortest else f"{-change['loss']:.4f} ± {change['error']:.4f}"
+        less, error = f"{-change['loss']:.4f}", change["error"]
+        less = "-" if result["length"] == shortest else less if error is None else f"{less} ± {error:.4f}"
         rows.append([f"{result['length']:,}", f"{result['loss']:.4f}", less, *_beside(result)])
     return _table(header, rows)
 
 
 def _beside(result: Result) -> list[str]:
     bits = "-" if result["bits_per_byte"] is None else f"{result['bits_per_byte']:.4f}"
-    return [bits, f"{result['accuracy']:.1%}", f"{result['tokens']:,}"]
+    counts = (f"{result[name]:,}" if name in result else "-" for name in ("tokens", "rows", "documents"))
+    return [bits, f"{result['accuracy']:.1%}", *counts]

@@ -47,7 +47,7 @@ def measure(score: Score, tokenizer: Tokenizer, c: Evaluation, task: str, length
         "high": high,
         "answers": float(np.mean(answers)),
         "nats": float(np.mean(nats)),
-        "nats_error": float(np.std(nats) / sqrt(c.samples)),
+        "nats_error": float(np.std(nats, ddof=1) / sqrt(c.samples)) if c.samples > 1 else None,
     }
 
 

@@ -19,6 +19,8 @@ from ringattn.evaluation.scoring import Score
 from ringattn.evaluation.subject import Subject, find
 from ringattn.mesh import check_same, start
 
+FORMAT = 1
+"""Of a cell's result; another for other content, so that what was kept before is found anew."""
 MEASURES = dict(zip(LOSSES, (losses.by_position, losses.by_context, losses.by_kind), strict=True))
 
 
@@ -144,7 +146,7 @@ def _key(cell: Cell, subject: Subject, text: losses.Text | None, c: config.Evalu
     """What stands for all that a cell's result depends on."""
     stage = subject.stage
     common = [asdict(cell), subject.weights, asdict(stage.model), stage.attention.window, subject.tokenizer.fingerprint]
-    common += [dict(mesh.shape), c.layout, c.strategy, c.samples, c.seed]
+    common += [dict(mesh.shape), c.layout, c.strategy, c.samples, c.seed, FORMAT]
     if cell.task in LOSSES:
         assert text is not None
         common += [text.fingerprint, c.lengths if cell.task == "loss_by_context" else None]
