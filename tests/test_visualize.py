@@ -7,6 +7,7 @@ import sys
 import xml.etree.ElementTree as ET
 from collections import Counter
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -160,13 +161,28 @@ def test_a_copy_arrives_before_it_is_needed():
             assert way[hop - 0.2] == way[hop] == pytest.approx(hop / (devices - 1), abs=1e-3)
 
 
+def test_where_nothing_moves_copies_are_hidden_at_home():
+    """Each is placed where its path begins, the middle of a device's circle, which is drawn later and is larger."""
+    devices, picture = 4, animate(4)
+    root = ET.fromstring(picture)
+    placed = [each for each in root if each.tag == f"{SVG}g" and each.find(f"{SVG}g/{SVG}animateMotion") is not None]
+    circles = [each for each in root if each.tag == f"{SVG}circle" and each.get("r") == "46"]
+    assert len(placed) == len(circles) == devices
+    for copy, circle in zip(placed, circles, strict=True):
+        assert copy.get("transform") == f"translate({circle.get('cx')} {circle.get('cy')})"
+        motion = copy.find(f"{SVG}g/{SVG}animateMotion")
+        assert motion is not None
+        assert (motion.get("path") or "").startswith("M0,0A")
+        assert list(root).index(copy) < list(root).index(circle)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_bars_grow_while_their_shard_is_at_work(layout):
     devices = 4
     sequence = owners(devices, layout)
     bars = iter(animations(animate(devices, layout), "width"))
     for row in visitors(devices):
-        for owner in sequence:
+        for owner, _ in groupby(sequence):
             values, steps = next(bars)
             start = max(at for at, value in zip(steps, values, strict=True) if value == "0")
             full = min(at for at, value in zip(steps, values, strict=True) if value != "0")

@@ -7,6 +7,7 @@ ring at home.
 """
 
 from collections.abc import Sequence
+from itertools import groupby
 from math import cos, pi, sin
 
 from ringattn.visualize.svg import COLOURS, DEVICE, OPENING, UNSEEN, check_devices, rect, text
@@ -78,9 +79,11 @@ def _travellers(devices: int, radius: float, places: Sequence[tuple[float, float
     )
     end = _total(devices) / STEP
     for home in range(devices):
-        stops = [places[(home + hop) % devices] for hop in range(devices)]
-        path = f"M{stops[0][0]:.1f},{stops[0][1]:.1f}" + "".join(
-            f"A{radius:.1f},{radius:.1f} 0 0 1 {to_x:.1f},{to_y:.1f}" for to_x, to_y in stops[1:]
+        # Relative to home, where the copy stays if nothing moves.
+        x, y = places[home]
+        stops = [places[(home + hop) % devices] for hop in range(1, devices)]
+        path = "M0,0" + "".join(
+            f"A{radius:.1f},{radius:.1f} 0 0 1 {to_x - x:.1f},{to_y - y:.1f}" for to_x, to_y in stops
         )
         moments = [(0.0, "0")]
         for hop in range(1, devices):
@@ -88,7 +91,7 @@ def _travellers(devices: int, radius: float, places: Sequence[tuple[float, float
             moments += [(hop - 1 + TRAVEL, point), (float(hop), point)]
         moments.append((end, "1"))
         motion = _timed("", devices, moments, "linear", "animateMotion")
-        parts.append(f'<g>{_shard(home)}{motion} path="{path}"/></g>')
+        parts.append(f'<g transform="translate({x:.1f} {y:.1f})"><g>{_shard(home)}{motion} path="{path}"/></g></g>')
     return parts
 
 
@@ -146,10 +149,12 @@ def _bars(devices: int, sequence: Sequence[int], left: float, middle: float) -> 
         y = top + device * ROW
         parts.append(text(left + 40, y + 21, f"device {device}", size=14))
         parts.append(rect(left + 85, y + 6, BAR, 20.0, UNSEEN, ""))
-        for place, owner in enumerate(sequence):
-            hop = float(row.index(owner))
-            moments = [(hop, "0"), (hop + 1, f"{slot:.1f}"), (end, f"{slot:.1f}")]
+        place = 0
+        for owner, tokens in groupby(sequence):  # neighbours of one owner are one stripe
+            hop, count = float(row.index(owner)), len(list(tokens))
+            moments = [(hop, "0"), (hop + 1, f"{count * slot:.1f}"), (end, f"{count * slot:.1f}")]
             grows = _timed("width", devices, [(0.0, "0")][: int(hop > 0)] + moments, "linear")
             shape = rect(left + 85 + place * slot, y + 6, 0.0, 20.0, COLOURS[owner], "")
             parts.append(f"{shape[:-2]}>{grows}/></rect>")
+            place += count
     return parts
