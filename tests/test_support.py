@@ -33,7 +33,8 @@ TABLE, SOURCES = "<!-- support table: python tests/test_support.py -->", "<!-- s
 END = "<!-- end -->"
 LEGEND = """\
 Under ringattn, *yes* says that a probe in [tests/test_support.py](tests/test_support.py) ran just that on simulated
-devices, its output and gradients compared with dense attention in float64; *no*, that it was refused or is not there.
+devices, its output and gradients (where hops are merged, its output) compared with dense attention in float64; *no*,
+that it was refused or is not there; the last row says what stands below, under "tested on".
 The others were read in November 2026, in the releases that the head names. Each word leads to the line that shows it,
 or where it would have to be; *?* stands where what was read does not tell. MaxText's ring on GPUs is that of
 TransformerEngine.
