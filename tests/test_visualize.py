@@ -328,6 +328,14 @@ def test_dense_attention_takes_logits_of_all_pairs():
     assert doubling({2048: short, 4096: long}) == pytest.approx(4, rel=0.05)
 
 
+@pytest.mark.parametrize(("strategy", "devices"), [("dense", 1), ("gather", 8), ("ring", 8)])
+def test_the_whole_counts_arguments_and_results(strategy, devices):
+    """Query, key, value, output, and a gradient of each: of the tokens that the device holds."""
+    temporary, whole = (attention_bytes(strategy, 2048, devices, shape=SMALL, whole=each) for each in (False, True))
+    held = 2048 // devices * 4 * (SMALL.heads + SMALL.kv_heads) * SMALL.head_dim * 4
+    assert held <= whole - temporary < held + 100, "and a few pointers"
+
+
 def test_what_fits_no_memory_can_be_asked_for():
     assert attention_bytes("dense", memory.longest_dense(), 1) > 2**39
 

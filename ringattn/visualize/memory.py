@@ -3,6 +3,7 @@
 All of it is asked of the compiler, about `ringattn.attention`, the code that trains; a law is fitted to its answers.
 """
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -35,10 +36,12 @@ LLAMA = Shape(heads=32, kv_heads=8, head_dim=128, dtype="float32")
 """Llama-3 8B's, in float32: the compiler for CPUs turns much of bfloat16 into it."""
 
 
-def attention_bytes(strategy: str, length: int, devices: int, layout: str = "zigzag", shape: Shape = LLAMA) -> int:
-    """Temporary bytes of a device for causal attention of one row, forward and backward, as the compiler plans them.
+def attention_bytes(
+    strategy: str, length: int, devices: int, layout: str = "zigzag", shape: Shape = LLAMA, whole: bool = False
+) -> int:
+    """Bytes of a device for causal attention of one row, forward and backward, as the compiler plans them.
 
-    That is what it needs beside its shards of query, key, value and output, and of their gradients. Nothing is
+    Temporaries alone, or all: its shards of query, key, value and output, and of their gradients, as well. Nothing is
     computed, so that what fits no memory can be asked for, too.
 
     Args:
@@ -48,10 +51,18 @@ def attention_bytes(strategy: str, length: int, devices: int, layout: str = "zig
       devices: of the ring; the first that there are.
       layout: how the row lies over them.
       shape: of the layer.
+      whole: whether arguments and results are counted beside the temporaries.
 
     Raises ValueError if there are not so many devices, the length does not fit them or is too long for dense, or there
     is no such strategy.
     """
+    temporaries, rest = _planned(strategy, length, devices, layout, shape)
+    return temporaries + rest * whole
+
+
+@functools.cache
+def _planned(strategy: str, length: int, devices: int, layout: str, shape: Shape) -> tuple[int, int]:
+    """Bytes of temporaries; of arguments and results, of which none lies in another's place: nothing is donated."""
     dense = strategy == "dense"
     mesh = ring(1 if dense else devices)
     if not dense:
@@ -79,7 +90,8 @@ def attention_bytes(strategy: str, length: int, devices: int, layout: str = "zig
     with jax.set_mesh(mesh):
         planned = jax.jit(both).lower(*arrays).compile().memory_analysis()
     assert planned is not None, "the compilers for CPU, GPU and TPU all tell"
-    return planned.temp_size_in_bytes
+    assert not planned.alias_size_in_bytes
+    return planned.temp_size_in_bytes, planned.argument_size_in_bytes + planned.output_size_in_bytes
 
 
 def longest_dense(shape: Shape = LLAMA) -> int:
@@ -90,7 +102,7 @@ def longest_dense(shape: Shape = LLAMA) -> int:
 def memory_curves(
     lengths: Sequence[int], devices: int, layout: str = "zigzag", shape: Shape = LLAMA
 ) -> dict[str, dict[int, int]]:
-    """{strategy: {length: bytes}} by `attention_bytes`: gather and ring on so many devices, dense attention on one.
+    """{strategy: {length: temporary bytes}} by `attention_bytes`: gather, ring on so many devices, dense on one.
 
     The curve of dense attention has no more lengths than it is compiled for.
     """
@@ -114,7 +126,7 @@ def doubling(curve: Curve) -> float:
 
 
 class Need(NamedTuple):
-    """A law of a device's bytes: local tokens * (own + row * devices)."""
+    """A law of a device's bytes, of those that the fitted curve counts: local tokens * (own + row * devices)."""
 
     own: float
     """Bytes for each token that the device holds."""
@@ -122,7 +134,7 @@ class Need(NamedTuple):
     """Bytes for each token of the row, whoever holds it; 0 where memory does not grow with the devices."""
 
     def reach(self, memory: float | int, devices: int) -> float:
-        """Tokens of the longest row that so many devices can take, if each has so many bytes."""
+        """Tokens of the longest row that so many devices can take, if each has so many bytes for what is counted."""
         return memory * devices / (self.own + self.row * devices)
 
 
