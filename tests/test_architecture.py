@@ -13,7 +13,7 @@ TOP = {"pyproject.toml", "README.md", "LICENSE", "CONTRIBUTING.md"}
 TOP |= {"ringattn", "configs", "scripts", "tests", "notebooks"}
 
 # What each room of ringattn/ may import of the others.
-BELOW = {"config", "environment", "mesh", "layout", "hardware"}
+BELOW = {"config", "environment", "mesh", "layout", "hardware", "units"}
 ROOMS = {
     "__init__": {"attention", "flax", "layout"},
     "flax": {"attention"},
@@ -22,12 +22,13 @@ ROOMS = {
     "visualize": BELOW | {"attention"},
     "hardware": set(),
     "environment": set(),
+    "units": set(),
     "mesh": {"config", "layout"},
     "attention": {"layout", "hardware"},
     "model": BELOW,  # it receives attention as a function
     "data": BELOW,
     "training": BELOW | {"attention", "model", "data"},
-    "benchmark": BELOW | {"attention", "visualize"},
+    "benchmark": BELOW | {"attention"},
     "generation": BELOW | {"attention", "model", "data"},
     "evaluation": BELOW | {"attention", "model", "data", "training"},
     "planning": BELOW | {"attention", "model", "data", "training"},

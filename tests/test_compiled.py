@@ -73,8 +73,8 @@ def test_memory_is_set_against_the_chips(monkeypatch):
     said["attention"] = {"strategy": "ring", "hops": 1, "most_hops": 7, "forward_bytes_sent": 2048}
     said["attention"] |= {"backward_bytes_sent": 3 * 2**20}
     lines = list(in_words(said))
-    assert " planned of 16.0 GiB, arguments 1.0 MiB, " in lines[1]
-    assert lines[2] == "attention by ring, 1 of 7 hops a layer: a device sends 2.0 KiB a step forward, 3.0 MiB backward"
+    assert " planned of 16 GiB, arguments 1 MiB, " in lines[1]
+    assert lines[2] == "attention by ring, 1 of 7 hops a layer: a device sends 2 KiB a step forward, 3 MiB backward"
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@ import jax.numpy as jnp
 import pytest
 
 from ringattn.training import metrics as metrics_module
-from ringattn.training.metrics import Metrics, Recorder, Screen, bytes_in_words
+from ringattn.training.metrics import Metrics, Recorder, Screen
 
 
 @pytest.fixture
@@ -68,11 +68,3 @@ def test_an_evaluation_is_said_by_context(capsys):
     assert recorder.evaluation(7, values) == "validation loss 2.5000 nats per token, 25.0% right"
     assert "by tokens of context, from: 0 3.0000, 64 2.0000" in capsys.readouterr().out
     assert rows == [{"step": 7} | values]
-
-
-@pytest.mark.parametrize(
-    ("count", "words"),
-    [(0, "0 bytes"), (1023, "1,023 bytes"), (1536, "1.5 KiB"), (2**34, "16.0 GiB"), (2**53, "8,192.0 TiB")],
-)
-def test_bytes_in_words(count, words):
-    assert bytes_in_words(count) == words

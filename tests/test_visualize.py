@@ -49,7 +49,6 @@ from ringattn.visualize import (
     seen,
     visitors,
 )
-from ringattn.visualize.text import size
 
 ROOT = Path(__file__).parents[1]
 SVG = "{http://www.w3.org/2000/svg}"
@@ -388,14 +387,13 @@ CURVES = {"dense": {2**14: 2**37, 2**16: 2**41}, "ring": {2**14: 2**27, 2**16: 2
 def test_memory_as_text():
     lines = [line.split() for line in memory_text(CURVES | {"gather": {2**14: 1000, 2**18: 16_000}}).splitlines()]
     assert lines[1] == ["tokens", "dense", "ring", "gather"]
-    assert lines[2] == ["16,384", "128", "GiB", "128", "MiB", "1000", "B"]
+    assert lines[2] == ["16,384", "128", "GiB", "128", "MiB", "1,000", "bytes"]
     assert lines[3] == ["65,536", "2", "TiB", "512", "MiB"]
     assert lines[4] == ["262,144", "15.62", "KiB"]
     assert lines[5] == ["a", "doubling", "x", "4.00", "x", "2.00", "x", "2.00"]
     one = memory_text({"ring": {2: 1024}}, "devices").splitlines()
     assert one[1].split() == ["devices", "ring"]
     assert one[-1].split() == ["a", "doubling", "-"]
-    assert [size(n) for n in (5, 1536, 3 * 2**40, 5000 * 2**40)] == ["5 B", "1.5 KiB", "3 TiB", "5,000 TiB"]
 
 
 def test_a_figure_of_memory_shows_the_curves():

@@ -11,7 +11,7 @@ from matplotlib.ticker import FixedLocator, LogLocator
 from rich.console import Console
 from rich.table import Table
 
-from ringattn.visualize.text import size
+from ringattn.units import bytes_in_words
 
 Row = dict[str, Any]
 """What is known of one pass of one subject at one length and ring size; an object of results.json."""
@@ -41,7 +41,11 @@ def table(rows: list[Row], title: str, baselines: tuple[str, ...]) -> Table:
             if previous not in (None, row["pass"]):
                 shown.add_section()
             previous = row["pass"]
-            numbers = duration(row["seconds"]), f"{row['flops_per_second'] / 1e9:,.1f}", size(row["temp_bytes"])
+            numbers = (
+                duration(row["seconds"]),
+                f"{row['flops_per_second'] / 1e9:,.1f}",
+                bytes_in_words(row["temp_bytes"]),
+            )
             ratios = [_ratio(row["speed"].get(baseline)) for baseline in baselines]
             shown.add_row(row["subject"], row["pass"], *numbers, *ratios)
     return shown
@@ -120,6 +124,6 @@ def _draw(axes: Axes, rows: list[Row], subjects: list[str], by: str, value: str)
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(lambda y, _: f"{y:,g} s" if y >= 1 else f"{y * 1e3:,g} ms")
     else:
-        axes.yaxis.set_major_formatter(lambda y, _: size(y))
+        axes.yaxis.set_major_formatter(lambda y, _: bytes_in_words(y))
     axes.minorticks_off()
     axes.grid(alpha=0.3)

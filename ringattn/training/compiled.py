@@ -15,9 +15,9 @@ from ringattn.hardware import CHIPS
 from ringattn.mesh import DATA, SEQUENCE, TENSOR, shards
 from ringattn.model import count_parameters
 from ringattn.training.flops import step_flops
-from ringattn.training.metrics import bytes_in_words
 from ringattn.training.run import Run, mask_of
 from ringattn.training.step import TrainState, TrainStep
+from ringattn.units import bytes_in_words
 
 Facts = dict[str, Any]
 

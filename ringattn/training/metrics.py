@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ringattn.training.by_context import losses_by_context
 from ringattn.training.step import Metrics
+from ringattn.units import bytes_in_words
 
 Row = dict[str, Any]
 """An object of metrics.jsonl: `step`, and numbers by name, None where one is not known."""
@@ -191,10 +192,3 @@ def stage_ends(rows: list[Row]) -> list[int]:
     """The last step of each stage that another follows: a row is written there, for a stage ends with a validation."""
     last = {row["stage"]: row["step"] for row in rows}
     return [step for _, step in sorted(last.items())][:-1]
-
-
-def bytes_in_words(count: int) -> str:
-    """1536 -> '1.5 KiB'."""
-    units = ("KiB", "MiB", "GiB", "TiB")
-    power = min((max(count, 1).bit_length() - 1) // 10, len(units))
-    return f"{count / 1024**power:,.1f} {units[power - 1]}" if power else f"{count:,} bytes"

@@ -7,10 +7,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MultipleLocator, NullLocator
 
+from ringattn.units import bytes_in_words
 from ringattn.visualize.figures import DPI, INK
 from ringattn.visualize.memory import SHOWN, Curve
 from ringattn.visualize.svg import COLOURS
-from ringattn.visualize.text import size
 
 SIZE = 7.6, 4.2
 """Inches."""
@@ -45,7 +45,7 @@ def memory_figure(
         axes.yaxis.set_major_locator(MultipleLocator(2.0 ** (int(most).bit_length() - 3)))
         axes.set_ylim(0, 1.1 * most)
     _label_points(axes, curves)
-    axes.yaxis.set_major_formatter(lambda y, _: size(y))
+    axes.yaxis.set_major_formatter(lambda y, _: bytes_in_words(y))
     axes.set(xlabel=label, ylabel="temporary memory of a device")
     axes.legend(fontsize=9, loc="lower right")
     return figure

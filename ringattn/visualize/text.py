@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from ringattn.units import bytes_in_words
 from ringattn.visualize.memory import Curve, doubling
 from ringattn.visualize.work import Row, full_hops, hops_made, imbalance, owners, pairs, visitors
 
@@ -39,16 +40,8 @@ def memory_text(curves: Mapping[str, Curve], against: str = "tokens") -> str:
     """A line a number of tokens (or devices), a column a curve: bytes; at last `doubling` of each."""
     rows = [(against, list(curves))]
     for x in sorted({x for curve in curves.values() for x in curve}):
-        rows.append((f"{x:,}", [size(curve[x]) if x in curve else "" for curve in curves.values()]))
+        rows.append((f"{x:,}", [bytes_in_words(curve[x]) if x in curve else "" for curve in curves.values()]))
     rows.append(("a doubling", [f"x {doubling(curve):.2f}" if len(curve) > 1 else "-" for curve in curves.values()]))
     width = max(15, *(len(name) + 3 for name in curves))
     lines = [head.rjust(12) + "".join(cell.rjust(width) for cell in cells) for head, cells in rows]
     return "\n".join(["temporary memory of a device", *(line.rstrip() for line in lines)])
-
-
-def size(count: float | int) -> str:
-    """Bytes in binary units."""
-    for power, word in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
-        if count >= 1024**power:
-            return f"{count / 1024**power:,.4g} {word}"
-    return f"{count:.4g} B"
