@@ -127,7 +127,7 @@ def test_a_loss_is_what_a_validation_finds(asked):
     ids=lambda each: each if isinstance(each, str) else "",
 )
 def test_numbers_do_not_depend_on_mesh_layout_and_strategy(asked, mesh, layout, strategy):
-    c = replace(asked, batch_size=4)
+    c = replace(asked, batch_size=8)
     other = replace(c, name="other", mesh=mesh, layout=layout, strategy=strategy)
     for each in (c, other):
         (Path(asked.runs[0]) / "evaluations").mkdir(exist_ok=True)
