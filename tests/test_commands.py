@@ -31,9 +31,9 @@ SHORTER = [
     ("configs/staged.py", " ".join(f"--stages.{n}.steps 1 --stages.{n}.seq_len {32 << n}" for n in (1, 2, 3))),
     ("--stages.3.steps 200", "--stages.3.steps 2"),
     ("configs/dna.py", "--data.overlap 16"),
-    ("configs/needle.py", "--data.path task:needle:128 --data.mixture 1"),
+    ("configs/needle", "--data.path task:needle:128 --data.mixture 1"),
     ("scripts/eval.py", "--lengths 64 128 --samples 2 --batch_size 2"),
-    ("eval_needle.py", "--lengths 256 --longer True"),
+    ("eval_needle", "--lengths 256 --longer True"),
     ("configs/llama3", "--model.layers 1 --model.dim 64 --model.vocabulary 256 --topology cpu:8 --data.seq_len 256"),
     ("scripts/benchmark.py", "--shard_tokens 16 --seconds 0 --simulate 8"),
 ]
