@@ -42,3 +42,9 @@ def test_by_step_and_by_context(drawn):
 
 def test_without_an_evaluation_there_is_one_picture(drawn):
     assert len(drawn([{"step": 1, "stage": 1, "loss": 2.0}]).axes) == 1
+
+
+def test_of_a_single_range_of_contexts_there_is_one_picture(drawn):
+    rows = [{"step": 1, "stage": 1, "loss": 2.0}, evaluation(1, 3.0), evaluation(2, 2.0)]
+    assert len(drawn(rows).axes) == 1
+    assert len(drawn([*rows, evaluation(3, 2.0, 1.0)]).axes) == 2

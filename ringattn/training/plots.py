@@ -20,7 +20,7 @@ def plot_loss(rows: list[Row], path: Path) -> None:
     Where a stage ends and the next begins is a line. Of a single range of contexts there is no picture.
     """
     evaluations = [row for row in rows if losses_by_context(row)]
-    if max((len(losses_by_context(row)) for row in evaluations), default=0) < 2:
+    if all(len(losses_by_context(row)) == 1 for row in evaluations):
         evaluations = []
     figure = Figure(figsize=(11, 4) if evaluations else (7, 4), layout="constrained")
     axes = figure.subplots(1, 2 if evaluations else 1, squeeze=False)[0]
