@@ -1,10 +1,10 @@
-"""The ring beside dense attention and the PyPI package ringattention, at three row lengths.
+"""Compares ring attention, dense attention and the PyPI package ringattention at three row lengths.
 
     python scripts/benchmark.py --config configs/benchmark.py
 
-The package is compared with if it is there: pip install -e '.[benchmark]'. Expect a table a length. Dense attention
-holds a number for every pair of tokens and is soon slow; at the longest row it may not fit, and is then left out.
-Simulated devices share the processor: what is compared here is work done, not what a balanced layout gains.
+The package is included if it is installed: pip install -e '.[benchmark]'. Prints one table per length. Dense attention
+stores one logit per pair of tokens; lengths at which it does not fit in memory are skipped. Simulated devices share the
+CPU, so the times measure total work and do not show the benefit of a balanced layout.
 """
 
 from ringattn.config import Benchmark

@@ -1,8 +1,8 @@
-"""All the GPUs or TPUs of a host as one ring, in the shape of a large model's layer, in bfloat16.
+"""Benchmarks a ring over all GPUs or TPUs of a host, with the attention shape of a large model, in bfloat16.
 
     python scripts/benchmark.py --config configs/benchmark_accelerator.py
 
-Dense attention runs on one device. With a single device the ring is no ring, and its kernel is what is compared.
+Dense attention runs on one device. On a single device nothing rotates, so the benchmark compares the kernels.
 """
 
 from dataclasses import replace

@@ -1,9 +1,9 @@
-"""Rings of 1, 2, 4 and 8 devices, each device with 1,024 tokens: what grows with the ring, and what does not.
+"""Measures time and memory on rings of 1, 2, 4 and 8 devices with 1,024 tokens per device.
 
     python scripts/benchmark.py --config configs/benchmark_rings.py
 
-Expect a ring's temporary memory to level off, and that of gathered keys and values to go on growing. Time grows as
-the square of the ring, for simulated devices share the processor; on real ones it grows as the ring.
+Expect temporary memory to level off for ring and to keep growing for gather. Time grows with the square of the ring
+size, because simulated devices share the CPU; on real devices it grows linearly.
 """
 
 from dataclasses import replace

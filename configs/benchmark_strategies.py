@@ -1,9 +1,9 @@
-"""Layouts and strategies among themselves: the ring in three layouts, gathered keys and values, heads for sequence.
+"""Compares ring attention in three layouts, all-gathered K/V, and Ulysses (all-to-all between sequence and heads).
 
     python scripts/benchmark.py --config configs/benchmark_strategies.py
 
-Expect about equal times where simulated devices share a processor, and gather to need the most memory. Ulysses gives
-each of the 8 devices one of the 8 heads; with fewer heads it would be left out.
+Expect similar times, because simulated devices share the CPU, and the most memory for gather. Ulysses assigns one of
+the 8 heads to each of the 8 devices; with fewer heads it is skipped.
 """
 
 from dataclasses import replace

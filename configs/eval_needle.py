@@ -1,8 +1,8 @@
-"""Hides needles at five depths of rows of three lengths, and draws which of them the model of `needle` finds.
+"""Evaluates retrieval by the model of `needle`: needles at five depths in rows of three lengths.
 
     python scripts/eval.py --config configs/eval_needle.py
 
-Expect half a minute on two CPU cores, and 0.98 or more in every cell. The heat map lies in
+Expect half a minute on two CPU cores and an accuracy of at least 0.98 in every cell. The heat map is
 runs/needle/evaluations/eval_needle/plots/needle.png.
 """
 

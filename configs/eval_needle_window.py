@@ -1,9 +1,9 @@
-"""The needle model beside the one that sees 64 tokens back, also on rows twice as long as they were trained on.
+"""Compares the models of `needle` and `needle_window`, also in rows of twice the training length.
 
     python scripts/eval.py --config configs/eval_needle_window.py
 
-The heat maps lie side by side in runs/needle/evaluations/eval_needle_window/comparison/plots/needle.png: the one
-shows where sight ends, 128 tokens back, in longer rows, too; the other knows no rows longer than it was trained on.
+Both heat maps are in runs/needle/evaluations/eval_needle_window/comparison/plots/needle.png. The windowed model finds
+needles up to 128 tokens back, even in longer rows. The other model fails in rows beyond its training length.
 """
 
 from dataclasses import replace

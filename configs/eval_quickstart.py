@@ -1,8 +1,8 @@
-"""Does the quickstart's model use its context? Losses by position, by length of context and by kind of document.
+"""Measures how the quickstart model uses its context: loss by position, by context length and by document kind.
 
     python scripts/eval.py --config configs/eval_quickstart.py
 
-Expect a minute on two CPU cores. Numbers and curves lie in runs/quickstart/evaluations/eval_quickstart/.
+Expect one minute on two CPU cores. Results and plots are in runs/quickstart/evaluations/eval_quickstart/.
 """
 
 from ringattn.config import Evaluation, Mesh

@@ -1,9 +1,10 @@
-"""A bigger model on all three mesh axes: 2 x 2 devices share rows and parameters, 2 share heads and feed-forward.
+"""FSDP, context and tensor parallelism combined: 2 x 2 x 2 devices for batch, sequence and heads.
 
     python scripts/train.py --config configs/fsdp_tensor.py
 
-13 million parameters in bfloat16 compute, an output projection of its own, every batch in two parts. On processors,
-which are slow at bfloat16, --train.steps 20 is enough to see that it works; on eight accelerators --mesh.simulate 0.
+The batch is sharded over 2 devices, the sequence over 2, parameters over these 4, and heads and feed-forward over 2. 13
+million parameters, bfloat16 compute, untied output projection, two microbatches per update. CPUs are slow at bfloat16;
+use --train.steps 20 for a quick check. On eight accelerators use --mesh.simulate 0.
 """
 
 from ringattn.config import Checkpoint, Config, Data, Log, Mesh, Model, Optimizer, Train

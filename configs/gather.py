@@ -1,9 +1,10 @@
-"""The quickstart with all keys and values gathered on every device: what the ring is compared with.
+"""The quickstart with K/V all-gathered on every device, as a baseline for the ring.
 
     python scripts/train.py --config configs/gather.py
 
-Expect the quickstart's losses, up to rounding. Every device holds the whole row's K/V of a layer at once, so memory
-grows with the row's length and not only with a device's part of it; in return there is one exchange a layer.
+Expect the losses of the quickstart, up to rounding. Every device stores the K/V of the whole row for one layer at a
+time, so memory grows with the row length instead of the local length. In return each layer needs one exchange
+instead of seven.
 """
 
 from dataclasses import replace

@@ -1,9 +1,10 @@
-"""The quickstart with rows cut into eight pieces in their natural order: an ablation of the layout.
+"""The quickstart with tokens sharded in their natural order: an ablation of the zigzag layout.
 
     python scripts/train.py --config configs/layout_contiguous.py
 
-Expect the quickstart's losses, up to rounding: a layout changes where tokens lie, not what they see. What differs is
-balance: the last device's queries see all keys, the first one's almost none, and the slowest device sets the pace.
+Expect the losses of the quickstart, up to rounding: a layout changes where tokens are stored, not what they attend to.
+Work is unbalanced: queries on the last device attend to all shards, those on the first device only to their own, and
+the slowest device determines the step time.
 """
 
 from dataclasses import replace

@@ -1,8 +1,8 @@
-"""The 8B model on rows of 10,485,760 tokens: what a layer keeps for the backward pass waits in the hosts' memory.
+"""Plans the 8B model on rows of 10,485,760 tokens, with saved activations offloaded to host memory.
 
     python scripts/plan.py --config configs/llama3_8b_10m.py --topology v5p:4x4x4
 
-Expect it to fit 64 chips of 95.7 GiB.
+Expect it to fit in 64 chips with 95.7 GiB each.
 """
 
 from dataclasses import replace

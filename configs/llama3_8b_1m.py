@@ -1,9 +1,9 @@
-"""An 8B model of Llama 3's shape on rows of 1,048,576 tokens, a ring over all devices.
+"""Plans an 8B model with the architecture of Llama 3 on rows of 1,048,576 tokens, with one ring over all devices.
 
     python scripts/plan.py --config configs/llama3_8b_1m.py --topology v5e:8x8
 
-Expect it to fit 64 chips of 15.75 GiB; scripts/train.py takes it, too, where there are such devices and
---data.tokenizer names Llama's tokenizer.json.
+Expect it to fit in 64 chips with 15.75 GiB each. To train it on such devices, use scripts/train.py with the path of
+Llama's tokenizer.json as --data.tokenizer.
 """
 
 from ringattn.config import Config, Data, Log, Mesh, Model, Optimizer, Train

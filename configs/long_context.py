@@ -1,10 +1,10 @@
-"""Rows of 32,768 bytes over a ring of 8 simulated devices: sixteen times the quickstart's context.
+"""Rows of 32,768 bytes on a ring of 8 simulated devices: 16 times the context of the quickstart.
 
     python scripts/train.py --config configs/long_context.py
 
-Expect many minutes on two CPU cores, for attention's work grows with the square of the row. remat: of each layer
-only its input and attention's result are kept for the backward pass. rope_theta is raised, so that positions thousands
-of bytes apart still turn a head's slow pairs by different angles.
+Slow on CPU, because attention work grows with the square of the row length. With remat each layer saves only its input
+and its attention output for the backward pass. The larger rope_theta lets low-frequency RoPE dimensions distinguish
+positions thousands of bytes apart.
 """
 
 from dataclasses import replace

@@ -1,8 +1,8 @@
-"""Two sources in fixed proportions: three rows of the standard library to one of this repository's own source.
+"""Two data sources in fixed proportions: three rows of the standard library to one of this repository's source.
 
     python scripts/train.py --config configs/mixture.py
 
-The small source begins anew long before the large one has been read. Run it from the repository's folder.
+The small source repeats many times before the large one is exhausted. Run it from the repository root.
 """
 
 from dataclasses import replace

@@ -1,14 +1,14 @@
-"""Trains a tiny model from nothing until it finds a needle at every depth of rows of 512 bytes.
+"""A tiny model, trained from scratch to find a needle at every depth of rows of 512 bytes.
 
     python scripts/train.py --config configs/needle.py
     python scripts/eval.py --config configs/eval_needle.py
 
-Each row is prose with a number of seven digits hidden somewhere, and ends with the question for it; only the answer
-counts in the loss. Documents of 128 and 256 bytes, of which several fill a row, are learned first and show the way to
-those of 512. Expect some twelve minutes on two CPU cores.
+Each document is prose with a hidden seven-digit number, followed by a question about the number; all but the answer is
+masked out of the loss. Documents of 128 and 256 bytes, packed into rows, are learned first and speed up learning those
+of 512. Expect about twelve minutes on two CPU cores.
 """
 
-from ringattn.config import Attention, Checkpoint, Config, Data, Evaluate, Log, Mesh, Model, Optimizer, Train
+from ringattn.config import Attention, Checkpoint, Config, Data, Log, Mesh, Model, Optimizer, Train, Validation
 
 config = Config(
     name="needle",
@@ -18,7 +18,7 @@ config = Config(
     attention=Attention(layout="zigzag", strategy="ring"),
     optimizer=Optimizer(learning_rate=1e-3, warmup_steps=50),
     train=Train(steps=1500, batch_size=16),
-    evaluate=Evaluate(every=100, batches=4),
+    validation=Validation(every=100, batches=4),
     checkpoint=Checkpoint(every=200),
     log=Log(every=25),
 )

@@ -1,9 +1,9 @@
-"""The needle model with its attention cut to a window of 64 tokens: it cannot find what lies further back.
+"""The needle model with a sliding window of 64 preceding tokens, which hides needles further back.
 
     python scripts/train.py --config configs/needle_window.py
     python scripts/eval.py --config configs/eval_needle_window.py
 
-Two layers reach back 128 tokens. A mask that is wrong for whatever reason would show in the heat map as this one does.
+Two layers reach back 128 tokens. The heat map also reveals a wrong mask.
 """
 
 from dataclasses import replace

@@ -1,11 +1,11 @@
-"""A small transformer on real text, by a ring of 8 simulated devices: no download, no accelerator.
+"""A small transformer trained on real text, on a ring of 8 simulated devices. Requires no download or accelerator.
 
     python scripts/train.py --config configs/quickstart.py
 
-Expect some three minutes on two CPU cores, and a validation loss near 2.24 nats a byte (untrained: 5.5).
+Expect about three minutes on two CPU cores and a validation loss near 2.24 nats per byte (untrained: 5.5).
 """
 
-from ringattn.config import Attention, Checkpoint, Config, Data, Evaluate, Log, Mesh, Model, Optimizer, Train
+from ringattn.config import Attention, Checkpoint, Config, Data, Log, Mesh, Model, Optimizer, Train, Validation
 
 config = Config(
     name="quickstart",
@@ -15,7 +15,7 @@ config = Config(
     attention=Attention(layout="zigzag", strategy="ring"),
     optimizer=Optimizer(learning_rate=3e-3, warmup_steps=20),
     train=Train(steps=400, batch_size=2),
-    evaluate=Evaluate(every=100, batches=8),
+    validation=Validation(every=100, batches=8),
     checkpoint=Checkpoint(every=100),
     log=Log(every=10),
 )

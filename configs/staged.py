@@ -1,11 +1,11 @@
-"""Context that grows: rows of 1,024, 2,048, then 4,096 bytes, on rings of 2, 4, then 8 simulated devices.
+"""Progressive context extension: rows of 1,024, 2,048 and 4,096 bytes on rings of 2, 4 and 8 simulated devices.
 
     python scripts/train.py --config configs/staged.py
 
-The recipe of Large World Models (arXiv 2402.08268) in small: each stage begins with the weights of the one before, rows
-are twice as long, the rotary base grows with them, and the tokens of a step stay as many, in fewer rows. The devices
-that a short ring leaves share the rows. Expect some three minutes on two CPU cores, and a validation loss near 2.3 nats
-a byte.
+A small version of the recipe of Large World Models (arXiv 2402.08268). Each stage starts from the weights of the
+previous stage, doubles the row length, raises rope_theta and halves the batch size, so that the number of tokens per
+update stays constant. The batch is sharded over the devices that the ring does not use. Expect about three minutes on
+two CPU cores and a validation loss near 2.3 nats per byte.
 """
 
 from dataclasses import replace

@@ -1,10 +1,10 @@
-"""The quickstart, to be watched while it goes on: in TensorBoard, and in Weights & Biases.
+"""The quickstart, logged to TensorBoard and Weights & Biases.
 
     python scripts/train.py --config configs/tracked.py
 
-It needs `pip install -e '.[tensorboard,wandb]'` and, to look at it, `pip install tensorboard` and `tensorboard
---logdir runs`. Weights & Biases is sent nothing unless you say so, by WANDB_MODE=online after `wandb login`, or later
-by `wandb sync runs/tracked/wandb/offline-run-*`. Expect the quickstart's losses.
+Requires `pip install -e '.[tensorboard,wandb]'`. To view the run: `pip install tensorboard`, then `tensorboard --logdir
+runs`. Nothing is sent to Weights & Biases unless you run `wandb login` and set WANDB_MODE=online, or later run `wandb
+sync runs/tracked/wandb/offline-run-*`. Expect the losses of the quickstart.
 """
 
 from dataclasses import replace

@@ -1,9 +1,9 @@
-"""The quickstart on four pairs of devices: a pair exchanges heads for sequence, and K/V go round the pairs.
+"""The quickstart with USP on four pairs of devices: all-to-all within each pair, and a ring over the pairs.
 
     python scripts/train.py --config configs/usp.py
 
-Expect the quickstart's losses, up to rounding, with three hops instead of seven. --attention.strategy ring makes it a
-ring of rings: the inner rings turn once for each hop of the outer one.
+Expect the losses of the quickstart, up to rounding, with three hops instead of seven. --attention.strategy ring gives a
+nested ring: K/V rotate once through the inner ring per hop of the outer ring.
 """
 
 from dataclasses import replace

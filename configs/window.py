@@ -1,9 +1,9 @@
-"""The quickstart with a sliding window: a token sees itself and the 256 tokens before it.
+"""The quickstart with a sliding window: a token attends to itself and the 256 preceding tokens.
 
     python scripts/train.py --config configs/window.py
 
-A device holds 256 tokens of a row of 2,048, so in the contiguous layout no window reaches further than one device
-back: K/V make one hop instead of seven. How far its loss lies above the quickstart's is what the farther past is worth.
+A device stores 256 tokens of a row of 2,048, so in the contiguous layout the window reaches at most one device back,
+and K/V need one hop instead of seven. The increase in loss over the quickstart measures the value of longer context.
 """
 
 from dataclasses import replace

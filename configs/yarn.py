@@ -1,9 +1,9 @@
-"""A model that knows rows of 1,024 bytes learns rows of 4,096 in fifty steps, its rotary positions scaled by YaRN.
+"""Extends a model from rows of 1,024 bytes to rows of 4,096 in 50 steps, with YaRN scaling of RoPE.
 
     python scripts/train.py --config configs/yarn.py
 
-The second stage lies on two rings of four devices: a ring of rings. Compare with --stages.2.rope_scaling linear.
-Expect some two minutes on two CPU cores.
+The second stage runs on two rings of four devices, as a nested ring. Compare with --stages.2.rope_scaling linear.
+Expect about two minutes on two CPU cores.
 """
 
 from dataclasses import replace

@@ -1,6 +1,9 @@
-"""Ring attention for JAX: exact attention over sequences that are spread over many devices."""
+"""Ring attention for JAX: exact attention over sequences that are sharded over many devices."""
 
-from ringattn.attention import Mask, attention, choose_strategy, shard_attention
+from ringattn.attn.attention import attention
+from ringattn.attn.auto import choose_strategy
+from ringattn.attn.mask import Mask
+from ringattn.attn.sharded import shard_attention
 from ringattn.flax import flax_attention
 from ringattn.layout import permute, unpermute
 

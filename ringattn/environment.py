@@ -1,4 +1,4 @@
-"""What a result may depend on beyond its config, as environment.json keeps it."""
+"""Software and hardware that produced a result, as stored in environment.json."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ import jax
 
 
 def environment() -> dict[str, Any]:
-    """Versions, devices, processor cores, the commit of the source."""
+    """Returns package versions, devices, number of CPU cores and processes, and the git commit."""
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     device = jax.devices()[0]
     return {
@@ -25,10 +25,10 @@ def environment() -> dict[str, Any]:
 
 
 def git_commit() -> str | None:
-    """The commit of the checkout that holds this file, '-dirty' behind it if something is changed; None outside."""
+    """Returns the commit of this checkout, with suffix '-dirty' for uncommitted changes; None outside a checkout."""
     command = ("git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*")
     try:
-        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-    except OSError:  # no git on this machine
+        result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:  # git is not installed
         return None
-    return found.stdout.strip() or None
+    return result.stdout.strip() or None

@@ -1,54 +1,60 @@
-"""`ringattn.attention` in the shape of Flax's `attention_fn`, for `flax.nnx.MultiHeadAttention`."""
+"""`ringattn.attention` as `attention_fn` of `flax.nnx.MultiHeadAttention`."""
 
 from dataclasses import replace
 from typing import Any
 
+import jax
+from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from ringattn.attention import Mask, attention
+from ringattn.attn.attention import attention
+from ringattn.attn.mask import Mask
 
 
 def flax_attention(
     query: Float[Array, "B L H D"],
     key: Float[Array, "B L G D"],
     value: Float[Array, "B L G Dv"],
-    bias: Any = None,
-    mask: Any = None,
+    bias: jax.Array | None = None,
+    mask: jax.Array | None = None,
     *,
     is_causal: bool = False,
     masking: Mask = Mask(causal=False),
     dropout_rate: float = 0.0,
     deterministic: bool = True,
-    module: Any = None,
+    module: nnx.Module | None = None,
     dropout_rng: Any = None,
-    broadcast_dropout: Any = None,
-    dtype: Any = None,
+    broadcast_dropout: bool | None = None,
+    dtype: DTypeLike | None = None,
     precision: Any = None,
     **options: Any,
 ) -> Float[Array, "B L H Dv"]:
     """Attention over the context axis, as `attention_fn` of `flax.nnx.MultiHeadAttention`.
 
-    Flax gives all but `masking` and `options`; bind these by `functools.partial`.
+    Flax passes all arguments except `masking` and `options`, which `functools.partial` can bind.
 
     Args:
-      query, key, value: as of `ringattn.attention`.
-      is_causal: as Flax's caller says; adds causality to `masking`.
-      masking: window, chunk and causality; what `ringattn.attention` calls `mask`, a name that Flax has taken.
-      dtype: query, key and value are cast to it, as Flax does.
-      options: keyword arguments of `ringattn.attention`: segment_ids, layout, strategy, axis, spec, ...
+      query, key, value: as in `ringattn.attention`.
+      is_causal: passed by Flax; makes `masking` causal.
+      masking: the `mask` of `ringattn.attention`, a name that Flax uses for an array.
+      dtype: dtype to which query, key and value are cast, as in Flax.
+      options: other keyword arguments of `ringattn.attention`: segment_ids, layout, strategy, axis, spec, ...
 
     Raises:
-      ValueError: for what a ring cannot keep: an array as mask or bias, dropout, sown attention weights; and as
-        `ringattn.attention` does.
+      ValueError: for an array as mask or bias, for dropout, and for sown attention weights, which a ring does not
+        support; and as `ringattn.attention` does.
     """
     for name, array in {"mask": mask, "bias": bias}.items():
         if array is not None:
-            cure = "masking=ringattn.Mask(...), segment_ids, span_ids or slopes, bound by functools.partial"
-            raise ValueError(f"{name} {array.shape} has an entry for each pair of tokens, too many to hold: use {cure}")
+            fix = "masking=ringattn.Mask(...), segment_ids, span_ids or slopes, bound by functools.partial"
+            raise ValueError(f"{name}.shape={array.shape} must not have an entry per pair of tokens; use {fix}")
     if dropout_rate > 0 and not deterministic:
-        raise ValueError(f"dropout_rate={dropout_rate} on attention weights is not supported: use dropout_rate=0.0")
+        raise ValueError(f"dropout_rate={dropout_rate} on attention weights is not supported; use dropout_rate=0.0")
     if module is not None:
-        raise ValueError("sow_weights=True would keep L x L attention weights, which no device holds: leave it out")
+        raise ValueError(
+            "sow_weights=True would store L x L attention weights, which do not fit; use sow_weights=False"
+        )
     if dtype is not None:
         query, key, value = (x.astype(dtype) for x in (query, key, value))
     masking = replace(masking, causal=masking.causal or is_causal)

@@ -1,25 +1,25 @@
-"""What chips can do, per device as JAX counts them, by JAX's `device_kind`. No arrays.
+"""Peak FLOP/s, memory and link bandwidth of accelerators, per JAX device, by JAX's `device_kind`.
 
-Sources: TPUs, https://docs.cloud.google.com/tpu/docs/v5e and its neighbours v3, v4, v5p, v6e, tpu7x, and for what a
-link really carries https://jax-ml.github.io/scaling-book/tpus (about a tenth below Google's nominal figure); NVIDIA,
-the data sheets at https://www.nvidia.com/en-us/data-center/ (h100, h200, hgx, a100, l4, tesla-t4), memory as the
-driver reports it.
+Sources: for TPUs https://docs.cloud.google.com/tpu/docs/v5e (also v3, v4, v5p, v6e, tpu7x) and, for measured link
+bandwidth, https://jax-ml.github.io/scaling-book/tpus (about 10% below Google's nominal figure); for NVIDIA the data
+sheets at https://www.nvidia.com/en-us/data-center/ (h100, h200, hgx, a100, l4, tesla-t4), with memory as reported by
+the driver.
 """
 
 from typing import NamedTuple
 
 
 class Chip(NamedTuple):
-    """A device of JAX's; half a chip of TPU v3 and TPU7x, whose two devices share the chip's links."""
+    """One JAX device. On TPU v3 and TPU7x a device is half a chip; both devices of a chip share its links."""
 
     flops: float
     """Dense bfloat16 FLOP/s, without sparsity."""
     memory: float
-    """Bytes of HBM."""
+    """Device memory in bytes."""
     memory_bandwidth: float
-    """Bytes/s of HBM."""
+    """Device memory bandwidth in bytes/s."""
     link_bandwidth: float
-    """Bytes/s, one way, to one neighbour: an ICI link, NVLink, or PCIe where there is no other."""
+    """Bandwidth to one neighbor in bytes/s, one way: over ICI, NVLink, or PCIe on cards without NVLink."""
 
 
 CHIPS: dict[str, Chip] = {
@@ -29,7 +29,7 @@ CHIPS: dict[str, Chip] = {
     "TPU v5": Chip(459e12, 95 * 2**30, 2765e9, 90e9),
     "TPU v6 lite": Chip(918e12, 32 * 2**30, 1638e9, 90e9),
     "TPU7x": Chip(1153.5e12, 96 * 2**30, 3690e9, 90e9),
-    "Tesla T4": Chip(65e12, 15 * 2**30, 320e9, 15.75e9),  # float16: it has no native bfloat16
+    "Tesla T4": Chip(65e12, 15 * 2**30, 320e9, 15.75e9),  # float16, because T4 has no native bfloat16
     "NVIDIA L4": Chip(121e12, 24e9, 300e9, 31.5e9),
     "NVIDIA A100-SXM4-40GB": Chip(312e12, 42.3e9, 1555e9, 300e9),
     "NVIDIA A100-SXM4-80GB": Chip(312e12, 85.1e9, 2039e9, 300e9),
@@ -37,4 +37,4 @@ CHIPS: dict[str, Chip] = {
     "NVIDIA H200": Chip(989.4e12, 141e9, 4800e9, 450e9),
     "NVIDIA B200": Chip(2250e12, 191.5e9, 8000e9, 900e9),
 }
-"""A chip that is not here has no known figures. Those of NVIDIA were not read off a device."""
+"""Supported chips by `device_kind`. NVIDIA figures come from data sheets and were not measured."""

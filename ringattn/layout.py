@@ -1,8 +1,9 @@
-"""The order in which a sequence's tokens lie over the shards of a ring.
+"""Layouts: the order in which the tokens of a sequence are stored over the shards.
 
-`contiguous` keeps the order. Causal work is then uneven: the last shard's queries see every key, the first
-shard's almost none. `striped` deals the tokens out like cards (Striped Attention, arXiv 2311.09431), `zigzag`
-gives shard r the pieces r and 2p-1-r of 2p, so that every shard does the same causal work at every hop.
+`contiguous` keeps the natural order. Under a causal mask, work is unbalanced: shard p-1 sees p times as many key
+shards as shard 0. `striped` assigns tokens to the p shards round-robin (Striped Attention, arXiv 2311.09431). `zigzag`
+cuts the sequence into 2p pieces and assigns pieces r and 2p-1-r to shard r, so that every shard does the same causal
+work at every hop.
 """
 
 from typing import Any, Literal, NamedTuple, get_args
@@ -16,62 +17,71 @@ LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 
 
 class Piece(NamedTuple):
-    """Tokens whose positions are start, start + step, ..., `count` of them; start is an int or an array of them."""
+    """The `count` positions start, start + step, ...; `start` is an int or an array of ints."""
 
     start: Any
     step: int
     count: int
 
 
-def check_length(length: int, layout: str, shards: int, name: str = "the sequence length") -> None:
-    """Raises ValueError, naming the nearest lengths that fit, if `length` tokens cannot lie in `layout`."""
+def check_length(
+    length: int, layout: str, shards: int, name: str = "the sequence length", shards_name: str = "shards"
+) -> None:
+    """Raises ValueError, with the nearest valid lengths, unless `layout` divides `length` tokens evenly over `shards`.
+
+    `name` and `shards_name` are used in messages.
+    """
     if layout not in LAYOUTS:
-        raise ValueError(f"layout={layout!r} is none of {', '.join(map(repr, LAYOUTS))}")
+        raise ValueError(f"layout={layout!r} must be one of {', '.join(map(repr, LAYOUTS))}")
     unit = 2 * shards if layout == "zigzag" else shards
     if length % unit == 0 and length > 0:
         return
     below = length // unit * unit
-    fitting = f"{below} or {below + unit}" if below > 0 else f"{unit}"
-    rule = f"2 * context = {unit}" if layout == "zigzag" else f"context = {unit}"
-    other = ", or layout='contiguous'" if layout == "zigzag" and length > 0 and length % shards == 0 else ""
-    raise ValueError(
-        f"{name}={length} must be a positive multiple of {rule} for layout={layout!r}: use {fitting}{other}"
-    )
+    fix = f"{below} or {below + unit}" if below > 0 else f"{unit}"
+    rule = f"2 * {shards_name} = {unit}" if layout == "zigzag" else f"{shards_name} = {unit}"
+    if layout == "zigzag" and length > 0 and length % shards == 0:
+        fix += ", or layout='contiguous'"
+    raise ValueError(f"{name}={length} must be a positive multiple of {rule} for layout={layout!r}; use {fix}")
 
 
 def pieces(layout: str, shard: Any, shards: int, local: int) -> list[Piece]:
-    """What shard number `shard` (an int, an array of ints, or a traced index) of `shards` holds, in order."""
+    """Returns the pieces of the shard with index `shard`, in storage order.
+
+    `shard` is an int, an array of ints, or a traced index.
+    """
     if layout == "contiguous":
         return [Piece(shard * local, 1, local)]
     if layout == "striped":
         return [Piece(shard, shards, local)]
-    assert layout == "zigzag", layout  # check_length has seen to it
+    assert layout == "zigzag", layout  # callers validate layout and length: see check_length
+    assert local % 2 == 0, local
     half = local // 2
     return [Piece(shard * half, 1, half), Piece((2 * shards - 1 - shard) * half, 1, half)]
 
 
 def shard_positions(layout: str, shard: Any, shards: int, local: int) -> Any:
-    """Positions [local] int32 of the tokens of shard number `shard`: NumPy for an int, JAX for a traced index."""
+    """Returns positions [local] int32 of the tokens of a shard: NumPy for an int, JAX for a traced index."""
     xp = np if isinstance(shard, int) else jnp
-    held = pieces(layout, shard, shards, local)
-    return xp.concatenate([piece.start + piece.step * np.arange(piece.count, dtype=np.int32) for piece in held])
+    return xp.concatenate(
+        [start + step * np.arange(count, dtype=np.int32) for start, step, count in pieces(layout, shard, shards, local)]
+    )
 
 
 def positions_of(layout: str, first: Any, count: int, shards: int, local: int) -> Any:
-    """Positions [count * local] int32 of the tokens of `count` shards from number `first` (traced, or an int) on."""
-    numbers = first + jnp.arange(count, dtype=jnp.int32)
-    return jax.vmap(lambda shard: shard_positions(layout, shard, shards, local))(numbers).reshape(-1)
+    """Returns positions [count * local] int32 of the shards `first` (an int or traced) to `first + count - 1`."""
+    indices = first + jnp.arange(count, dtype=jnp.int32)
+    return jax.vmap(lambda shard: shard_positions(layout, shard, shards, local))(indices).reshape(-1)
 
 
 def order(layout: str, length: int, shards: int) -> np.ndarray:
-    """Positions [length] in the order in which the tokens lie: token `order[i]` lies at place i."""
+    """Returns positions [length] in storage order: element i of the permuted sequence is token `order[i]`."""
     check_length(length, layout, shards)
     local = length // shards
     return np.concatenate([shard_positions(layout, shard, shards, local) for shard in range(shards)])
 
 
 def permute(x: Any, layout: str, shards: int, dim: int = 1) -> Any:
-    """Puts the sequence dim of `x` (a NumPy or JAX array in natural order) into `layout` over `shards` shards.
+    """Permutes the sequence dim of `x` (NumPy or JAX) from natural order to `layout` over `shards` shards.
 
     Raises ValueError if the length does not fit the layout.
     """
@@ -79,5 +89,5 @@ def permute(x: Any, layout: str, shards: int, dim: int = 1) -> Any:
 
 
 def unpermute(x: Any, layout: str, shards: int, dim: int = 1) -> Any:
-    """The inverse of `permute`: natural order again."""
+    """Restores the natural order: the inverse of `permute`."""
     return x.take(np.argsort(order(layout, x.shape[dim], shards)), axis=dim)

@@ -1,6 +1,6 @@
-"""Times attention: python scripts/benchmark.py --config configs/benchmark.py [--field value ...]
+"""Benchmarks attention: python scripts/benchmark.py --config configs/benchmark.py [--option VALUE ...]
 
-Table, results.json and plot go to runs/<name>/. The same command again measures anew and replaces them.
+Writes a table, results.json and a plot to runs/<name>/. Running the same command again replaces them.
 """
 
 import sys
@@ -9,9 +9,9 @@ from ringattn import benchmark, config
 
 
 def main() -> int:
-    run = config.parse(sys.argv[1:], __doc__ or "", config.Benchmark)
+    settings = config.parse(sys.argv[1:], __doc__ or "", config.Benchmark)
     with config.reported_errors():
-        return benchmark.benchmark(run)
+        return benchmark.benchmark(settings)
 
 
 if __name__ == "__main__":

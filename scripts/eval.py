@@ -1,6 +1,7 @@
-"""Evaluates runs: python scripts/eval.py --config configs/eval_needle.py [--runs runs/one runs/two] [--field value ...]
+"""Evaluates runs: python scripts/eval.py --config configs/eval_needle.py [--runs DIRECTORY ...] [--option VALUE ...]
 
-Results, tables and plots go to runs/<run>/evaluations/<name>/. A stopped evaluation goes on where it was.
+Writes results, tables and plots to runs/<run>/evaluations/<name>/. Run the same command again to resume an interrupted
+evaluation.
 """
 
 import sys
@@ -9,9 +10,9 @@ from ringattn import config, evaluation
 
 
 def main() -> int:
-    asked = config.parse(sys.argv[1:], __doc__ or "", config.Evaluation)
+    settings = config.parse(sys.argv[1:], __doc__ or "", config.Evaluation)
     with config.reported_errors():
-        return evaluation.evaluate(asked)
+        return evaluation.evaluate(settings)
 
 
 if __name__ == "__main__":

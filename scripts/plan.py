@@ -1,41 +1,49 @@
-"""What an update would take: python scripts/plan.py --config configs/llama3_8b_1m.py --topology v5e:8x8 [--json FILE]
+"""Plans a train step: python scripts/plan.py --config configs/llama3_8b_1m.py --topology v5e:8x8 [--json FILE]
 
-Compiles the train step for TPUs that need not be there (v5e:8x8, v5p:4x4x4, ...), by their real compiler (the extra
-`tpu`), or for cpu:N, and says how much memory each device would need. --json FILE writes it down, too. Any field of the
-config can be overridden; --stage N is for a config of several stages. Exit status 1 if it does not fit.
+Compiles the step with the TPU compiler (pip install -e '.[tpu]'), which needs no TPU, and reports the memory that each
+device needs. The exit status is 1 if the step does not fit.
 """
 
-import argparse
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ringattn import config, planning
 
+SECTIONS = ("model", "data", "mesh", "attention", "optimizer", "train", "stages")
+"""Config sections that affect the compiled step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(config.Options):
+    topology: str | None = None
+    """Target devices: a TPU topology, such as v5e:8x8 or v5p:4x4x4, or cpu:N for N CPU devices. Required."""
+    json: str | None = None
+    """Also write the plan to this JSON file."""
+    stage: int | None = None
+    """Stage to plan, from 1. Required for a config with several stages."""
+
 
 def main() -> int:
-    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    own.add_argument("--topology")
-    own.add_argument("--json", type=Path)
-    own.add_argument("--stage", type=int)
+    options, run = config.parse_with(Options, sys.argv[1:], __doc__ or "", sections=SECTIONS)
     with config.reported_errors():
-        try:
-            asked, rest = own.parse_known_args()
-        except argparse.ArgumentError as error:
-            raise ValueError(str(error)) from None
-        run = config.parse(rest, __doc__ or "")
-        if asked.topology is None:
-            raise ValueError("no topology given: name one, such as --topology v5e:8x8")
-        if asked.json is not None and not asked.json.parent.is_dir():
-            raise ValueError(f"--json {asked.json}: there is no folder {asked.json.parent}: make it first")
-        if asked.stage is not None and not 0 < asked.stage <= len(run.stages):
-            raise ValueError(f"--stage {asked.stage}, but the stages of {run.name} are 1 to {len(run.stages)}")
-        found = planning.plan(run if asked.stage is None else run.stage(asked.stage), asked.topology)
-        print(*planning.report(found), sep="\n")
-        if asked.json is not None:
-            asked.json.write_text(json.dumps(asdict(found), indent=2) + "\n", encoding="utf-8")
-    return int(found.refusal is not None)
+        if options.topology is None:
+            raise ValueError("--topology is required, such as --topology v5e:8x8")
+        if options.json is not None and not Path(options.json).parent.is_dir():
+            parent = Path(options.json).parent
+            raise ValueError(f"--json {options.json}: directory {parent} does not exist; create it first")
+        if options.stage is not None and not 0 < options.stage <= len(run.stages):
+            raise ValueError(f"--stage {options.stage} must be from 1 to {len(run.stages)}, the stages of {run.name}")
+        if options.stage is None:
+            plan = planning.plan(run, options.topology)
+        else:
+            with config.stage_errors(run.stages, options.stage):
+                plan = planning.plan(run.stage(options.stage), options.topology)
+        print(*planning.report(plan), sep="\n")
+        if options.json is not None:
+            Path(options.json).write_text(json.dumps(asdict(plan), indent=2) + "\n", encoding="utf-8")
+    return int(plan.refusal is not None)
 
 
 if __name__ == "__main__":

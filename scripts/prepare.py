@@ -1,27 +1,34 @@
-"""Writes token shards: python scripts/prepare.py --config configs/dna.py --data.path genome.fa.gz --output FOLDER
+"""Writes token shards: python scripts/prepare.py --config configs/dna.py --data.path genome.fa.gz --output shards/dna
 
---output names the folder to write, which must not be there yet. Then --data.path FOLDER trains from it, without reading
-and tokenising anew; the shards are checked, and mapped into memory.
+Training with --data.path shards/dna then memory-maps the shards, after verifying them, instead of reading and
+tokenizing the text again. --data.seq_len, --data.overlap and --data.mixture do not affect the shards.
 """
 
-import argparse
 import signal
 import sys
+from dataclasses import dataclass
 
 from ringattn import config
 from ringattn.data import prepare
 
+SECTIONS = ("data",)
+"""Config sections that affect the shards."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(config.Options):
+    output: str | None = None
+    """New directory for the shards; if it exists, its shards are verified. Required."""
+
 
 def main() -> None:
-    words = argparse.ArgumentParser(add_help=False, allow_abbrev=False, usage=argparse.SUPPRESS)
-    words.add_argument("--output", nargs="?")
-    found, rest = words.parse_known_args(sys.argv[1:])
-    run = config.parse(rest, __doc__ or "")
+    options, run = config.parse_with(Options, sys.argv[1:], __doc__ or "", sections=SECTIONS)
     with config.reported_errors():
-        if not found.output:
-            raise ValueError("no folder to write to: name one that is not there yet, such as --output shards")
-        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # as Ctrl-C: nothing is left half done
-        prepare(run.data, found.output)
+        if options.output is None:
+            raise ValueError("--output is required, such as --output shards")
+        # Without this handler SIGTERM would not unwind the stack, and the temporary directory would remain.
+        signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))
+        prepare(run.data, options.output)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""Trains a model: python scripts/train.py --config configs/quickstart.py [--section.field value ...]
+"""Trains a model: python scripts/train.py --config configs/quickstart.py [--section.field VALUE ...]
 
-Everything a run leaves lies in runs/<name>/. The same command again goes on from the newest checkpoint.
+Writes metrics, checkpoints and plots to the run directory, runs/<name>/. Run the same command again to resume from the
+newest checkpoint.
 """
 
 import sys

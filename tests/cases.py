@@ -1,4 +1,4 @@
-"""Random programs that `attention` can run, data for them, and their comparison with the float64 oracle."""
+"""Random programs for `attention`, random inputs, and their comparison with the float64 oracle."""
 
 import math
 import random
@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-import conftest  # noqa: F401  in a command, too: eight devices and strict promotion before JAX starts
+import conftest  # noqa: F401  sets eight devices and strict promotion before JAX starts, also outside pytest
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType
 
 from ringattn import Mask, attention, permute
-from ringattn.attention.dense import dense_attention
+from ringattn.attn.reference import reference_attention
 from ringattn.layout import LAYOUTS
 
 AXES = ("context",), ("context_outer", "context")
@@ -22,7 +22,7 @@ AXES = ("context",), ("context_outer", "context")
 
 @dataclass(frozen=True)
 class Program:
-    """What is compiled: shapes, mesh, and everything static. Of ring, two sizes are (outer, inner)."""
+    """The static part of a case: shapes, mesh and settings. Two sizes of `ring` are (outer, inner)."""
 
     length: int = 64
     heads: tuple[int, int] = (4, 2)
@@ -31,14 +31,14 @@ class Program:
     layout: str = "contiguous"
     strategy: str = "ring"
     ring: tuple[int, ...] = (4,)
-    others: tuple[int, int] = (1, 1)  # devices of the data and of the tensor axis
+    others: tuple[int, int] = (1, 1)  # sizes of the data and tensor axes
     explicit: bool = True
     mask: Mask = Mask()
-    extras: frozenset[str] = frozenset()  # which of segment_ids, span_ids, positions, sinks, slopes are given
+    extras: frozenset[str] = frozenset()  # given ones of segment_ids, span_ids, positions, sinks, slopes
     scale: float | None = None
     soft_cap: float | None = None
     dtype: str = "float32"
-    queries: int | None = None  # how many of the last tokens are queries; None: all
+    queries: int | None = None  # number of queries, the last tokens; None: all tokens
 
     @property
     def shards(self) -> int:
@@ -46,16 +46,16 @@ class Program:
 
     @property
     def lengths(self) -> tuple[int, int]:
-        """Of queries and of keys."""
+        """Number of queries and of keys."""
         return self.queries or self.length, self.length
 
     @property
-    def rule(self) -> dict[str, Any]:
+    def logit_options(self) -> dict[str, Any]:
         return {"mask": self.mask, "scale": self.scale, "soft_cap": self.soft_cap}
 
     @property
     def kind(self) -> str:
-        """The class whose worst case is told."""
+        """The class for which the command reports the worst case."""
         loose = " cap+sinks" if self.soft_cap is not None and "sinks" in self.extras else ""
         nested = "nested " if len(self.ring) > 1 and self.strategy == "ring" else ""
         cross = " cross" if self.queries else ""
@@ -63,19 +63,19 @@ class Program:
 
 
 def draw_program(source: random.Random) -> Program:
-    """Any program that `attention` can run on eight devices, small enough for a dense oracle."""
+    """Draws a program that `attention` can run on eight devices, small enough for a dense oracle."""
     strategy = source.choice(["ring"] * 3 + ["nested", "gather", "ulysses", "usp"])
     outer_inner = [(2, 2), (2, 3), (3, 2), (2, 4), (4, 2), (1, 3), (4, 1)]
     two = strategy in ("nested", "usp") or (strategy != "ring" and source.random() < 0.2)
     ring = source.choice(outer_inner) if two else (source.randint(1, 8),)
-    room = 8 // math.prod(ring)
-    others = source.choice([(d, t) for d in (1, 2) for t in (1, 2) if d * t <= room] + [(1, 1)] * 2)
+    free = 8 // math.prod(ring)
+    others = source.choice([(d, t) for d in (1, 2) for t in (1, 2) if d * t <= free] + [(1, 1)] * 2)
     layout = source.choice(LAYOUTS)
     unit = math.prod(ring) * (2 if layout == "zigzag" else 1)
     split = others[1] * {"ulysses": math.prod(ring), "usp": ring[-1]}.get(strategy, 1)
     groups, shared = split * source.choice([1, 1, 2, 3] if split == 1 else [1]), source.choice([1, 2, 3, 4])
     batch = others[0] * source.choice([1, 2]) if others[0] == 1 else others[0]
-    most = min(1024, int((2**23 / (batch * groups * shared)) ** 0.5))  # what the oracle's logits may take
+    most = min(1024, int((2**23 / (batch * groups * shared)) ** 0.5))  # bounds the memory of the oracle's logits
     length = unit * max(-(-8 // unit), int(2 ** source.uniform(0, math.log2(most // unit))))
     depth = source.choice([4, 8, 16, 32])
 
@@ -104,39 +104,38 @@ def draw_program(source: random.Random) -> Program:
 
 
 def draw_arrays(program: Program, seed: int) -> dict[str, np.ndarray]:
-    """Inputs and the output's cotangent d_out, as they lie in the program's layout."""
+    """Draws inputs and the cotangent d_out of the output, in the program's layout."""
     rng, (H, G), (D, Dv) = np.random.default_rng(seed), program.heads, program.dims
-    of_queries, of_keys = program.lengths
-    shapes = {"query": (of_queries, H, D), "key": (of_keys, G, D), "value": (of_keys, G, Dv)}
-    shapes["d_out"] = (of_queries, H, Dv)
+    queries, keys = program.lengths
+    shapes = {"query": (queries, H, D), "key": (keys, G, D), "value": (keys, G, Dv), "d_out": (queries, H, Dv)}
     arrays = {name: rng.standard_normal((program.batch, *shape)) for name, shape in shapes.items()}
     arrays = {name: x.astype(jnp.dtype(program.dtype)) for name, x in arrays.items()}
     sinks, slopes = rng.standard_normal(H), 2.0 ** -rng.uniform(1, 8, H)
     natural = _draw_tokens(rng, program.batch, program.length)
     if "segment_ids" not in program.extras:
         natural["positions"] = rng.integers(0, program.length, (program.batch, program.length), np.int32)
-    tokens = {name: lying(program, x) for name, x in natural.items()}
-    given = tokens | {"sinks": sinks.astype(np.float32), "slopes": slopes.astype(np.float32)}
-    return arrays | {name: given[name] for name in sorted(program.extras)}
+    tokens = {name: in_layout(program, x) for name, x in natural.items()}
+    extras = tokens | {"sinks": sinks.astype(np.float32), "slopes": slopes.astype(np.float32)}
+    return arrays | {name: extras[name] for name in sorted(program.extras)}
 
 
-def lying(program: Program, x: np.ndarray) -> Any:
-    """The ids x [B, length] in the program's layout; a pair, of queries and of keys, where queries are fewer."""
-    of_keys = permute(x, program.layout, program.shards)
+def in_layout(program: Program, ids: np.ndarray) -> Any:
+    """Returns ids [B, length] in the program's layout; with fewer queries a pair, (queries, keys)."""
+    kv_ids = permute(ids, program.layout, program.shards)
     if program.queries is None:
-        return of_keys
-    return permute(x[:, -program.queries :], program.layout, program.shards), of_keys
+        return kv_ids
+    return permute(ids[:, -program.queries :], program.layout, program.shards), kv_ids
 
 
 def _draw_tokens(rng: np.random.Generator, batch: int, length: int) -> dict[str, np.ndarray]:
-    """Packed documents with padding of several kinds and positions that restart, and spans, in natural order."""
+    """Draws packed documents with several kinds of padding and positions that restart, and spans, in natural order."""
     segments = np.sort(rng.integers(0, rng.integers(1, 7), (batch, length), np.int32), axis=1)
     kind = rng.integers(5)
-    if kind == 1:  # the end of each row is padding
+    if kind == 1:  # padding at the end of each row
         segments = np.where(np.arange(length) < rng.integers(0, length + 1, (batch, 1)), segments, -1)
-    elif kind == 2 and batch > 1:  # a whole row is
+    elif kind == 2 and batch > 1:  # a whole row of padding
         segments[rng.integers(batch)] = -7
-    elif kind == 3:  # anything anywhere
+    elif kind == 3:  # segments in any order, padding anywhere
         segments = rng.integers(-1, 3, (batch, length), np.int32)
     starts = np.diff(segments, axis=1, prepend=np.int32(-9)) != 0
     first = np.maximum.accumulate(np.where(starts, np.arange(length, dtype=np.int32), 0), axis=1)
@@ -153,7 +152,7 @@ Arrays = dict[str, Any]
 
 
 def with_gradients(attend: Callable) -> Callable[[Arrays], tuple[Any, Arrays]]:
-    """arrays -> (out, gradients), compiled."""
+    """Returns a compiled function: arrays -> (out, gradients)."""
 
     def both(arrays: Arrays) -> tuple[Any, Arrays]:
         tokens = {name: x for name, x in arrays.items() if name not in (*FLOATS, "d_out")}
@@ -165,15 +164,15 @@ def with_gradients(attend: Callable) -> Callable[[Arrays], tuple[Any, Arrays]]:
 
 @lru_cache(maxsize=4)
 def subject(program: Program) -> Callable[[Arrays], tuple[Any, Arrays]]:
-    """What is judged: `attention` on the program's mesh."""
+    """Returns the function under test: `attention` on the program's mesh."""
     names = AXES[len(program.ring) - 1]
     axis = names if len(names) > 1 else names[0]
     sizes = program.others[0], *program.ring, program.others[1]
     kinds = (AxisType.Explicit if program.explicit else AxisType.Auto,) * len(sizes)
     mesh = jax.make_mesh(sizes, ("data", *names, "tensor"), kinds, devices=jax.devices()[: math.prod(sizes)])
     spec = jax.P("data", axis, "tensor")
-    how = {"layout": program.layout, "strategy": program.strategy, "axis": axis}
-    run = with_gradients(lambda **x: attention(**x, **program.rule, **how, spec=None if program.explicit else spec))
+    options = {"layout": program.layout, "strategy": program.strategy, "axis": axis} | program.logit_options
+    run = with_gradients(lambda **x: attention(**x, **options, spec=None if program.explicit else spec))
     specs = {1: jax.P("tensor"), 2: jax.P("data", axis), 4: spec}
 
     def place_and_run(arrays: Arrays) -> tuple[Any, Arrays]:
@@ -185,8 +184,8 @@ def subject(program: Program) -> Callable[[Arrays], tuple[Any, Arrays]]:
 
 @lru_cache(maxsize=4)
 def oracle(program: Program) -> Callable[[Arrays], tuple[Any, Arrays]]:
-    """Dense attention in float64."""
-    run = with_gradients(lambda **x: dense_attention(**x, **program.rule))
+    """Returns dense attention in float64."""
+    run = with_gradients(lambda **x: reference_attention(**x, **program.logit_options))
 
     def widen_and_run(arrays: Arrays) -> tuple[Any, Arrays]:
         with jax.enable_x64(True):
@@ -197,7 +196,7 @@ def oracle(program: Program) -> Callable[[Arrays], tuple[Any, Arrays]]:
 
 @jax.custom_vjp
 def rounds_gradient(x: Any) -> Any:
-    """x, whose cotangent is rounded to bfloat16: as it is where it enters a bfloat16 product."""
+    """Returns x, and rounds its cotangent to bfloat16, as an input of a bfloat16 product does."""
     return x
 
 
@@ -206,78 +205,79 @@ rounds_gradient.defvjp(lambda x: (x, None), lambda _, d: (d.astype(jnp.bfloat16)
 
 @lru_cache(maxsize=4)
 def rival(program: Program) -> Callable[[Arrays], tuple[Any, Arrays]]:
-    """Dense attention with bfloat16 products and float32 softmax: what others compute, whose error is the yardstick."""
+    """Returns dense attention with bfloat16 products and float32 softmax, whose error is the yardstick for bfloat16."""
     (H, G), D, M = program.heads, program.dims[0], program.length
-    rule: dict[str, Any] = program.rule | {"scale": D**-0.5 if program.scale is None else program.scale}
+    options: dict[str, Any] = program.logit_options | {"scale": D**-0.5 if program.scale is None else program.scale}
 
     def attend(query, key, value, **rest):
         query, key, value = (x.astype(jnp.float32) for x in (query, key, value))
         key, value = (jnp.repeat(x, H // G, axis=2) for x in (key, value))
         logits = rounds_gradient(jnp.einsum("blhd,bmhd->blhm", query, key))
-        # With the identity as key, the oracle takes logits for queries; with it as value, it gives the weights.
+        # With the identity as key, the oracle's queries are the logits; with the identity as value, it returns weights.
         identity = jnp.broadcast_to(jnp.eye(M)[None, :, None, :], (program.batch, M, H, M))
-        weights = dense_attention(logits, identity, identity, **rest, **rule).astype(jnp.bfloat16)
+        weights = reference_attention(logits, identity, identity, **rest, **options).astype(jnp.bfloat16)
         return jnp.einsum("blhm,bmhd->blhd", weights.astype(jnp.float32), value).astype(jnp.bfloat16)
 
     return with_gradients(attend)
 
 
 class Measured(NamedTuple):
-    """Norms of one case's output or gradient: of its difference from the exact, of the exact, of the rival's error."""
+    """Norms for one array: of its difference from the exact array, of the exact array, of the rival's error."""
 
     difference: float
     size: float
-    usual: float
+    rival_error: float
 
 
 def measure(program: Program, arrays: Arrays) -> dict[str, Measured]:
-    """Runs one case; the difference is inf where anything is wrong beyond rounding."""
+    """Runs one case. The difference is inf for errors that are not rounding."""
     dense = dict(arrays)
     natural = np.tile(np.arange(program.length, dtype=np.int32), (program.batch, 1))
-    dense.setdefault("positions", lying(program, natural))
-    exact, found = (flat(*run) for run in (oracle(program)(dense), subject(program)(arrays)))
-    usual = flat(*rival(program)(dense)) if program.dtype == "bfloat16" else exact
-    result = {name: Measured(*norms(name, found, exact), norms(name, usual, exact)[0]) for name in exact}
-    # A token that sees nothing, or is seen by nothing, must give exactly 0, not nearly.
+    dense.setdefault("positions", in_layout(program, natural))
+    exact, actual = (flat(*run) for run in (oracle(program)(dense), subject(program)(arrays)))
+    other = flat(*rival(program)(dense)) if program.dtype == "bfloat16" else exact
+    result = {name: Measured(*norms(name, actual, exact), norms(name, other, exact)[0]) for name in exact}
+    # A query that sees no key, or a key that no query sees, must give exactly 0.
     blind, unseen = (~exact[name].any((-2, -1)) for name in ("out", "value"))
-    for name, nothing in (("out", blind), ("query", blind), ("key", unseen), ("value", unseen)):
-        if found[name][nothing].any():
+    for name, zero in (("out", blind), ("query", blind), ("key", unseen), ("value", unseen)):
+        if actual[name][zero].any():
             result[name] = result[name]._replace(difference=math.inf)
     return result
 
 
 def judge(program: Program, cases: list[dict[str, Measured]]) -> dict[str, tuple[float, float]]:
-    """(error, what is allowed) of the output and each gradient, both relative, over several cases of one program.
+    """Returns {name: (relative error, tolerance)} of the output and each gradient, over several cases of one program.
 
-    In float32 the error is the worst case's. One number a head, a sum over all tokens, may by chance be next to
-    nothing, and so may a bfloat16 error: these are taken over all cases together.
+    In float32 the error is that of the worst case. Gradients of sinks and slopes (one number per head, summed over all
+    tokens) can be close to 0 by chance, and so can a bfloat16 error: for these the cases are taken together.
     """
     loose = 5 if program.soft_cap is not None and "sinks" in program.extras else 1
     result = {}
     for name in cases[0]:
-        difference, size, usual = zip(*(case[name] for case in cases), strict=True)
+        difference, size, rival_error = zip(*(case[name] for case in cases), strict=True)
         together = math.hypot(*difference) / max(math.hypot(*size), 1e-30)
         worst = max(d / max(n, 1e-30) for d, n in zip(difference, size, strict=True))
         if program.dtype == "float32":
             error = together if name in ("sinks", "slopes") else worst
             result[name] = error, loose * (2e-6 if name == "out" else 2e-5)
             continue
-        yardstick = max(math.hypot(*usual) / max(math.hypot(*size), 1e-30), 2.0**-10)  # half a rounding to bfloat16
-        # Twice what is usual; for these sums, in which the output's own rounding does not average out, twice again.
+        # At least half a bfloat16 ulp.
+        yardstick = max(math.hypot(*rival_error) / max(math.hypot(*size), 1e-30), 2.0**-10)
+        # Twice the yardstick; twice again for these sums, in which the rounding of the output does not average out.
         result[name] = together, (4 if name in ("sinks", "slopes") else 2) * yardstick
     return result
 
 
 def flat(out: Any, gradients: Arrays) -> dict[str, np.ndarray]:
-    """Output and gradients by name, as float64."""
+    """Returns output and gradients by name, as float64."""
     return {name: np.asarray(x).astype(np.float64) for name, x in {"out": out, **gradients}.items()}
 
 
-def norms(name: str, found: dict[str, np.ndarray], exact: dict[str, np.ndarray]) -> tuple[float, float]:
-    """Norm of the difference, inf if not finite, and of the exact."""
-    difference = float(np.linalg.norm(found[name] - exact[name]))
+def norms(name: str, actual: dict[str, np.ndarray], exact: dict[str, np.ndarray]) -> tuple[float, float]:
+    """Returns the norm of the difference (inf if not finite) and the norm of the exact array."""
+    difference = float(np.linalg.norm(actual[name] - exact[name]))
     size = float(np.linalg.norm(exact[name]))
     if name in ("query", "key"):
-        # They are differences of terms of the value gradient's size: nothing is left of them where keys are few.
+        # These gradients are differences of terms of the value gradient's size, which cancel where keys are few.
         size = max(size, 0.1 * float(np.linalg.norm(exact["value"])))
     return difference if math.isfinite(difference) else math.inf, size

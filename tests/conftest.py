@@ -1,22 +1,28 @@
-"""Eight simulated devices, strict promotion, checked types: all set before JAX and ringattn are imported."""
+"""Eight simulated devices, strict promotion and type checks, all set before JAX and ringattn are imported."""
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 FORCED = "--xla_force_host_platform_device_count"
 if FORCED not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FORCED}=8".strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import hypothesis
 import jax
 import jaxtyping
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# All but the config: it holds no arrays, and says itself, in a user's words, what is mistyped.
+hypothesis.settings.register_profile("ringattn", deadline=None)  # no test depends on the speed of the machine
+hypothesis.settings.load_profile("ringattn")
+# Not in `config`, which holds no arrays and checks its types itself, with messages for users.
 rooms = {path.stem for path in (Path(__file__).parents[1] / "ringattn").iterdir()} - {
     "config",
     "__init__",
@@ -24,23 +30,64 @@ rooms = {path.stem for path in (Path(__file__).parents[1] / "ringattn").iterdir(
 }
 jaxtyping.install_import_hook([f"ringattn.{room}" for room in sorted(rooms)], "beartype.beartype")
 
-from ringattn.mesh import arrange
+from ringattn.mesh.topology import arrange_devices
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_mesh() -> Callable[..., jax.sharding.Mesh]:
-    """make_mesh(data=1, context=1, tensor=1, context_outer=1): the project's mesh over the first devices there are."""
+    """make_mesh(data=1, context=1, tensor=1, context_outer=1): a mesh with these axis sizes over the first devices."""
 
     def make(data: int = 1, context: int = 1, tensor: int = 1, context_outer: int = 1) -> jax.sharding.Mesh:
         sizes = {"data": data, "context_outer": context_outer, "context": context, "tensor": tensor}
-        return arrange(sizes, jax.devices()[: math.prod(sizes.values())])
+        return arrange_devices(sizes, jax.devices()[: math.prod(sizes.values())])
 
     return make
 
 
 @pytest.fixture
-def unchecked():
-    """Without the types that tests check, so that a wrong argument meets the message that users meet."""
+def unchecked() -> Iterator[None]:
+    """Disables the type checks of tests, so that a wrong argument raises the error that users see."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@contextmanager
+def jax_options(**values: Any) -> Iterator[None]:
+    """Sets options of `jax.config` inside the context."""
+    before = {name: jax.config.values[name] for name in values}
+    for name, value in values.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture(scope="module")
+def quick_compile() -> Iterator[None]:
+    """Compiles without LLVM's optimizations, which take a third of the time of small programs. The HLO is the same."""
+    with jax_options(jax_disable_most_optimizations=True):
+        yield
+
+
+@pytest.fixture
+def optimized() -> Iterator[None]:
+    """Compiles with LLVM's optimizations, for tests that measure time."""
+    with jax_options(jax_disable_most_optimizations=False):
+        yield
+
+
+@pytest.fixture(scope="module")
+def compile_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Compiles equal programs once per module, also those of its subprocesses."""
+    options = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    with pytest.MonkeyPatch.context() as patch, jax_options(**options):
+        for name, value in options.items():
+            patch.setenv(name.upper(), str(value))
+        compilation_cache.reset_cache()
+        yield
+    compilation_cache.reset_cache()

@@ -1,9 +1,10 @@
-"""The house keeps its shape: which way imports point, how big things are, what is not used."""
+"""The structure of the source: import directions, sizes, and what is not used."""
 
 import ast
 import re
 import subprocess
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -12,36 +13,33 @@ ROOT = Path(__file__).parents[1]
 TOP = {"pyproject.toml", "README.md", "LICENSE", "CONTRIBUTING.md"}
 TOP |= {"ringattn", "configs", "scripts", "tests", "notebooks"}
 
-# What each room of ringattn/ may import of the others.
-BELOW = {"config", "environment", "mesh", "layout", "hardware", "units"}
+GROUND = {"environment", "hardware", "layout", "units"}
+SHARED = GROUND | {"config", "mesh"}
 ROOMS = {
-    "__init__": {"attention", "flax", "layout"},
-    "flax": {"attention"},
-    "config": set(),
-    "layout": set(),
-    "visualize": BELOW | {"attention"},
-    "hardware": set(),
+    "__init__": {"attn", "flax", "layout"},
+    "flax": {"attn"},
     "environment": set(),
+    "hardware": set(),
+    "layout": set(),
     "units": set(),
+    "config": {"attn", "layout"},  # of attn only choices.py, which holds no arrays
     "mesh": {"config", "layout"},
-    "attention": {"layout", "hardware"},
-    "model": BELOW,  # it receives attention as a function
-    "data": BELOW,
-    "training": BELOW | {"attention", "model", "data"},
-    "benchmark": BELOW | {"attention"},
-    "generation": BELOW | {"attention", "model", "data"},
-    "evaluation": BELOW | {"attention", "model", "data", "training"},
-    "planning": BELOW | {"attention", "model", "data", "training"},
+    "attn": {"hardware", "layout"},
+    "runs": SHARED,
+    "data": SHARED | {"runs"},
+    "model": SHARED | {"attn", "data"},
+    "cost": SHARED | {"attn", "data", "model"},
+    "training": SHARED | {"attn", "cost", "data", "model", "runs"},
+    "evaluation": SHARED | {"attn", "data", "model", "runs"},
+    "planning": SHARED | {"attn", "cost", "data", "model", "training"},
+    "benchmark": SHARED | {"attn", "cost", "runs"},
+    "visualize": SHARED | {"attn", "cost"},
 }
-MANY_PARAMETERS = {
-    "attention",
-    "choose_strategy",
-    "shard_attention",
-    "flax_attention",
-    "dense_attention",
-}  # the public signature, its options by keyword
-# Of other libraries, and what our own names must not say: it has meant a tile, a shard, a layer and a segment.
+"""The other rooms of ringattn/ that each room may import."""
+MANY_PARAMETERS = {"attention", "choose_strategy", "shard_attention", "flax_attention", "reference_attention"}
+"""Public functions whose options are keyword arguments."""
 FOREIGN = r"block_until_ready|BlockSpec|BlockSizes|block_(q|kv|k|size)\w*"
+"""Names of other libraries with the word that our own names avoid: it has meant tile, shard, layer and segment."""
 
 SOURCES = sorted((ROOT / "ringattn").rglob("*.py"))
 OURS = SOURCES + sorted((ROOT / "scripts").glob("*.py")) + sorted((ROOT / "configs").glob("*.py"))
@@ -52,12 +50,12 @@ def name(path: Path) -> str:
 
 
 def room(path: Path) -> str:
-    """The first part below ringattn/: a folder, or a file without its ending."""
+    """The first part below ringattn/: a directory, or a file without its ending."""
     return path.relative_to(ROOT / "ringattn").parts[0].removesuffix(".py")
 
 
 def imported(path: Path) -> Iterator[str]:
-    """Full names of all that a file imports."""
+    """Full names of everything that a file imports."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -79,9 +77,17 @@ def test_imports_point_one_way(path):
     public = {each.split(".")[-1]: each.split(".")[1] for each in imported(ROOT / "ringattn" / "__init__.py")}
     ours = [each.split(".")[1] for each in imported(path) if each.startswith("ringattn.")]
     assert {public.get(each, each) for each in ours} <= ROOMS[own] | {own}
-    if own not in ("mesh", "attention", "config"):
+    if own == "config":
+        attn = {each for each in imported(path) if each.startswith("ringattn.attn")}
+        assert all(each.startswith("ringattn.attn.choices.") for each in attn), attn
+    if own not in ("mesh", "attn", "config"):
         strings = [node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)]
-        assert not {"context", "tensor"} & {text for text in strings if isinstance(text, str)}, "mesh.py names the axes"
+        axes = {"context", "tensor"} & {text for text in strings if isinstance(text, str)}
+        assert not axes, "mesh/axes.py names the axes"
+
+
+def test_rooms_have_no_cycle():
+    assert list(TopologicalSorter(ROOMS).static_order())  # raises CycleError
 
 
 def test_configs_import_the_config_and_one_another_alone():
@@ -94,8 +100,8 @@ def test_configs_import_the_config_and_one_another_alone():
 @pytest.mark.parametrize("path", OURS, ids=name)
 def test_files_and_functions_are_small(path):
     lines = len(path.read_text().splitlines())
-    folder = path.relative_to(ROOT).parts[:2]
-    limit = {"scripts": 60, "configs": 40}.get(folder[0], 200 if folder[1] == "attention" else 300)
+    parts = path.relative_to(ROOT).parts[:2]
+    limit = {"scripts": 60, "configs": 40}.get(parts[0], 200 if parts[1] == "attn" else 300)
     assert lines <= limit
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -106,7 +112,7 @@ def test_files_and_functions_are_small(path):
 
 
 @pytest.mark.parametrize("path", OURS, ids=name)
-def test_what_is_not_used(path):
+def test_forbidden_names_and_imports(path):
     text = path.read_text()
     assert path.stem not in {"utils", "util", "helpers", "common", "manager", "factory", "misc"}
     for function, arguments, line in calls(path):
@@ -114,13 +120,12 @@ def test_what_is_not_used(path):
         assert function != "getattr" or arguments == 2, f"line {line}: getattr with a default"
     assert not {"pickle", "dill", "yaml"} & {each.split(".")[0] for each in imported(path)}
     found = re.search(r"(?i)block", re.sub(FOREIGN, "", text))
-    assert found is None, (
-        f"line {text[: found.start()].count(chr(10)) + 1 if found else 0}: say tile, shard, layer, segment"
-    )
+    line = text[: found.start()].count("\n") + 1 if found else 0
+    assert found is None, f"line {line}: write tile, shard, layer or segment"
     assert not re.search(r"\bTODO\b|\bFIXME\b|\bXXX\b", text)
 
 
-def test_the_top_level_holds_nothing_else():
+def test_the_top_level_has_no_other_entries():
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
     )
@@ -130,8 +135,17 @@ def test_the_top_level_holds_nothing_else():
     assert {each for each in top if not each.startswith(".")} <= TOP
 
 
-def test_a_test_file_a_module():
-    """Every test file is named after a module, or is one of those that cut across."""
+def test_attention_is_a_function_and_attn_a_package():
+    import ringattn
+    import ringattn.attn.attention as module
+    import ringattn.attn.mask
+
+    assert ringattn.attention is module.attention
+    assert ringattn.Mask is ringattn.attn.mask.Mask
+
+
+def test_each_test_file_belongs_to_a_module():
+    """Every test file is named after a module, or is one of those that cover several."""
     across = {"equivalence", "laws", "meshes", "resume", "multiprocess", "scripts", "notebooks", "architecture"}
     across |= {"configs", "readme", "commands", "support"}
     modules = {path.stem for path in SOURCES} | {room(path) for path in SOURCES}

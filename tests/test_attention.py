@@ -1,8 +1,9 @@
-"""The public function: where it runs, and what it refuses."""
+"""The public function: the meshes and transformations it runs in, and the arguments it refuses."""
 
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +11,8 @@ import pytest
 from jax.sharding import AxisType
 
 from ringattn import Mask, attention, permute, shard_attention
-from ringattn.attention.dense import dense_attention
+from ringattn.attn.kernels import xla
+from ringattn.attn.reference import reference_attention
 
 B, L, H, G, D = 2, 64, 4, 2, 8
 
@@ -25,23 +27,23 @@ def arrays(seed: int = 0) -> dict[str, Any]:
 
 
 def place(mesh: jax.sharding.Mesh, x: dict[str, Any], spec: jax.P, layout: str = "contiguous") -> dict[str, Any]:
-    """All arrays in `layout`, sharded over the mesh by `spec` of [B, L, heads, D]."""
+    """Puts all arrays into `layout`, and shards them over the mesh by `spec` of [B, L, heads, D]."""
     specs = {1: jax.P(*spec[2:3]), 2: jax.P(*spec[:2]), 4: spec}
-    lying = {name: permute(each, layout, mesh.shape["context"]) for name, each in x.items() if each.ndim > 1}
-    return {n: jax.device_put(each, jax.NamedSharding(mesh, specs[each.ndim])) for n, each in {**x, **lying}.items()}
+    permuted = {n: permute(v, layout, mesh.shape["context"]) for n, v in x.items() if v.ndim > 1}
+    return {n: jax.device_put(v, jax.NamedSharding(mesh, specs[v.ndim])) for n, v in {**x, **permuted}.items()}
 
 
-def assert_exact(out: Any, x: dict[str, Any], layout: str = "contiguous", shards: int = 1, **how: Any) -> None:
-    """out, lying in `layout`, is what dense attention in float64 gives."""
+def assert_exact(out: Any, x: dict[str, Any], layout: str = "contiguous", shards: int = 1, **options: Any) -> None:
+    """Compares out, in `layout`, with dense attention in float64."""
     with jax.enable_x64(True):
-        wide = {n: np.asarray(each, np.float64) if each.dtype == jnp.float32 else each for n, each in x.items()}
-        exact = np.asarray(dense_attention(**{n: jnp.asarray(each) for n, each in wide.items()}, **how))
+        wide = {n: np.asarray(v, np.float64) if v.dtype == jnp.float32 else v for n, v in x.items()}
+        exact = np.asarray(reference_attention(**{n: jnp.asarray(v) for n, v in wide.items()}, **options))
     exact = permute(exact, layout, shards)
     assert out.dtype == jnp.float32
     assert np.linalg.norm(out - exact) <= 2e-6 * np.linalg.norm(exact)
 
 
-def a_mesh(kind: AxisType, data: int = 1, context: int = 1, tensor: int = 1) -> jax.sharding.Mesh:
+def mesh_of(kind: AxisType, data: int = 1, context: int = 1, tensor: int = 1) -> jax.sharding.Mesh:
     devices = jax.devices()[: data * context * tensor]
     return jax.make_mesh((data, context, tensor), ("data", "context", "tensor"), (kind,) * 3, devices=devices)
 
@@ -52,53 +54,53 @@ SPEC = jax.P(None, "context")
 @pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
 @pytest.mark.parametrize("run", [lambda f: f, jax.jit], ids=["eager", "jit"])
 def test_batch_sequence_and_heads_all_sharded(kind, run):
-    mesh, spec = a_mesh(kind, 2, 2, 2), jax.P("data", "context", "tensor")
+    mesh, spec = mesh_of(kind, 2, 2, 2), jax.P("data", "context", "tensor")
     x = arrays() | {"sinks": jnp.arange(float(H)), "slopes": 2.0 ** -jnp.arange(1.0, 5.0)}
     with jax.set_mesh(mesh):
-        given = place(mesh, x, spec, "zigzag") | {"slopes": x["slopes"]}  # sharded sinks, whole slopes
-        how: dict[str, Any] = {} if kind == AxisType.Explicit else {"spec": spec}
-        out = run(lambda x: attention(**x, layout="zigzag", **how))(given)
+        placed = place(mesh, x, spec, "zigzag") | {"slopes": x["slopes"]}  # sharded sinks, replicated slopes
+        options: dict[str, Any] = {} if kind == AxisType.Explicit else {"spec": spec}
+        out = run(lambda x: attention(**x, layout="zigzag", **options))(placed)
         assert out.sharding.is_equivalent_to(jax.NamedSharding(mesh, spec), 4)
     assert_exact(out, x, "zigzag", 2)
 
 
 @pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
-def test_ids_may_be_whole_on_every_device(kind):
+def test_ids_may_be_replicated(kind):
     x = arrays()
-    with jax.set_mesh(mesh := a_mesh(kind, context=4)):
-        given = place(mesh, x, SPEC)
+    with jax.set_mesh(mesh := mesh_of(kind, context=4)):
+        placed = place(mesh, x, SPEC)
         replicated = jax.device_put(x["segment_ids"], jax.NamedSharding(mesh, jax.P()))
-        out = attention(**given | {"segment_ids": replicated})
+        out = attention(**placed | {"segment_ids": replicated})
     assert_exact(out, x)
 
 
-def test_the_default_spec_in_an_auto_mesh_shards_the_sequence_alone():
+def test_the_default_spec_on_an_auto_mesh_shards_only_the_sequence():
     x = arrays()
-    with jax.set_mesh(mesh := a_mesh(AxisType.Auto, context=8)):
+    with jax.set_mesh(mesh := mesh_of(AxisType.Auto, context=8)):
         out = attention(**place(mesh, x, SPEC))
         assert out.sharding.is_equivalent_to(jax.NamedSharding(mesh, SPEC), 4)
     assert_exact(out, x)
 
 
 @pytest.mark.parametrize("strategy", ["ring", "gather", "ulysses"])
-def test_the_future_has_exactly_no_gradient(make_mesh, strategy):
+def test_future_tokens_have_zero_gradient(make_mesh, strategy):
     x = arrays()
     del x["segment_ids"]
     at = 37
     with jax.set_mesh(mesh := make_mesh(context=2)):
-        lying = place(mesh, x, SPEC, "zigzag")
-        here = permute(jnp.arange(L) == at, "zigzag", 2, dim=0).astype(jnp.float32)
+        placed = place(mesh, x, SPEC, "zigzag")
+        one_hot = permute(jnp.arange(L) == at, "zigzag", 2, dim=0).astype(jnp.float32)
 
         def loss(x):
-            return (attention(**x, layout="zigzag", strategy=strategy) * here[None, :, None, None]).sum()
+            return (attention(**x, layout="zigzag", strategy=strategy) * one_hot[None, :, None, None]).sum()
 
-        gradients = jax.jit(jax.grad(loss))(lying)
+        gradients = jax.jit(jax.grad(loss))(placed)
     order = permute(np.arange(L), "zigzag", 2, dim=0)
     for name, gradient in gradients.items():
-        felt = np.max(abs(np.asarray(gradient)), (0, 2, 3)) > 0
-        assert not felt[order > at].any(), name
-        assert felt[order == at].all(), name
-        assert name == "query" or felt[order <= at].all(), name
+        nonzero = np.max(abs(np.asarray(gradient)), (0, 2, 3)) > 0
+        assert not nonzero[order > at].any(), name
+        assert nonzero[order == at].all(), name
+        assert name == "query" or nonzero[order <= at].all(), name
 
 
 def test_under_vmap(make_mesh):
@@ -111,11 +113,11 @@ def test_under_vmap(make_mesh):
         out = jax.jit(f)(placed)
         gradient = jax.jit(jax.grad(lambda x, ids: jnp.sin(f(x | {"segment_ids": ids})).sum()))
         ids = placed.pop("segment_ids")
-        together = gradient(placed, ids)
-        alone = jax.jit(jax.grad(lambda x, ids: jnp.sin(attention(**x, segment_ids=ids, mask=Mask(window=20))).sum()))
+        stacked_gradient = gradient(placed, ids)
+        single = jax.jit(jax.grad(lambda x, ids: jnp.sin(attention(**x, segment_ids=ids, mask=Mask(window=20))).sum()))
         for n in range(2):
-            one = alone(jax.tree.map(lambda x, n=n: x[n], placed), ids[n])
-            jax.tree.map(lambda a, b, n=n: np.testing.assert_allclose(a[n], b, atol=2e-6), together, one)
+            row, of_row = (jax.tree.map(lambda x, n=n: x[n], tree) for tree in (placed, stacked_gradient))
+            chex.assert_trees_all_close(of_row, single(row, ids[n]), rtol=1e-7, atol=2e-6)
     for n, x in enumerate(rows):
         assert_exact(out[n], x, mask=Mask(window=20))
 
@@ -123,54 +125,54 @@ def test_under_vmap(make_mesh):
 @pytest.mark.parametrize(
     ("strategy", "check_vma"), [("ring", True), ("ring", False), ("gather", True), ("ulysses", True)]
 )
-def test_inside_ones_own_shard_map(make_mesh, strategy, check_vma):
+def test_shard_attention_inside_a_shard_map(make_mesh, strategy, check_vma):
     x = arrays()
     sinks = jnp.linspace(-1, 1, H)
     with jax.set_mesh(mesh := make_mesh(context=2)):
-        given = place(mesh, x, SPEC, "striped")
+        placed = place(mesh, x, SPEC, "striped")
 
         def local(x, sinks):
             return shard_attention(**x, sinks=sinks, layout="striped", strategy=strategy)
 
-        specs = {name: jax.P(*SPEC[: min(each.ndim, 2)]) for name, each in given.items()}
+        specs = {name: jax.P(*SPEC[: min(v.ndim, 2)]) for name, v in placed.items()}
         f = jax.shard_map(local, in_specs=(specs, jax.P()), out_specs=SPEC, check_vma=check_vma)
-        out = jax.jit(f)(given, sinks)
-        ids = given.pop("segment_ids")
+        out = jax.jit(f)(placed, sinks)
+        ids = placed.pop("segment_ids")
 
         def loss(f: Callable) -> Callable:
             return lambda x, sinks: jnp.sin(f(x | {"segment_ids": ids}, sinks)).sum()
 
-        gradients = jax.jit(jax.grad(loss(f), (0, 1)))(given, sinks)
+        gradients = jax.jit(jax.grad(loss(f), (0, 1)))(placed, sinks)
         expected = jax.jit(
             jax.grad(loss(lambda x, sinks: attention(**x, sinks=sinks, layout="striped", strategy="gather")), (0, 1))
-        )(given, sinks)
+        )(placed, sinks)
     assert_exact(out, x | {"sinks": sinks}, "striped", 2)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-6), gradients, expected)
+    chex.assert_trees_all_close(gradients, expected, rtol=1e-7, atol=3e-6)
 
 
-def test_a_sink_of_minus_infinity_is_none():
+def test_a_sink_of_minus_infinity_changes_nothing():
     x = arrays()
     x["segment_ids"] = x["segment_ids"].at[0, :5].set(-1)
-    with jax.set_mesh(mesh := a_mesh(AxisType.Auto, context=2)):
-        given = place(mesh, x, SPEC)
-        gradient = jax.grad(lambda sinks: attention(**given, sinks=sinks).sum())(jnp.full(H, -jnp.inf))
-        out = attention(**given, sinks=jnp.full(H, -jnp.inf))
+    with jax.set_mesh(mesh := mesh_of(AxisType.Auto, context=2)):
+        placed = place(mesh, x, SPEC)
+        gradient = jax.grad(lambda sinks: attention(**placed, sinks=sinks).sum())(jnp.full(H, -jnp.inf))
+        out = attention(**placed, sinks=jnp.full(H, -jnp.inf))
     assert_exact(out, x)
     np.testing.assert_array_equal(gradient, 0.0)
 
 
-def test_in_float64_all_is_float64():
-    with jax.enable_x64(True), jax.set_mesh(mesh := a_mesh(AxisType.Auto, context=2)):
+def test_float64_inputs_give_float64_accuracy():
+    with jax.enable_x64(True), jax.set_mesh(mesh := mesh_of(AxisType.Auto, context=2)):
         x = arrays()
         x |= {name: x[name].astype(jnp.float64) for name in ("query", "key", "value")}
         out = attention(**place(mesh, x, SPEC, "zigzag"), layout="zigzag")
-        exact = permute(dense_attention(**x), "zigzag", 2)
+        exact = permute(reference_attention(**x), "zigzag", 2)
     assert out.dtype == jnp.float64
     np.testing.assert_allclose(out, exact, atol=1e-13)
 
 
-def test_more_queries_than_keys_begin_before_them(make_mesh):
-    x = {name: each for name, each in arrays().items() if name != "segment_ids"}
+def test_queries_beyond_the_keys_precede_all_keys(make_mesh):
+    x = {n: v for n, v in arrays().items() if n != "segment_ids"}
     x |= {name: x[name][:, :48] for name in ("key", "value")}
     for mask in (Mask(), Mask(causal=False), Mask(window=20)):
         with jax.set_mesh(mesh := make_mesh(context=4)):
@@ -179,15 +181,15 @@ def test_more_queries_than_keys_begin_before_them(make_mesh):
         assert not mask.causal or not np.asarray(out)[:, :16].any()
 
 
-def test_gradients_may_travel_in_half_the_bytes(make_mesh):
-    x = {name: each for name, each in arrays().items() if name != "segment_ids"}
+def test_reduce_dtype_rounds_only_kv_gradients(make_mesh):
+    x = {n: v for n, v in arrays().items() if n != "segment_ids"}
 
-    def gradients(**how: Any) -> dict[str, Any]:
-        run = jax.jit(jax.grad(lambda x: jnp.sin(attention(**x, **how)).sum()))
-        return {name: np.asarray(each) for name, each in run(given).items()}
+    def gradients(**options: Any) -> dict[str, Any]:
+        run = jax.jit(jax.grad(lambda x: jnp.sin(attention(**x, **options)).sum()))
+        return {name: np.asarray(gradient) for name, gradient in run(placed).items()}
 
     with jax.set_mesh(mesh := make_mesh(context=4)):
-        given = place(mesh, x, SPEC)
+        placed = place(mesh, x, SPEC)
         for strategy in ("ring", "gather"):
             exact, rounded = gradients(strategy=strategy), gradients(strategy=strategy, reduce_dtype="bfloat16")
             np.testing.assert_array_equal(exact["query"], rounded["query"])
@@ -207,16 +209,27 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"query": zeros(B, 72, H, D), "layout": "zigzag"},
         r"L=72 must be .*multiple of 2 \* context = 16 .*use 64 or 80, or layout='contiguous'",
     ),
-    "layout": ({"layout": "spiral"}, "layout='spiral' is none of 'contiguous', 'striped', 'zigzag'"),
-    "heads": ({"query": zeros(B, L, 5, D)}, "H=5 query heads must be a multiple of G=2 K/V heads: use H=4"),
-    "few heads": ({"query": zeros(B, L, 1, D)}, "H=1 query heads must be a multiple of G=2 K/V heads: use H=2"),
+    "layout": ({"layout": "spiral"}, "layout='spiral' must be one of 'contiguous', 'striped', 'zigzag'"),
+    "heads": ({"query": zeros(B, L, 5, D)}, "H=5 query heads must be a multiple of G=2 K/V heads; use H=4"),
+    "few heads": ({"query": zeros(B, L, 1, D)}, "H=1 query heads must be a multiple of G=2 K/V heads; use H=2"),
     "dims": ({"query": zeros(L, H, D)}, r"must be \[B, L, heads, D\], not \(64, 4, 8\), \(2, 64, 2, 8\)"),
     "key length": (
         {"key": zeros(B, 32, G, D)},
         r"key \(2, 32, 2, 8\), value \(2, 64, 2, 8\) must agree in B, .* value with key also in length",
     ),
     "key depth": ({"key": zeros(B, L, G, 4)}, r"key \(2, 64, 2, 4\), .* key with query also in D"),
-    "dtypes": ({"key": zeros(B, L, G, D, dtype=jnp.bfloat16)}, "one float dtype, not float32, bfloat16, float32"),
+    "dtypes": (
+        {"key": zeros(B, L, G, D, dtype=jnp.bfloat16)},
+        "must have one dtype, not float32, bfloat16, float32",
+    ),
+    "float16": (
+        {name: zeros(B, L, heads, D, dtype=jnp.float16) for name, heads in (("query", H), ("key", G), ("value", G))},
+        r"query.dtype=float16 must be float32 or bfloat16 .*; cast query, key and value with \.astype\('float32'\)",
+    ),
+    "int dtype": (
+        {name: zeros(B, L, heads, D, dtype=jnp.int32) for name, heads in (("query", H), ("key", G), ("value", G))},
+        "query.dtype=int32 must be float32 or bfloat16",
+    ),
     "ids' dtype": (
         {"segment_ids": IDS.astype(jnp.float32)},
         r"segment_ids must be int32 \(2, 64\).* not float32 \(2, 64\)",
@@ -226,82 +239,107 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "positions": ({"positions": IDS[:1]}, r"positions must be int32 \(2, 64\).* not int32 \(1, 64\)"),
     "pair": (
         {"query": zeros(B, 32, H, D), "segment_ids": IDS},
-        r"segment_ids: for queries and keys of their own give a pair of int32 arrays of \(\(2, 32\), \(2, 64\)\)",
+        r"segment_ids must be a pair of int32 arrays, queries \(2, 32\) and keys \(2, 64\)",
     ),
-    "half a pair": ({"positions": (IDS, None)}, "positions: for queries and keys of their own give a pair"),
-    "a list": ({"span_ids": [IDS, IDS]}, "span_ids: for queries and keys of their own give a pair"),
+    "half a pair": ({"positions": (IDS, None)}, "positions must be a pair of int32 arrays"),
+    "a list": ({"span_ids": [IDS, IDS]}, "span_ids must be a pair of int32 arrays"),
     "pair's shape": ({"positions": (IDS, IDS[:, :8])}, r"positions must be int32 \(2, 64\).* not int32 \(2, 8\)"),
     "keys' length": (
         {"key": zeros(B, 60, G, D), "value": zeros(B, 60, G, D)},
         r"key's length M=60 must be a .*multiple of context = 8 .*use 56 or 64",
     ),
-    "reduce_dtype": ({"reduce_dtype": "int8"}, "reduce_dtype='int8' is none of 'bfloat16', 'float16', 'float32'; or"),
+    "reduce_dtype": (
+        {"reduce_dtype": "float16"},
+        "reduce_dtype='float16' must be one of 'bfloat16', 'float32', or None",
+    ),
     "reduce and exchange": (
         {"reduce_dtype": "bfloat16", "strategy": "ulysses"},
-        "strategy='ulysses' sums no gradients on the wire; leave it out",
+        "reduce_dtype='bfloat16' does not apply to strategy='ulysses'; use None",
     ),
     "sinks": ({"sinks": zeros(G)}, r"sinks must be float \(4,\), one per query head, not float32 \(2,\)"),
     "slopes": ({"slopes": zeros(H, dtype=jnp.int32)}, r"slopes must be float \(4,\), .* not int32 \(4,\)"),
-    "soft_cap": ({"soft_cap": -2.0}, "soft_cap=-2.0 must be positive; None for no cap"),
-    "strategy": ({"strategy": "star"}, "strategy='star' is none of 'ring', 'gather', 'ulysses', 'usp', 'auto'"),
-    "kernel": ({"kernel": "flush"}, "kernel='flush' is none of 'auto', 'xla'"),
+    "soft_cap": ({"soft_cap": -2.0}, "soft_cap=-2.0 must be positive; use None for no cap"),
+    "strategy": ({"strategy": "star"}, "strategy='star' must be one of 'ring', 'gather', 'ulysses', 'usp', 'auto'"),
+    "kernel": ({"kernel": "flush"}, "kernel='flush' must be one of 'auto', 'xla'"),
     "axis": (
         {"axis": "ring"},
-        r"axis='ring' is not in the mesh, whose axes are \('data', 'context_outer', 'context', 'tensor'\)",
+        r"axis='ring' must be one of the mesh axes \('data', 'context_outer', 'context', 'tensor'\)",
     ),
     "axes": ({"axis": ("context", "context")}, "two different ones"),
     "usp": (
         {"strategy": "usp"},
-        r"'usp' needs axis=\(outer, inner\), not 'context'; 'ring' and 'ulysses' need one axis",
+        r"axis='context' must be a pair for strategy='usp'; use axis=\(outer, inner\), or strategy='ring' or 'ulysses'",
     ),
-    "spec's sequence": ({"spec": jax.P(None, "data")}, "sequence over 'data', but axis='context': they must agree"),
-    "spec's depth": ({"spec": jax.P(None, "context", None, "tensor")}, "shards the head dim over 'tensor'"),
-    "spec's axis": ({"spec": jax.P("rows", "context")}, r"names 'rows', but the mesh has the axes \('data', "),
+    "spec's sequence": (
+        {"spec": jax.P(None, "data")},
+        "shards the sequence over 'data', but axis='context'; they must agree",
+    ),
+    "spec's depth": (
+        {"spec": jax.P(None, "context", None, "tensor")},
+        "shards the head dim over 'tensor', which attention cannot do; use None",
+    ),
+    "long spec": (
+        {"spec": jax.P(None, "context", None, None, None)},
+        r"has 5 entries, but query \[B, L, H, D\] has 4 dims; use at most 4",
+    ),
+    "spec's axis": ({"spec": jax.P("rows", "context")}, r"names 'rows', which must be one of the mesh axes \('data', "),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_does_not_fit_is_refused_with_both_values_and_a_cure(name, make_mesh, unchecked):
+def test_arguments_that_do_not_fit_are_refused_with_a_fix(name, make_mesh, unchecked):
     wrong, message = REFUSED[name]
-    given = {n: x for n, x in arrays().items() if n != "segment_ids"}
+    valid = {n: x for n, x in arrays().items() if n != "segment_ids"}
     if name in ("length", "zigzag"):
         wrong = {**wrong, **{n: zeros(B, wrong["query"].shape[1], G, D) for n in ("key", "value")}}
     with jax.set_mesh(make_mesh(context=8)), pytest.raises(ValueError, match=message):
-        attention(**{**given, **wrong})
+        attention(**{**valid, **wrong})
 
 
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"data": 4}, "B=2 does not split over the 4 devices of 'data': use a multiple of 4"),
-        ({"tensor": 4}, "G=2 does not split over the 4 devices of 'tensor': use a multiple of 4"),
+        ({"data": 4}, "B=2 must be a multiple of the 4 devices of 'data'; use a multiple, or another spec"),
+        ({"tensor": 4}, "G=2 must be a multiple of the 4 devices of 'tensor'"),
     ],
 )
-def test_a_batch_or_heads_that_do_not_split_are_refused(make_mesh, sizes, message):
+def test_batches_and_heads_that_do_not_split_are_refused(make_mesh, sizes, message):
     with jax.set_mesh(make_mesh(context=2, **sizes)), pytest.raises(ValueError, match=message):
         attention(**arrays(), spec=jax.P("data", "context", "tensor"))
 
 
-def test_without_a_mesh_the_error_says_how_to_set_one():
-    with pytest.raises(ValueError, match=r"no mesh is set: first call jax\.set_mesh"):
+def test_the_error_without_a_mesh_says_how_to_set_one():
+    with pytest.raises(ValueError, match=r"no mesh is set; first call jax\.set_mesh"):
         attention(**arrays())
 
 
-def test_inside_a_shard_map_the_error_names_the_function_for_it(make_mesh):
+def test_the_error_inside_a_shard_map_names_shard_attention(make_mesh):
     with jax.set_mesh(mesh := make_mesh(context=2)):
-        given = place(mesh, arrays(), SPEC)
-        specs = jax.tree.map(lambda x: jax.P(*SPEC[: min(x.ndim, 2)]), given)
+        placed = place(mesh, arrays(), SPEC)
+        specs = jax.tree.map(lambda x: jax.P(*SPEC[: min(x.ndim, 2)]), placed)
         f = jax.shard_map(lambda x: attention(**x), in_specs=(specs,), out_specs=SPEC)
-        with pytest.raises(ValueError, match=r"'context' is manual here.* call ringattn\.shard_attention"):
-            f(given)
+        with pytest.raises(ValueError, match=r"'context' is manual, .* call ringattn\.shard_attention"):
+            f(placed)
+
+
+def test_attention_compiles_once_per_shape(make_mesh, monkeypatch):
+    """Repeated calls of one shape trace the kernel once, and a call of another shape once more."""
+    monkeypatch.setattr(xla, "forward", chex.assert_max_traces(xla.forward, n=1))
+    mask = Mask(window=17)  # other tests use other masks, so that none of their traces is in the cache
+    with jax.set_mesh(mesh := make_mesh(context=1)):
+        for seed in range(3):
+            attention(**place(mesh, arrays(seed), SPEC), mask=mask)
+        shorter = {n: v[:, :32] for n, v in arrays().items()}
+        with pytest.raises(AssertionError, match="traced"):
+            attention(**place(mesh, shorter, SPEC), mask=mask)
 
 
 @pytest.mark.parametrize("strategy", ["ring", "gather"])
-def test_nothing_of_what_lies_in_padding_comes_out(make_mesh, strategy):
+def test_nan_in_padding_does_not_spread(make_mesh, strategy):
     x = arrays()
     padding = np.asarray(x["segment_ids"]) < 0
     assert padding.any()
-    spoilt = {
+    nan = {
         name: jnp.asarray(np.where(padding[:, :, None, None], np.nan, x[name])) for name in ("query", "key", "value")
     }
     with jax.set_mesh(mesh := make_mesh(context=2)):
@@ -312,11 +350,11 @@ def test_nothing_of_what_lies_in_padding_comes_out(make_mesh, strategy):
             return out, back(jnp.where(ids[:, :, None, None] < 0, jnp.nan, jnp.ones_like(out)))[0]
 
         results = []
-        for given in (x, x | spoilt):
-            given = place(mesh, given, SPEC)
-            ids = given.pop("segment_ids")
-            results.append(out_and_gradient(given, ids))
-    jax.tree.map(np.testing.assert_array_equal, *results)
+        for inputs in (x, x | nan):
+            placed = place(mesh, inputs, SPEC)
+            ids = placed.pop("segment_ids")
+            results.append(out_and_gradient(placed, ids))
+    chex.assert_trees_all_equal(*results)
     for gradient in results[0][1].values():
         assert not np.asarray(gradient)[padding].any()
 
@@ -324,23 +362,25 @@ def test_nothing_of_what_lies_in_padding_comes_out(make_mesh, strategy):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"strategy": "ulyses"}, "strategy='ulyses' is none of 'ring', 'gather'"),
-        ({"layout": "Contiguous"}, "layout='Contiguous' is none of 'contiguous'"),
+        ({"strategy": "ulyses"}, "strategy='ulyses' must be one of 'ring', 'gather'"),
+        ({"layout": "Contiguous"}, "layout='Contiguous' must be one of 'contiguous'"),
         ({"soft_cap": 0.0}, "soft_cap=0.0 must be positive"),
-        ({"strategy": "usp"}, r"strategy='usp' needs axis=\(outer, inner\)"),
+        ({"strategy": "usp"}, r"axis='context' must be a pair for strategy='usp'; use axis=\(outer, inner\)"),
         ({"layout": "zigzag", "odd": True}, r"=62 must be a positive multiple of 2 \* context = 4 .* use 60 or 64"),
         ({"sinks": jnp.ones(3)}, r"sinks must be float \(4,\), one per query head, not float32 \(3,\)"),
     ],
 )
 def test_shard_attention_refuses_as_attention_does(make_mesh, wrong, message, unchecked):
     x = arrays()
-    odd = {name: each[:, : L - 2] for name, each in x.items()} if wrong.pop("odd", False) else x
+    options = {n: v for n, v in wrong.items() if n != "odd"}
+    if "odd" in wrong:
+        x = {n: v[:, : L - 2] for n, v in x.items()}
     with jax.set_mesh(mesh := make_mesh(context=2)):
-        given = place(mesh, odd, SPEC)
-        ids = given.pop("segment_ids")
-        specs = jax.tree.map(lambda _: SPEC, given)
+        placed = place(mesh, x, SPEC)
+        ids = placed.pop("segment_ids")
+        specs = jax.tree.map(lambda _: SPEC, placed)
         run = jax.shard_map(
-            lambda x, i: shard_attention(**x, segment_ids=i, **wrong), in_specs=(specs, SPEC), out_specs=SPEC
+            lambda x, i: shard_attention(**x, segment_ids=i, **options), in_specs=(specs, SPEC), out_specs=SPEC
         )
         with pytest.raises(ValueError, match=message):
-            run(given, ids)
+            run(placed, ids)

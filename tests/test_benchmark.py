@@ -1,4 +1,4 @@
-"""What is timed is the same attention everywhere, and what comes of it is kept entire."""
+"""All subjects compute the same attention; results, table and plot are complete."""
 
 import json
 import sys
@@ -12,13 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from ringattn import config, unpermute
-from ringattn.attention import Mask
-from ringattn.attention.dense import dense_attention
-from ringattn.benchmark import benchmark, report, run, subjects, timing
-from ringattn.mesh import ring
+from ringattn.attn.mask import Mask
+from ringattn.attn.reference import reference_attention
+from ringattn.benchmark import benchmark, measure, report, subjects, timing
+from ringattn.mesh.devices import ring_mesh
 
 SUBJECTS = (
     "ring zigzag",
@@ -30,50 +31,50 @@ SUBJECTS = (
 )
 
 
-def oracle(subject: config.Subject, inputs: subjects.Inputs):
-    """Output and gradients of query, key and value in float64, natural order."""
+def reference(subject: config.Subject, inputs: subjects.Inputs):
+    """Output and gradients of query, key and value in float64, in natural order."""
     mask = Mask(causal=True, window=None if subject.window is None else (subject.window, 0))
     query, key, value, d_out = (np.asarray(x, np.float64) for x in inputs[:4])
     with jax.enable_x64(True):
         ids = None if inputs.segment_ids is None else jnp.asarray(inputs.segment_ids)
 
         def attend(query, key, value):
-            return dense_attention(query, key, value, mask=mask, segment_ids=ids)
+            return reference_attention(query, key, value, mask=mask, segment_ids=ids)
 
         out, pull = jax.vjp(attend, *map(jnp.asarray, (query, key, value)))
         return jax.tree.map(np.asarray, (out, *pull(jnp.asarray(d_out))))
 
 
 @pytest.mark.parametrize("text", SUBJECTS)
-def test_a_subject_is_attention(text):
+def test_a_subject_computes_attention(text):
     subject = config.parse_subject(text)
     if subject.method == "ringattention" and find_spec("ringattention") is None:
         pytest.skip("ringattention is not installed")
     kv_heads = 4 if subject.method == "ringattention" else 2
     case = subjects.Case(length=64, shards=2, heads=4, kv_heads=kv_heads, head_dim=8, dtype="float32")
-    mesh = ring(case.shards)
-    inputs = subjects.placed_inputs(subject, case, mesh)
-    # The package promotes as JAX does by default.
+    mesh = ring_mesh(case.shards)
+    inputs = subjects.place_inputs(subject, case, mesh)
+    # ringattention needs the default promotion of JAX.
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         attend = subjects.make_attend(subject, mesh)
         with jax.set_mesh(mesh) if subject.method != "dense" else nullcontext():
             out, gradients = jax.jit(subjects.make_pass("forward+backward", attend))(inputs)
-    expected = oracle(subject, subjects.draw(case, subject.documents))
-    for found, exact in zip((out, *gradients), expected, strict=True):
-        found = unpermute(np.asarray(found), subject.layout, case.shards)
-        assert np.linalg.norm(found - exact) <= 1e-6 * np.linalg.norm(exact)
+    expected = reference(subject, subjects.draw_inputs(case, subject.documents))
+    for array, exact in zip((out, *gradients), expected, strict=True):
+        natural = unpermute(np.asarray(array), subject.layout, case.shards)
+        assert np.linalg.norm(natural - exact) <= 1e-6 * np.linalg.norm(exact)
 
 
-def test_the_useful_work_is_that_of_pairs_that_see_each_other():
+def test_useful_flops_count_visible_pairs():
     case = subjects.Case(length=50, shards=1, heads=3, kv_heads=3, head_dim=8, dtype="float32")
     for text in ("dense", "ring zigzag window=0", "ring zigzag window=7", "ring zigzag window=9 documents=7"):
         subject = config.parse_subject(text)
         ids = np.arange(50) * subject.documents // 50
-        apart = np.arange(50)[:, None] - np.arange(50)
+        distance = np.arange(50)[:, None] - np.arange(50)
         left = 50 if subject.window is None else subject.window
-        seen = ((apart >= 0) & (apart <= left) & (ids[:, None] == ids)).sum()
-        assert subjects.useful_flops(subject, case, "forward") == seen * 3 * 2 * 2 * 8
-        assert subjects.useful_flops(subject, case, "forward+backward") == 3 * seen * 3 * 2 * 2 * 8
+        pairs = ((distance >= 0) & (distance <= left) & (ids[:, None] == ids)).sum()
+        assert subjects.useful_flops(subject, case, "forward") == pairs * 3 * 2 * 2 * 8
+        assert subjects.useful_flops(subject, case, "forward+backward") == 3 * pairs * 3 * 2 * 2 * 8
 
 
 SMALL = config.Benchmark(
@@ -90,23 +91,22 @@ SMALL = config.Benchmark(
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """The folder and the results of a small benchmark, that ran where a longer one had been before."""
-    directory = str(tmp_path_factory.mktemp("runs"))
-    c = replace(SMALL, directory=directory)
-    folder = run.prepare_folder(c)
-    (folder / "results.json").write_text("those of an earlier run")
+    """Directory and results of a small benchmark that replaced the results of an earlier run."""
+    c = replace(SMALL, directory=str(tmp_path_factory.mktemp("runs")))
+    directory = measure.prepare_directory(c)
+    (directory / "results.json").write_text("results of an earlier run")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(timing, "SAMPLE", 1e-3)
+        patch.setattr(timing, "SAMPLE_SECONDS", 1e-3)
         assert benchmark(c) == 0
-    assert config.load(folder / "config.json", config.Benchmark) == c
-    results = json.loads((folder / "results.json").read_text())
-    assert results["config"] == json.loads((folder / "config.json").read_text())
-    return folder, results
+    assert config.load(directory / "config.json", config.Benchmark) == c
+    results = json.loads((directory / "results.json").read_text())
+    assert results["config"] == json.loads((directory / "config.json").read_text())
+    return directory, results
 
 
 def test_the_results_are_complete(finished):
-    folder, results = finished
-    assert sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()) == [
+    directory, results = finished
+    assert sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()) == [
         "config.json",
         "plots/benchmark.png",
         "results.json",
@@ -118,7 +118,7 @@ def test_the_results_are_complete(finished):
         assert row["length"] == size * tokens
         if row["skipped"] is not None:
             continue
-        assert len(row["samples"]) == timing.ROUNDS
+        assert len(row["samples"]) == timing.MIN_ROUNDS
         assert row["seconds"] == sorted(row["samples"])[1]
         assert row["temp_bytes"] >= 0
         parsed, case = config.parse_subject(subject), subjects.Case(size * tokens, size, 3, 1, 8, "float32")
@@ -130,7 +130,7 @@ def test_the_results_are_complete(finished):
             assert ratios[0] <= speed["low"] <= speed["median"] <= speed["high"] <= ratios[2]
 
 
-def test_what_cannot_run_is_told_and_left_out(finished):
+def test_a_subject_that_cannot_run_is_reported_and_skipped(finished):
     for row in finished[1]["rows"]:
         if row["subject"] == "ulysses contiguous" and row["ring"] == 2:
             assert "does not split over" in row["skipped"] or "heads" in row["skipped"]
@@ -138,92 +138,115 @@ def test_what_cannot_run_is_told_and_left_out(finished):
             assert "ringattention" in row["skipped"]
         else:
             assert row["skipped"] is None
-            there = {"dense"} if row["ring"] == 2 else {"dense", "ulysses contiguous"}
-            assert row["speed"].keys() == there
-    told = report.skipped([row for row in finished[1]["rows"] if row["ring"] == 2 and row["shard_tokens"] == 16])
-    assert [line.split(":")[0] for line in told] == [
+            baselines = {"dense"} if row["ring"] == 2 else {"dense", "ulysses contiguous"}
+            assert row["speed"].keys() == baselines
+    lines = report.skipped([row for row in finished[1]["rows"] if row["ring"] == 2 and row["shard_tokens"] == 16])
+    assert [line.split(":")[0] for line in lines] == [
         "skipped ulysses contiguous, forward and forward+backward",
         "skipped ringattention, forward and forward+backward",
     ]
 
 
 def test_the_plot_shows_lengths_and_rings(finished, tmp_path):
-    folder, results = finished
-    whole = imread(folder / "plots" / "benchmark.png").shape
+    directory, results = finished
+    both = imread(directory / "plots" / "benchmark.png").shape
     report.plot([row for row in results["rows"] if row["ring"] == 1], "by length", tmp_path / "plots" / "length.png")
     report.plot(
         [row for row in results["rows"] if row["shard_tokens"] == 16], "by ring", tmp_path / "plots" / "ring.png"
     )
-    half = imread(tmp_path / "plots" / "length.png").shape
-    assert half == imread(tmp_path / "plots" / "ring.png").shape
-    assert half[1] == whole[1]
-    assert half[0] < 0.7 * whole[0]
+    one = imread(tmp_path / "plots" / "length.png").shape
+    assert one == imread(tmp_path / "plots" / "ring.png").shape
+    assert one[1] == both[1]
+    assert one[0] < 0.7 * both[0]
 
 
-def test_what_does_not_fit_memory_is_not_run(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(timing, "free_bytes", lambda device: 1000)
+def test_the_legend_has_only_measured_subjects(finished, tmp_path, monkeypatch):
+    names = []
+    monkeypatch.setattr(Figure, "legend", lambda self, handles, labels, **_: names.extend(labels))
+    report.plot([row for row in finished[1]["rows"] if row["ring"] == 2], "a ring of 2", tmp_path / "plots" / "2.png")
+    assert names == ["gather contiguous", "dense"], "ulysses and ringattention were skipped"
+
+
+def test_a_program_that_does_not_fit_memory_is_not_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(timing, "free_memory", lambda device: 1000)
     small = {"rings": (2,), "shard_tokens": (16,), "subjects": ("gather contiguous", "dense"), "baselines": ("dense",)}
     assert benchmark(config.Benchmark(directory=str(tmp_path), seconds=0, **small)) == 0
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for subject in small["subjects"]:
-        assert f"skipped {subject}, forward and forward+backward: it needs 0.0 GiB, more than 50% of" in said
+        assert f"skipped {subject}, forward and forward+backward: needs 0.0 GiB, more than 50% of" in output
     rows = json.loads((tmp_path / "benchmark" / "results.json").read_text())["rows"]
-    assert [row["skipped"][:8] for row in rows] == ["it needs"] * 4
+    assert [row["skipped"][:5] for row in rows] == ["needs"] * 4
 
 
-def test_a_package_that_is_not_there_is_told_with_a_cure(monkeypatch):
+def test_a_missing_package_is_reported_with_a_fix(monkeypatch):
     monkeypatch.setattr(sys, "path", [])
     for name in [name for name in sys.modules if name.partition(".")[0] == "ringattention"]:
         monkeypatch.delitem(sys.modules, name)
     with pytest.raises(ModuleNotFoundError, match=r"not installed: pip install -e '\.\[benchmark\]'"):
-        subjects.make_attend(config.parse_subject("ringattention"), ring(2))
+        subjects.make_attend(config.parse_subject("ringattention"), ring_mesh(2))
+
+
+def test_the_fix_for_a_missing_package_is_printed_in_full(tmp_path, monkeypatch, capsys):
+    """rich's markup would remove the brackets and what is between them."""
+    fix = "the package ringattention is not installed: pip install -e '.[benchmark]'"
+
+    def fail(subject, mesh):
+        raise ModuleNotFoundError(fix)
+
+    monkeypatch.setattr(measure, "make_attend", fail)
+    directory = str(tmp_path / "[runs]")
+    c = config.Benchmark(directory=directory, rings=(1,), shard_tokens=(16,), subjects=("dense",), seconds=0)
+    assert benchmark(c) == 0
+    output = capsys.readouterr().out
+    assert f"skipped dense, forward and forward+backward: {fix}" in output
+    assert f"results go to {directory}" in output
 
 
 @dataclass(frozen=True)
 class Fake(timing.Program):
-    """In the place of a program; notes who is called."""
+    """A program that records its calls."""
 
     name: str
     called: list
 
     @property
     def temp_bytes(self):
-        return timing.LARGE if self.name == "large" else 0
+        return timing.LARGE_BYTES if self.name == "large" else 0
 
     def seconds(self, calls):
         self.called.append((self.name, calls))
         return float(calls)
 
 
-def test_every_round_runs_every_program_once_in_an_order_of_its_own():
+def test_every_round_times_every_program_once_in_a_new_order():
     called = []
     anything: Any = None
     calls = {"a": 1, "b": 3, "c": 1, "large": 1}
     programs = {name: (Fake(anything, None, name, called), count) for name, count in calls.items()}
-    found = list(timing.rounds(programs, 0))
-    assert found == [calls] * timing.ROUNDS
-    orders = [tuple(each) for each in found]
+    times = list(timing.rounds(programs, 0))
+    assert times == [calls] * timing.MIN_ROUNDS
+    orders = [tuple(round_times) for round_times in times]
     assert len(set(orders)) > 1
-    expected, before = [], None
+    expected, previous = [], None
     for name in chain(*orders):
-        untimed = name == "b" or before == "large"  # a short call, or one that finds its memory taken
+        untimed = name == "b" or previous == "large"  # short calls, or the program after a large one
         expected += [(name, 1)] * untimed + [(name, calls[name])]
-        before = name
+        previous = name
     assert called == expected
 
 
-def test_a_ring_that_does_not_fit_is_refused_with_a_cure():
-    with pytest.raises(ValueError, match=r"rings=\(2, 16\) do not fit 8 devices: use --rings 2, or --simulate 16"):
-        run.ring_sizes(config.Benchmark(rings=(2, 16)))
-    assert run.ring_sizes(config.Benchmark(rings=(-1, 2, 8))) == [8, 2]
+def test_a_ring_that_does_not_fit_is_refused_with_a_fix():
+    with pytest.raises(ValueError, match=r"rings=\(2, 16\) do not fit 8 devices; use --rings 2, or --simulate 16"):
+        measure.ring_sizes(config.Benchmark(rings=(2, 16)))
+    assert measure.ring_sizes(config.Benchmark(rings=(-1, 2, 8))) == [8, 2]
 
 
-def test_a_folder_of_another_kind_of_run_is_left_alone(tmp_path):
-    folder = tmp_path / "mine"
-    folder.mkdir()
-    config.save(config.Config(), folder / "config.json")
-    with pytest.raises(ValueError, match=r"holds a Config, for scripts/train.py.*choose another --name"):
-        run.prepare_folder(config.Benchmark(name="mine", directory=str(tmp_path)))
+def test_a_directory_of_another_kind_of_run_is_not_overwritten(tmp_path):
+    directory = tmp_path / "mine"
+    directory.mkdir()
+    (directory / "config.json").write_text(config.to_json(config.Config()))
+    with pytest.raises(ValueError, match=r"defines a Config for scripts/train.py.*use another --name"):
+        measure.prepare_directory(config.Benchmark(name="mine", directory=str(tmp_path)))
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"cannot write to .*choose another --directory"):
-        run.prepare_folder(config.Benchmark(directory=str(tmp_path / "file")))
+    with pytest.raises(ValueError, match=r"cannot write to .*use another --directory"):
+        measure.prepare_directory(config.Benchmark(directory=str(tmp_path / "file")))

@@ -1,15 +1,18 @@
-from functools import partial
+"""Loss by number of preceding tokens, and the validation of a run."""
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx
 
-from ringattn import attention, config
-from ringattn.mesh import SEQUENCE, TOKENS, place
-from ringattn.model import Transformer
+from ringattn import config
+from ringattn.data.placement import permute_and_place
+from ringattn.mesh.axes import abstract
+from ringattn.model.build import model_factory
 from ringattn.training.by_context import context_ranges, losses_by_context, named_losses, sums_by_context
-from ringattn.training.run import prepare
+from ringattn.training.stage import prepare_stage
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 @pytest.mark.parametrize(
@@ -22,18 +25,18 @@ from ringattn.training.run import prepare
         (300, [(0, 63), (64, 127), (128, 255), (256, 299)]),
     ],
 )
-def test_ranges_double_and_leave_nothing_out(length, ranges):
+def test_ranges_double_and_cover_the_length(length, ranges):
     assert context_ranges(length) == ranges
 
 
-def test_sums_do_not_depend_on_the_order():
+def test_sums_do_not_depend_on_the_order_of_tokens():
     rng = np.random.default_rng(0)
     values = rng.standard_normal((2, 256)).astype(np.float32)
     positions = np.stack([np.arange(256), np.r_[np.arange(100), np.arange(156)]]).astype(np.int32)
     order = rng.permutation(256)
-    found = sums_by_context(values[:, order], positions[:, order])
+    sums = sums_by_context(values[:, order], positions[:, order])
     expected = [values[(positions >= a) & (positions <= b)].sum() for a, b in ((0, 63), (64, 127), (128, 255))]
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(sums, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_range_without_weight_has_no_loss():
@@ -44,7 +47,7 @@ def test_a_range_without_weight_has_no_loss():
 
 @pytest.fixture
 def small(tmp_path):
-    """A run's config on documents of a hundred bytes or so."""
+    """Config of a run on documents of 20 to 200 bytes."""
     rng = np.random.default_rng(0)
     for number in range(40):
         size = int(rng.integers(20, 200))
@@ -53,36 +56,36 @@ def small(tmp_path):
         model=config.Model(layers=1, dim=16, heads=2, kv_heads=1, head_dim=8, feed_forward=32),
         data=config.Data(path=str(tmp_path), seq_len=192, validation=0.4),
         train=config.Train(batch_size=4, accumulate=2),
-        evaluate=config.Evaluate(batches=2),
+        validation=config.Validation(batches=2),
     )
 
 
-def test_an_evaluation_on_a_ring_is_that_of_a_plain_model(small, make_mesh):
-    with jax.set_mesh(over := make_mesh(data=2, context=4)):
-        run = prepare(small, over)
+def test_validation_on_a_ring_agrees_with_the_logits_on_one_device(small, make_mesh):
+    with jax.set_mesh(mesh := make_mesh(data=2, context=4)):
+        run = prepare_stage(small, mesh)
         params = run.initial_state().params
-        found = run.evaluate(params)
-    whole = jax.tree.map(np.asarray, params)
+        values = run.validate(params)
+        assert run.validate(params) == values
+        assert run.scorer.step._cache_size() == 1  # compiled once
 
-    losses, places, right = [], [], []
-    with jax.set_mesh(make_mesh()):
-        graphdef = nnx.graphdef(
-            nnx.eval_shape(lambda: Transformer(small.model, 257, partial(attention, axis=SEQUENCE), nnx.Rngs(params=0)))
-        )
-        shapes = jax.eval_shape(run.initial_state).params
-        model = nnx.merge(graphdef, jax.tree.map(lambda x, like: jax.device_put(x, like.sharding.spec), whole, shapes))
-        for number in range(2):
-            batch = run.held_out.batch(number)
-            hidden = model(*place((batch.tokens, batch.positions, batch.segment_ids), make_mesh(), TOKENS))
-            logits = np.asarray(hidden, np.float64) @ np.asarray(model.output(), np.float64)[:257].T
-            wanted = np.take_along_axis(logits, batch.targets[..., None], -1)[..., 0]
-            losses.append(np.log(np.exp(logits).sum(-1)) - wanted)
-            places.append(batch.positions)
-            right.append(logits.argmax(-1) == batch.targets)
-    losses, places = np.concatenate(losses), np.concatenate(places)
-    assert found["eval/loss"] == pytest.approx(losses.mean(), rel=1e-5)
-    assert found["eval/accuracy"] == pytest.approx(np.mean(right), rel=1e-5)
-    by_context = losses_by_context(found)
+    losses, positions, correct = [], [], []
+    with jax.set_mesh(mesh := make_mesh()):
+        graphdef = nnx.graphdef(nnx.eval_shape(model_factory(small, 257)))
+        like = abstract(jax.eval_shape(run.initial_state).params, mesh)
+        params = jax.tree.map(lambda x, leaf: jax.device_put(np.asarray(x), leaf.sharding), params, like)
+        run_model = jax.jit(lambda params, *ids: nnx.merge(graphdef, params).logits(*ids))
+        for index in range(2):
+            batch = run.held_out.batch(index)
+            ids = (batch.tokens, batch.positions, batch.segment_ids)
+            logits = np.asarray(run_model(params, *permute_and_place(ids, mesh, "contiguous")), np.float64)
+            target_logits = np.take_along_axis(logits, batch.targets[..., None], -1)[..., 0]
+            losses.append(np.log(np.exp(logits).sum(-1)) - target_logits)
+            positions.append(batch.positions)
+            correct.append(logits.argmax(-1) == batch.targets)
+    losses, positions = np.concatenate(losses), np.concatenate(positions)
+    assert values["eval/loss"] == pytest.approx(losses.mean(), rel=1e-5)
+    assert values["eval/accuracy"] == pytest.approx(np.mean(correct), rel=1e-5)
+    by_context = losses_by_context(values)
     assert list(by_context) == [(0, 63), (64, 127), (128, 191)]
     for (first, last), loss in by_context.items():
-        assert loss == pytest.approx(losses[(places >= first) & (places <= last)].mean(), rel=1e-5)
+        assert loss == pytest.approx(losses[(positions >= first) & (positions <= last)].mean(), rel=1e-5)

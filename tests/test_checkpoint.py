@@ -1,17 +1,21 @@
+"""Checkpoints: kept, restored on any mesh, verified; damaged ones are skipped."""
+
 import json
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from jax import P
 
-from ringattn.mesh import FSDP, TENSOR
-from ringattn.training.checkpoint import Checkpoints, params_digest, read_params, saved_steps
+from ringattn.mesh.axes import FSDP, TENSOR
+from ringattn.runs import checkpoint
+from ringattn.runs.checkpoint import Checkpoints, params_digest, read_params, saved_steps
 from ringattn.training.step import TrainState
 
-# A reader that fails leaves reads behind that it never awaits.
+# A reader that fails never awaits the reads that it has started.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
@@ -19,11 +23,10 @@ pytestmark = [
 
 
 def state(mesh, step, width=8):
-    """A small state that differs from step to step, its matrix in pieces."""
+    """A small state that differs from step to step, with a sharded matrix."""
     matrix = jax.random.normal(jax.random.key(step), (16, width))
     sharded = jax.device_put(matrix, jax.NamedSharding(mesh, P(FSDP, TENSOR)))
-    whole = jax.NamedSharding(mesh, P())
-    count, number = (jax.device_put(jnp.int32(value), whole) for value in (step, step))
+    count, number = (jax.device_put(jnp.int32(step), jax.NamedSharding(mesh, P())) for _ in range(2))
     return TrainState({"matrix": sharded}, {"mean": 2 * sharded, "count": count}, number)
 
 
@@ -39,105 +42,124 @@ def mesh(make_mesh):
 
 
 @pytest.fixture
-def folder(tmp_path, mesh):
-    """Checkpoints of steps 2, 4 and 6, of which 4 and 6 are kept."""
+def directory(tmp_path, mesh):
+    """Checkpoints of steps 2, 4 and 6, with 4 and 6 kept."""
     with Checkpoints(tmp_path / "checkpoints", keep=2) as checkpoints:
         for step in (2, 4, 6):
-            checkpoints.save(state(mesh, step))
+            checkpoints.save(step, state(mesh, step))
     return tmp_path / "checkpoints"
 
 
-def restored(folder, mesh, width=8):
-    with Checkpoints(folder, keep=2) as checkpoints:
+def restore(directory, mesh, width=8):
+    with Checkpoints(directory, keep=2) as checkpoints:
         return checkpoints.restore(abstract(state(mesh, 0, width)))
 
 
-def array_file(folder: Path) -> Path:
-    """The file that holds the matrix's bytes."""
-    return max((path for path in folder.rglob("d/*") if path.is_file()), key=lambda path: path.stat().st_size)
+def listing(directory):
+    """Every file and directory with its time of modification."""
+    return {path: path.stat().st_mtime_ns for path in (directory, *directory.rglob("*"))}
 
 
-def test_keeps_the_newest_and_restores_it(folder, mesh):
-    assert saved_steps(folder) == [6, 4]
-    found, notes = restored(folder, mesh)
-    assert notes == []
-    assert int(found.step) == 6
-    jax.tree.map(np.testing.assert_array_equal, found, state(mesh, 6))
+def array_file(directory: Path) -> Path:
+    """The file that holds the bytes of the matrix."""
+    return max((path for path in directory.rglob("d/*") if path.is_file()), key=lambda path: path.stat().st_size)
 
 
-def test_restores_on_another_mesh(folder, make_mesh):
+def test_the_newest_are_kept_and_the_last_is_restored(directory, mesh):
+    assert saved_steps(directory) == [6, 4]
+    restored, messages = restore(directory, mesh)
+    assert messages == []
+    assert int(restored.step) == 6
+    chex.assert_trees_all_equal(restored, state(mesh, 6))
+
+
+def test_any_tree_is_restored(tmp_path, mesh):
+    tree = [{"b": jnp.arange(3)}, (jnp.float32(2.5),)]
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(3, tree)
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        restored, messages = checkpoints.restore(abstract(tree))
+    assert messages == []
+    chex.assert_trees_all_equal(restored, tree)
+    chex.assert_trees_all_equal_structs(restored, tree)
+
+
+def test_restored_on_another_mesh(directory, make_mesh):
     other = make_mesh(1, 4, 1)
     with jax.set_mesh(other):
-        found, _ = restored(folder, other)
-        assert found.params["matrix"].sharding == jax.NamedSharding(other, P(FSDP, TENSOR))
-        np.testing.assert_array_equal(found.params["matrix"], state(other, 6).params["matrix"])
+        restored, _ = restore(directory, other)
+        assert restored.params["matrix"].sharding == jax.NamedSharding(other, P(FSDP, TENSOR))
+        chex.assert_trees_all_equal(restored, state(other, 6))
 
 
-def truncate(folder):
-    path = array_file(folder)
+def truncate(directory):
+    path = array_file(directory)
     path.write_bytes(path.read_bytes()[:-40])
 
 
-def flip_a_bit(folder):
-    content = bytearray(array_file(folder).read_bytes())
+def flip_a_bit(directory):
+    content = bytearray(array_file(directory).read_bytes())
     content[len(content) // 2] ^= 1
-    array_file(folder).write_bytes(content)
+    array_file(directory).write_bytes(content)
 
 
-def empty_out(folder):
-    array_file(folder).write_bytes(b"")
+def empty(directory):
+    array_file(directory).write_bytes(b"")
 
 
-def lose_the_facts(folder):
-    (folder / "facts" / "metadata").unlink()
+def remove_metadata(directory):
+    (directory / "facts" / "metadata").unlink()
 
 
-@pytest.mark.parametrize("damage", [truncate, empty_out, flip_a_bit, lose_the_facts])
-def test_goes_back_to_the_one_before_a_damaged_one(folder, mesh, damage):
-    damage(folder / "6")
-    found, notes = restored(folder, mesh)
-    assert int(found.step) == 4
-    jax.tree.map(np.testing.assert_array_equal, found, state(mesh, 4))
-    assert len(notes) == 1
-    assert notes[0].startswith("checkpoint 6 is damaged")
-    assert saved_steps(folder) == [4]
-    assert (folder / "damaged-6").is_dir()
-    with Checkpoints(folder, keep=2) as checkpoints:  # the run may come by that step again
-        checkpoints.save(state(mesh, 6))
-    assert int(restored(folder, mesh)[0].step) == 6
+@pytest.mark.parametrize("damage", [truncate, empty, flip_a_bit, remove_metadata])
+def test_the_checkpoint_before_a_damaged_one_is_restored(directory, mesh, damage):
+    damage(directory / "6")
+    restored, messages = restore(directory, mesh)
+    assert int(restored.step) == 4
+    chex.assert_trees_all_equal(restored, state(mesh, 4))
+    assert len(messages) == 1
+    assert messages[0].startswith("checkpoint 6 is damaged (")
+    assert messages[0].endswith("); using an earlier checkpoint")
+    assert saved_steps(directory) == [4]
+    assert (directory / "damaged-6").is_dir()
+    with Checkpoints(directory, keep=2) as checkpoints:  # the resumed run writes that step again
+        checkpoints.save(6, state(mesh, 6))
+    assert int(restore(directory, mesh)[0].step) == 6
 
 
-def test_notices_what_the_reader_does_not(folder, mesh, monkeypatch):
-    """An array that reads well but is not what was written, as after one changed byte on the disk."""
-    read = Checkpoints._read
+def test_checksums_detect_changed_arrays(directory, mesh, monkeypatch):
+    """An array that can be read but is not the one that was written, as after a changed byte on disk."""
+    read = checkpoint._read_arrays
 
-    def changed(self, step, target, sums):
+    def changed(manager, step, target, sums):
         if step == 6:
             sums = sums | {"params.matrix": sums["params.matrix"] ^ 1}
-        return read(self, step, target, sums)
+        return read(manager, step, target, sums)
 
-    monkeypatch.setattr(Checkpoints, "_read", changed)
-    found, notes = restored(folder, mesh)
-    assert int(found.step) == 4
-    assert notes == ["checkpoint 6 is damaged, going back: params.matrix is not what was written"]
-
-
-def test_an_unfinished_write_is_no_checkpoint(folder, mesh):
-    (folder / "8.orbax-checkpoint-tmp").mkdir()
-    assert int(restored(folder, mesh)[0].step) == 6
+    monkeypatch.setattr(checkpoint, "_read_arrays", changed)
+    restored, messages = restore(directory, mesh)
+    assert int(restored.step) == 4
+    expected = "checkpoint 6 is damaged (the checksum of params.matrix differs); using an earlier checkpoint"
+    assert messages == [expected]
 
 
-def test_says_so_if_none_can_be_read(folder, mesh):
+def test_an_incomplete_write_is_no_checkpoint(directory, mesh):
+    (directory / "8.orbax-checkpoint-tmp").mkdir()
+    assert saved_steps(directory) == [6, 4]
+    assert int(restore(directory, mesh)[0].step) == 6
+
+
+def test_no_readable_checkpoint_is_an_error(directory, mesh):
     for step in (4, 6):
-        lose_the_facts(folder / str(step))
+        remove_metadata(directory / str(step))
     with pytest.raises(ValueError, match=r"no readable checkpoint .* another --name"):
-        restored(folder, mesh)
-    assert saved_steps(folder) == [6, 4]
+        restore(directory, mesh)
+    assert saved_steps(directory) == [6, 4]
 
 
-def test_refuses_another_model(folder, mesh):
-    with pytest.raises(ValueError, match=r"params.matrix is \[16, 8\] there and \[16, 4\] here"):
-        restored(folder, mesh, width=4)
+def test_a_checkpoint_of_another_model_is_an_error(directory, mesh):
+    with pytest.raises(ValueError, match=r"params.matrix is \[16, 8\] in the checkpoint but \[16, 4\] in the config"):
+        restore(directory, mesh, width=4)
 
 
 def test_the_state_may_be_donated_while_it_is_written(tmp_path, mesh):
@@ -145,45 +167,59 @@ def test_the_state_may_be_donated_while_it_is_written(tmp_path, mesh):
     current = state(mesh, 1)
     expected = jax.device_get(current)
     with Checkpoints(tmp_path, keep=2) as checkpoints:
-        checkpoints.save(current)
+        checkpoints.save(1, current)
         for _ in range(5):
             current = advance(current)
-    found, notes = restored(tmp_path, mesh)
-    assert notes == []
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), expected)
+    restored, messages = restore(tmp_path, mesh)
+    assert messages == []
+    chex.assert_trees_all_equal(jax.device_get(restored), expected)
 
 
-def test_what_is_not_finite_is_not_saved(folder, mesh):
+def test_a_state_that_is_not_finite_is_not_saved(directory, mesh):
     broken = jax.tree.map(lambda x: x / 0 if x.dtype == jnp.float32 else x, state(mesh, 8))
-    lower = r"is not finite after step 8, which is not saved: lower --optimizer"
-    with Checkpoints(folder, 2) as checkpoints, pytest.raises(ValueError, match=lower):
-        checkpoints.save(broken)
-    assert saved_steps(folder) == [6, 4]
+    message = r"is not finite after step 8, which is not saved; lower --optimizer"
+    with Checkpoints(directory, 2) as checkpoints, pytest.raises(ValueError, match=message):
+        checkpoints.save(8, broken)
+    assert saved_steps(directory) == [6, 4]
 
 
-def test_parameters_are_read_alone_and_the_folder_is_left_as_it_is(folder, mesh, make_mesh):
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    other = make_mesh(context=8)
+def test_parameters_are_read_alone_and_nothing_is_written(directory, mesh, make_mesh, monkeypatch):
+    before = listing(directory)
+    other, requested = make_mesh(context=8), []
     like = {"matrix": jax.ShapeDtypeStruct((16, 8), jnp.float32, sharding=jax.NamedSharding(other, P(FSDP)))}
+    restore_args = ocp.checkpoint_utils.construct_restore_args
+    monkeypatch.setattr(
+        ocp.checkpoint_utils, "construct_restore_args", lambda target: requested.extend(target) or restore_args(target)
+    )
     with jax.set_mesh(other):
-        found = read_params(folder, 4, like)
-    np.testing.assert_array_equal(found["matrix"], state(mesh, 4).params["matrix"])
-    assert found["matrix"].sharding == like["matrix"].sharding
-    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
-    assert params_digest(folder, 4) == params_digest(folder, 4) != params_digest(folder, 6)
+        params = read_params(directory, 4, like)
+    chex.assert_trees_all_equal(params, state(mesh, 4).params)
+    assert params["matrix"].sharding == like["matrix"].sharding
+    assert requested == ["params.matrix"]  # not the optimizer state
+    assert params_digest(directory, 4) == params_digest(directory, 4) != params_digest(directory, 6)
+    assert listing(directory) == before
 
 
-def test_damaged_parameters_are_refused(folder, mesh):
+def test_damaged_parameters_are_refused(directory, mesh):
     like = {"matrix": jax.ShapeDtypeStruct((16, 8), jnp.float32, sharding=jax.NamedSharding(mesh, P()))}
-    with pytest.raises(ValueError, match=r"4 is of another model: params.matrix is \[16, 8\] there and \[16, 4\] here"):
-        read_params(folder, 4, {"matrix": jax.ShapeDtypeStruct((16, 4), jnp.float32, sharding=like["matrix"].sharding)})
-    facts = folder / "4" / "facts" / "metadata"
-    content = json.loads(facts.read_text())
+    narrow = {"matrix": jax.ShapeDtypeStruct((16, 4), jnp.float32, sharding=like["matrix"].sharding)}
+    with pytest.raises(ValueError, match=r"4 is of another model: params.matrix is \[16, 8\] .* but \[16, 4\] in"):
+        read_params(directory, 4, narrow)
+    metadata = directory / "4" / "facts" / "metadata"
+    content = json.loads(metadata.read_text())
     content["sums"]["params.matrix"] ^= 1
-    facts.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"4 is damaged \(params.matrix is not what was written\): name another"):
-        read_params(folder, 4, like)
-    facts.unlink()
-    for read in (lambda: read_params(folder, 4, like), lambda: params_digest(folder, 4)):
-        with pytest.raises(ValueError, match=r"4 is damaged .*: name another checkpoint"):
+    metadata.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"4 is damaged \(the checksum of params.matrix differs\); use another"):
+        read_params(directory, 4, like)
+    metadata.unlink()
+    before = listing(directory)
+    for read in (lambda: read_params(directory, 4, like), lambda: params_digest(directory, 4)):
+        with pytest.raises(ValueError, match=r"4 is damaged .*; use another checkpoint"):
             read()
+    assert listing(directory) == before
+
+
+def test_a_missing_checkpoint_is_refused_and_no_directory_appears(tmp_path):
+    with pytest.raises(ValueError, match=r"4 is damaged .*; use another checkpoint"):
+        params_digest(tmp_path / "checkpoints", 4)
+    assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""The codebook is learned from training frames alone, the same each time, and serves what it was learned from."""
+"""The codebook is learned from training frames only, deterministically."""
 
 from pathlib import Path
 
@@ -9,8 +9,8 @@ from test_video import SIZE, film
 from ringattn.config import Data
 from ringattn.data import VideoTokenizer
 from ringattn.data.codebook import CODES, Sample, learn
+from ringattn.data.dataset import read
 from ringattn.data.formats import Document
-from ringattn.data.reading import read
 from ringattn.data.video import PATCH, nearest, patches, read_frames
 
 
@@ -18,7 +18,7 @@ def noise(frames: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (frames, *SIZE, 3), np.uint8)
 
 
-def test_means_of_separate_groups_are_found():
+def test_kmeans_finds_the_means_of_separate_groups():
     groups = np.repeat(np.repeat(noise(20, 1)[:, :4, :4], SIZE[0] // 4, 1), SIZE[1] // 4, 2)
     jitter = np.random.default_rng(2).integers(-3, 4, (30, *groups.shape))
     sample = Sample()
@@ -28,10 +28,10 @@ def test_means_of_separate_groups_are_found():
     assert codes.shape == (CODES, PATCH, PATCH, 3)
     points = patches(groups)
     distance = np.abs(points - codes.reshape(CODES, -1)[nearest(points, codes)]).mean()
-    assert distance < 3 / 255  # nearer than one of the jittered patches is on average
+    assert distance < 3 / 255  # the mean distance of a jittered patch
 
 
-def test_few_patches_give_as_many_codes():
+def test_few_patches_give_few_codes():
     sample = Sample()
     sample.add(np.repeat(noise(1)[:, :4, :4], 4, 1).repeat(6, 2)[:, : SIZE[0], : SIZE[1]])
     codes = sample.codebook()
@@ -39,7 +39,7 @@ def test_few_patches_give_as_many_codes():
     assert np.isfinite(codes).all()
 
 
-def test_the_sample_does_not_grow_and_draws_from_all():
+def test_the_sample_has_a_fixed_size_and_is_uniform():
     sample = Sample()
     for value in range(8):
         sample.add(np.full((400, *SIZE, 3), 30 * value, np.uint8))
@@ -53,36 +53,36 @@ def documents(*seeds: int) -> list[Document]:
     return [Document(f"{seed}.mp4", film(20, seed=seed)) for seed in seeds]
 
 
-def test_held_out_frames_have_no_part_in_it_and_are_looked_at():
-    def of(*films: Document) -> VideoTokenizer:
+def test_the_codebook_is_learned_without_held_out_frames_which_are_the_preview():
+    def learned(*films: Document) -> VideoTokenizer:
         return learn([lambda: iter(films)], SIZE, 0.3)
 
-    several = of(*documents(*range(6)))
-    # Of six films two are held out: those of the smallest digests.
-    ranked = sorted(documents(*range(6)), key=lambda document: document.digest)
-    held, training = ranked[:2], [each for each in documents(*range(6)) if each not in ranked[:2]]
+    films = documents(*range(6))
+    several = learned(*films)
+    # The two of six films with the smallest digests are held out.
+    held_out = sorted(films, key=lambda film: film.digest)[:2]
+    training = [film for film in films if film not in held_out]
     sample = Sample()
     for document in training:
         for frames in read_frames(document.content, SIZE):
             sample.add(frames)
-    alone = VideoTokenizer(sample.codebook(), SIZE)
-    assert several.fingerprint == alone.fingerprint
-    shown = next(read_frames(next(each for each in documents(*range(6)) if each in held).content, SIZE))
-    assert np.array_equal(several.look[0], shown[0])
-    single = of(*documents(3))
+    assert several.fingerprint == VideoTokenizer(sample.codebook(), SIZE).fingerprint
+    first = next(film for film in films if film in held_out)
+    assert np.array_equal(several.preview[0], next(read_frames(first.content, SIZE))[0])
+    single = learned(*documents(3))
     frames = next(read_frames(documents(3)[0].content, SIZE))
-    assert np.array_equal(single.look, frames[14:][::8])
+    assert np.array_equal(single.preview, frames[14:][::8])
     sample = Sample()
     sample.add(frames[:14])
     assert VideoTokenizer(sample.codebook(), SIZE).fingerprint == single.fingerprint
 
 
-def test_a_film_that_cannot_be_read_is_named():
-    with pytest.raises(ValueError, match=r"bad.mp4: not a video that PyAV can read"):
+def test_an_unreadable_video_is_named():
+    with pytest.raises(ValueError, match=r"bad.mp4: PyAV cannot read this video"):
         learn([lambda: iter([*documents(0, 1), Document("bad.mp4", b"bad")])], SIZE, 0.3)
 
 
-def test_a_single_film_is_cut_at_a_frame_and_the_same_each_time(tmp_path: Path):
+def test_a_single_video_is_split_at_a_frame_deterministically(tmp_path: Path):
     (tmp_path / "a.mp4").write_bytes(film(50))
     data = Data(path=str(tmp_path / "a.mp4"), tokenizer="video", frame_size=SIZE, validation=0.1)
     one, again = read(data), read(data)
@@ -90,13 +90,13 @@ def test_a_single_film_is_cut_at_a_frame_and_the_same_each_time(tmp_path: Path):
     assert one.validation[0].count == 5 * one.tokenizer.unit
     assert one.training[0].fingerprint == again.training[0].fingerprint
     assert isinstance(one.tokenizer, VideoTokenizer)
-    assert np.abs(one.tokenizer.rebuilt().astype(float) - one.tokenizer.look).mean() < 5
+    assert np.abs(one.tokenizer.reconstruct_preview().astype(float) - one.tokenizer.preview).mean() < 5
 
 
-def test_the_folder_of_a_run_keeps_its_codebook(tmp_path: Path):
+def test_the_codebook_of_the_run_directory_is_used(tmp_path: Path):
     (tmp_path / "a.mp4").write_bytes(film(50))
     data = Data(path=str(tmp_path / "a.mp4"), tokenizer="video", frame_size=SIZE)
-    kept = VideoTokenizer(np.zeros((9, PATCH, PATCH, 3), np.float32), SIZE)
-    for name, content in kept.files.items():
+    saved = VideoTokenizer(np.zeros((9, PATCH, PATCH, 3), np.float32), SIZE)
+    for name, content in saved.files.items():
         (tmp_path / name).write_bytes(content)
-    assert read(data, tmp_path).tokenizer.fingerprint == kept.fingerprint != read(data).tokenizer.fingerprint
+    assert read(data, tmp_path).tokenizer.fingerprint == saved.fingerprint != read(data).tokenizer.fingerprint

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ringattn import config
 from ringattn.config import Benchmark, Config, Data, Mesh, Model, Train
-from ringattn.config.reading import SCRIPTS
+from ringattn.config.files import SCRIPTS
 
 BASE = "from ringattn.config import *\nconfig = Config(name='base', model=Model(layers=2), mesh=Mesh(simulate=8))\n"
 
@@ -24,15 +24,15 @@ def base(tmp_path: Path) -> Path:
 
 
 def refusal(capsys, argv: list[str], kind: type = Config) -> str:
-    """The message with which `parse` ends the process: one line, no frame, status 2."""
+    """Returns the error message of `parse`, after checking that it is one line without traceback, with status 2."""
     with pytest.raises(SystemExit) as stop:
         config.parse(argv, "A test.", kind)
     assert stop.value.code == 2
-    said = capsys.readouterr()
-    assert said.out == ""
-    assert said.err.startswith("error: ")
-    assert said.err.count("\n") == 1
-    return said.err.removeprefix("error: ").rstrip("\n")
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.startswith("error: ")
+    assert output.err.count("\n") == 1
+    return output.err.removeprefix("error: ").rstrip("\n")
 
 
 def test_a_file_is_read_and_overridden(base):
@@ -49,11 +49,11 @@ def test_a_file_is_read_and_overridden(base):
     assert again.attention.window is None
 
 
-def test_a_file_may_edit_its_neighbour(tmp_path, base):
-    for folder, layers in ((tmp_path, 2), (tmp_path / "other", 5)):
-        folder.mkdir(exist_ok=True)
-        (folder / "base.py").write_text(BASE.replace("layers=2", f"layers={layers}"))
-        child = folder / "child.py"
+def test_a_config_file_can_import_a_file_of_its_directory(tmp_path, base):
+    for directory, layers in ((tmp_path, 2), (tmp_path / "other", 5)):
+        directory.mkdir(exist_ok=True)
+        (directory / "base.py").write_text(BASE.replace("layers=2", f"layers={layers}"))
+        child = directory / "child.py"
         child.write_text(
             "import dataclasses\nfrom base import config\nconfig = dataclasses.replace(config, name='c')\n"
         )
@@ -68,7 +68,7 @@ def test_a_file_may_edit_its_neighbour(tmp_path, base):
             "unknown '--optimizer.learning_rat': did you mean '--optimizer.learning_rate'?",
         ),
         (["--learning_rate", "1"], "unknown '--learning_rate': did you mean '--optimizer.learning_rate'?"),
-        (["--xyzzy", "1"], "unknown '--xyzzy': --help lists all fields"),
+        (["--xyzzy", "1"], "unknown '--xyzzy': --help lists all options"),
         (["--optimizer.learning_rate", "fast"], "--optimizer.learning_rate fast must be a finite number"),
         (["--optimizer.learning_rate", "nan"], "--optimizer.learning_rate nan must be a finite number"),
         (["--train.steps", "1.5"], "--train.steps 1.5 must be an integer"),
@@ -77,10 +77,16 @@ def test_a_file_may_edit_its_neighbour(tmp_path, base):
         (["--model.tied", "1"], "--model.tied 1 must be True or False"),
         (["--train.steps"], "--train.steps needs a value: an integer"),
         (["--train.steps", "--train.seed", "1"], "--train.steps needs a value: an integer"),
-        (["train.steps", "3"], "unexpected 'train.steps': write --section.field VALUE"),
-        (["--model.heads", "9"], "model.heads=9 must be a multiple of model.kv_heads=4: use 8 or 12"),
-        (["--profile", "10"], "profile='10' must be START:STOP, the first and the last step to trace, such as '10:12'"),
-        (["--name", "../x"], "name='../x' must be a plain folder name: letters, digits and . _ + = -, such as 'run-2'"),
+        (["train.steps", "3"], "unexpected 'train.steps'; write options as --option VALUE"),
+        (["--model.heads", "9"], "model.heads=9 must be a multiple of model.kv_heads=4; use 8 or 12"),
+        (
+            ["--profile", "10"],
+            "profile='10' must be START:STOP, the first and last step to profile, such as '10:12'",
+        ),
+        (
+            ["--name", "../x"],
+            "name='../x' must be a plain directory name: letters, digits and . _ + = -, such as 'run-2'",
+        ),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_message(capsys, base, words, message):
@@ -100,8 +106,8 @@ def test_a_mistake_on_the_command_line_is_one_message(capsys, base, words, messa
         ("config = Config(train=9)", "{path}, line 2: train=9 must be a section Train(...)"),
         ("config = Config(", "{path}, line 2: '(' was never closed"),
         ("1 / 0", "{path}, line 2: ZeroDivisionError: division by zero"),
-        ("", "{path} defines no `config`: it must say `config = Config(...)`, of ringattn.config"),
-        ("config = 3", "{path} defines `config` as int: it must say `config = Config(...)`, of ringattn.config"),
+        ("", "{path} defines no `config`; write `config = Config(...)`, from ringattn.config"),
+        ("config = 3", "{path} defines `config` as int; write `config = Config(...)`, from ringattn.config"),
     ],
 )
 def test_a_mistake_in_a_file_is_one_message(capsys, tmp_path, text, message):
@@ -110,11 +116,11 @@ def test_a_mistake_in_a_file_is_one_message(capsys, tmp_path, text, message):
     assert refusal(capsys, ["--config", str(path)]) == message.format(path=path)
 
 
-def test_a_mistake_in_a_neighbour_is_found_there(capsys, tmp_path):
-    (tmp_path / "neighbour.py").write_text("from ringattn.config import *\n\nconfig = Config(nme='x')\n")
-    (tmp_path / "child.py").write_text("from neighbour import config\n")
+def test_a_mistake_in_an_imported_file_names_that_file(capsys, tmp_path):
+    (tmp_path / "parent.py").write_text("from ringattn.config import *\n\nconfig = Config(nme='x')\n")
+    (tmp_path / "child.py").write_text("from parent import config\n")
     message = refusal(capsys, ["--config", str(tmp_path / "child.py")])
-    assert message == f"{tmp_path / 'neighbour.py'}, line 3: unknown 'nme': did you mean 'name'?"
+    assert message == f"{tmp_path / 'parent.py'}, line 3: unknown 'nme': did you mean 'name'?"
 
 
 @pytest.mark.parametrize(
@@ -125,7 +131,7 @@ def test_a_mistake_in_a_neighbour_is_found_there(capsys, tmp_path):
         ('{"train": {"steps": 1.0}}', "train.steps=1.0 must be an integer"),
         ('{"optimizer": {"clip_norm": Infinity}}', "optimizer.clip_norm=inf must be a finite number"),
         ('{"train": 5}', "train=5 must be a JSON object"),
-        ("[]", "the config=[] must be a JSON object"),
+        ("[]", "config=[] must be a JSON object"),
         ('{"train"', "Expecting ':' delimiter: line 1 column 9 (char 8)"),
     ],
 )
@@ -135,13 +141,14 @@ def test_a_mistake_in_json_is_one_message(capsys, tmp_path, text, message):
     assert refusal(capsys, ["--config", str(path)]) == f"{path}: {message}"
 
 
-def test_a_config_must_be_named_and_exist(capsys, base):
-    assert refusal(capsys, []) == "no config given: name a file, such as --config configs/quickstart.py"
-    assert refusal(capsys, ["--config", "nowhere.py"]) == "no config file nowhere.py"
-    near = base.with_name("bsae.py")
-    assert refusal(capsys, ["--config", str(near)]) == f"no config file {near}: did you mean {base}?"
-    other = base.rename(base.with_suffix(".txt"))
-    assert refusal(capsys, ["--config", str(other)]) == f"config file {other} must end in .py or .json"
+def test_a_config_is_required_and_must_exist(capsys, base):
+    assert refusal(capsys, []) == "--config is required, such as --config configs/quickstart.py"
+    assert refusal(capsys, ["--config", "missing.py"]) == "config file missing.py does not exist"
+    misspelt = base.with_name("bsae.py")
+    message = f"config file {misspelt} does not exist: did you mean {base}?"
+    assert refusal(capsys, ["--config", str(misspelt)]) == message
+    text_file = base.rename(base.with_suffix(".txt"))
+    assert refusal(capsys, ["--config", str(text_file)]) == f"config file {text_file} must end in .py or .json"
 
 
 @pytest.mark.parametrize(
@@ -149,94 +156,83 @@ def test_a_config_must_be_named_and_exist(capsys, base):
     [
         (Model, {"layers": 0}, "model.layers=0 must be at least 1"),
         (Model, {"head_dim": 33}, "model.head_dim=33 must be even.*use 32 or 34"),
-        (Model, {"rope_theta": 0}, "model.rope_theta=0.0 must be positive"),
+        (Model, {"rope_theta": 0}, "model.rope_theta=0.0 must be more than 1"),
         (config.Data, {"validation": 1}, "data.validation=1.0 must be between 0 and 1"),
         (config.Data, {"path": ""}, "data.path='' must be a file"),
         (config.Data, {"path": "task:needel"}, "data.path: unknown 'task:needel': did you mean 'task:needle'"),
         (config.Data, {"path": "task:needle:100"}, "'task:needle:100' must be .*divides data.seq_len=2048"),
         (config.Data, {"path": "task:needle:x"}, "'task:needle:x' must be task:needle or task:needle:LENGTH"),
         (Mesh, {"context": 0}, "mesh.context=0 must be at least 1, or -1"),
-        (Mesh, {"data": -1}, "mesh.data=-1 and mesh.context=-1: only one.*set --mesh.data 1"),
+        (Mesh, {"data": -1}, "mesh.data=-1 and mesh.context=-1: only one.*use --mesh.data 1"),
         (Mesh, {"simulate": -1}, "mesh.simulate=-1 must be at least 0"),
         (config.Attention, {"window": -1}, "attention.window=-1 must be at least 0, or None"),
         (config.Optimizer, {"beta2": 1}, "optimizer.beta2=1.0 must be at least 0 and less than 1"),
         (config.Optimizer, {"final_fraction": 1.5}, "optimizer.final_fraction=1.5 must be between 0 and 1"),
-        (Train, {"batch_size": 6, "accumulate": 4}, "train.batch_size=6 .*train.accumulate=4: use 4 or 8"),
-        (config.Evaluate, {"every": 0}, "evaluate.every=0 must be at least 1"),
+        (Train, {"batch_size": 6, "accumulate": 4}, "train.batch_size=6 .*train.accumulate=4; use 4 or 8"),
+        (config.Validation, {"every": 0}, "validation.every=0 must be at least 1"),
         (config.Checkpoint, {"keep": 0}, "checkpoint.keep=0 must be at least 1"),
-        (config.Log, {"directory": ""}, "log.directory='' must be a folder"),
+        (config.Log, {"directory": ""}, "log.directory='' must be a directory"),
         (Config, {"profile": "3:2"}, "profile='3:2' must be START:STOP"),
         (Config, {"profile": "0:2"}, "profile='0:2' must be START:STOP"),
         (Config, {"profile": "2:x:3"}, "profile='2:x:3' must be START:STOP"),
         (Config, {"resume": "maybe"}, "resume='maybe' must be one of 'never', 'auto', 'must'"),
     ],
 )
-def test_a_section_checks_itself(section, values, message):
+def test_a_section_validates_its_values(section, values, message):
     with pytest.raises(ValueError, match=message):
         section(**values)
 
 
-def test_help_lists_every_field_with_the_files_defaults(capsys, base):
+def test_help_lists_every_field_with_the_defaults_of_the_config_file(capsys, base):
     for words, layers in ((["--help"], 4), (["--config", str(base), "-h"], 2)):
         with pytest.raises(SystemExit) as stop:
             config.parse(words, "A test.")
         assert stop.value.code == 0
-        said = " ".join(capsys.readouterr().out.replace("│", " ").split())
-        assert f"--model.layers INT Number of transformer layers. (default: {layers})" in said
-        assert "--config FILE" in said
+        output = " ".join(capsys.readouterr().out.replace("│", " ").split())
+        assert f"--model.layers INT Number of transformer layers. (default: {layers})" in output
+        assert "--config CONFIG Python file that defines `config`" in output
         for section in dataclasses.fields(Config):
             if dataclasses.is_dataclass(section.type):
-                assert all(f"--{section.name}.{each.name} " in said for each in dataclasses.fields(section.type))
+                assert all(f"--{section.name}.{field.name} " in output for field in dataclasses.fields(section.type))
 
 
 @given(
     rate=st.floats(1e-30, 1e30),
     steps=st.integers(21, 2**60),
     window=st.none() | st.integers(0, 2**40),
-    path=st.text(st.characters(exclude_categories=["Cs"]), min_size=1),
+    text=st.text(st.characters(exclude_categories=["Cs"]), min_size=1),
 )
-def test_what_is_saved_loads_equal(tmp_path_factory, rate, steps, window, path):
+def test_json_loads_equal(tmp_path_factory, rate, steps, window, text):
     run = Config(
         optimizer=config.Optimizer(learning_rate=rate),
         train=Train(steps=steps),
         attention=config.Attention(window=window),
-        data=config.Data(path=path),
+        data=config.Data(path=text),
     )
-    folder = tmp_path_factory.mktemp("run")
-    config.save(run, folder / "config.json")
-    assert config.load(folder / "config.json") == run
-    assert [each.name for each in folder.iterdir()] == ["config.json"]
+    path = tmp_path_factory.mktemp("run") / "config.json"
+    path.write_text(config.to_json(run), encoding="utf-8")
+    assert config.load(path) == run
 
 
-def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "config.json"
-    config.save(Config(name="old"), path)
-    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("no space")))
-    with pytest.raises(OSError, match="no space"):
-        config.save(Config(name="new"), path)
-    assert config.load(path).name == "old"
+def test_json_contains_every_value():
+    values = json.loads(json.dumps(dataclasses.asdict(Config())))  # tuples become lists
+    assert json.loads(config.to_json(Config())) == values
 
 
-def test_the_saved_config_holds_every_value(tmp_path):
-    config.save(Config(), tmp_path / "config.json")
-    held = json.loads(json.dumps(dataclasses.asdict(Config())))  # tuples become lists
-    assert json.loads((tmp_path / "config.json").read_text()) == held
-
-
-def test_summary_shows_what_differs():
+def test_summary_lists_the_values_that_differ():
     run = Config(name="long", model=Model(dim=512, layers=9), train=Train(steps=999))
     assert config.summary(run).splitlines() == [
-        "config long (where it differs from the defaults)",
+        "config long (section values that differ from the defaults)",
         "  model      layers=9  dim=512",
         "  train      steps=999",
     ]
 
 
-def test_reported_errors_reports_mistakes_and_leaves_faults_alone(capsys):
+def test_reported_errors_reports_only_value_errors(capsys):
     with pytest.raises(SystemExit) as stop, config.reported_errors():
-        raise ValueError("seq_len=3: use 4")
+        raise ValueError("seq_len=3; use 4")
     assert stop.value.code == 2
-    assert capsys.readouterr().err == "error: seq_len=3: use 4\n"
+    assert capsys.readouterr().err == "error: seq_len=3; use 4\n"
     with pytest.raises(RuntimeError, match="fault"), config.reported_errors():
         raise RuntimeError("fault")
 
@@ -265,7 +261,7 @@ def test_several_values_are_several_words(benchmark):
     parsed = config.parse([*words, "--baselines=gather striped", "--seconds", "5"], "A test.", Benchmark)
     subjects = ("ring zigzag", "gather striped")
     assert parsed == Benchmark(name="b", rings=(2, -1), subjects=subjects, baselines=subjects[1:], seconds=5)
-    config.save(parsed, benchmark.with_suffix(".json"))
+    benchmark.with_suffix(".json").write_text(config.to_json(parsed))
     assert config.read(benchmark.with_suffix(".json"), Benchmark) == parsed
 
 
@@ -275,17 +271,20 @@ def test_several_values_are_several_words(benchmark):
         (["--ring", "1"], "unknown '--ring': did you mean '--rings'?"),
         (["--rings"], "--rings needs a value: one or more integers"),
         (["--rings", "1", "x"], "--rings 1 x must be one or more integers"),
-        (["--rings", "0"], "rings=(0,) must be at least 1, or -1 for all devices"),
-        (["--rings", "2", "2"], "rings=(2, 2) must be different from one another"),
-        (["--shard_tokens", "0"], "shard_tokens=(0,) must be at least 1"),
-        (["--heads", "9"], "heads=9 must be a multiple of kv_heads=8: use 8 or 16"),
+        (["--rings", "0"], "rings=(0,) must be at least 1 each, or -1 for all devices"),
+        (["--rings", "2", "2"], "rings=(2, 2) must be free of duplicates"),
+        (["--shard_tokens", "0"], "shard_tokens=(0,) must be at least 1 each"),
+        (["--heads", "9"], "heads=9 must be a multiple of kv_heads=8; use 8 or 16"),
         (["--subjects", "rng zigzag"], "unknown subject 'rng zigzag': did you mean 'ring zigzag'?"),
         (["--subjects", "dense", "ring"], "unknown subject 'ring': did you mean 'ring zigzag'?"),
         (
             ["--baselines", "ringattention"],
-            "baselines=('ringattention',) must be among the subjects: use one of 'ring zigzag', 'dense'",
+            "baselines=('ringattention',) must be chosen from the subjects; use one of 'ring zigzag', 'dense'",
         ),
-        (["--name", "../x"], "name='../x' must be a plain folder name: letters, digits and . _ + = -, such as 'run-2'"),
+        (
+            ["--name", "../x"],
+            "name='../x' must be a plain directory name: letters, digits and . _ + = -, such as 'run-2'",
+        ),
     ],
 )
 def test_a_mistake_in_a_benchmark_is_one_message(capsys, benchmark, words, message):
@@ -295,56 +294,56 @@ def test_a_mistake_in_a_benchmark_is_one_message(capsys, benchmark, words, messa
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("xyz window=3", "unknown subject 'xyz window=3': valid are ring contiguous, ring striped, .*, ringattention"),
+        ("xyz window=3", "unknown subject 'xyz window=3'; use one of ring contiguous, ring striped, .*, ringattention"),
         ("ring zigzg window=3", "unknown subject .*: did you mean 'ring zigzag window=3'"),
         ("ring zigzag windw=3", "unknown 'windw=3' in subject .*: did you mean 'ring zigzag window=3'"),
         ("ring zigzag size=3", "unknown 'size=3' in subject .*: 'ring zigzag' takes window=N and documents=N"),
         ("dense window=3", "unknown 'window=3' in subject 'dense window=3': 'dense' takes no options"),
         ("ringattention window=3", "'ringattention' takes documents=N"),
-        ("ring zigzag window=-1", "'window=-1' must be window=N once, N an integer of at least 0"),
-        ("ring zigzag documents=0", "'documents=0' must be documents=N once, N an integer of at least 1"),
-        ("ring zigzag window=1 window=1", "must be window=N once"),
+        ("ring zigzag window=-1", "'window=-1' must be window=N, given once, with an integer N >= 0"),
+        ("ring zigzag documents=0", "'documents=0' must be documents=N, given once, with an integer N >= 1"),
+        ("ring zigzag window=1 window=1", "must be window=N, given once"),
     ],
 )
-def test_a_mistaken_subject_is_told_the_nearest(text, message):
+def test_a_mistake_in_a_subject_suggests_the_nearest(text, message):
     with pytest.raises(ValueError, match=message):
         config.parse_subject(text)
 
 
-def test_subjects_are_read():
+def test_subjects_are_parsed():
     assert config.parse_subject("dense") == config.Subject("dense")
     assert config.parse_subject("ring striped documents=16 window=0") == config.Subject("ring", "striped", 0, 16)
 
 
-def test_one_scripts_config_given_to_another_is_one_message(capsys, base, benchmark):
-    mine = "scripts/benchmark.py takes a Benchmark, such as --config configs/benchmark.py"
-    theirs = "scripts/train.py takes a Config, such as --config configs/quickstart.py"
-    for path, kind, of_file in ((base, Config, Config()), (benchmark, Benchmark, Benchmark())):
-        saved = path.with_suffix(".json")
-        config.save(of_file, saved)
-        other, message = (Benchmark, mine) if kind is Config else (Config, theirs)
-        for each in (path, saved):
-            said = f"{each} holds a {kind.__name__}, for {SCRIPTS[kind][0]}: {message}"
-            assert refusal(capsys, ["--config", str(each)], other) == said
-    assert refusal(capsys, [], Benchmark) == "no config given: name a file, such as --config configs/benchmark.py"
+def test_a_config_of_another_script_is_one_message(capsys, base, benchmark):
+    use_benchmark = "use a Benchmark, such as configs/benchmark.py"
+    use_training = "use a Config, such as configs/quickstart.py"
+    for path, kind, saved in ((base, Config, Config()), (benchmark, Benchmark, Benchmark())):
+        json_path = path.with_suffix(".json")
+        json_path.write_text(config.to_json(saved))
+        other, fix = (Benchmark, use_benchmark) if kind is Config else (Config, use_training)
+        for config_file in (path, json_path):
+            message = f"{config_file} defines a {kind.__name__} for {SCRIPTS[kind][0]}; {fix}"
+            assert refusal(capsys, ["--config", str(config_file)], other) == message
+    assert refusal(capsys, [], Benchmark) == "--config is required, such as --config configs/benchmark.py"
 
 
-def test_a_misspelt_field_of_a_benchmark_is_told_the_nearest(capsys, benchmark):
+def test_a_misspelt_field_of_a_benchmark_suggests_the_nearest(capsys, benchmark):
     benchmark.write_text("from ringattn.config import *\nconfig = Benchmark(ring=(1,))\n")
-    said = refusal(capsys, ["--config", str(benchmark)], Benchmark)
-    assert said == f"{benchmark}, line 2: unknown 'ring': did you mean 'rings'?"
+    output = refusal(capsys, ["--config", str(benchmark)], Benchmark)
+    assert output == f"{benchmark}, line 2: unknown 'ring': did you mean 'rings'?"
     benchmark.write_text("from ringattn.config import *\nconfig = Benchmark(rings=[1])\n")
-    said = refusal(capsys, ["--config", str(benchmark)], Benchmark)
-    assert said == f"{benchmark}, line 2: rings=[1] must be one or more integers"
+    output = refusal(capsys, ["--config", str(benchmark)], Benchmark)
+    assert output == f"{benchmark}, line 2: rings=[1] must be one or more integers"
 
 
 def test_help_lists_every_field_of_a_benchmark(capsys, benchmark):
     with pytest.raises(SystemExit) as stop:
         config.parse(["--config", str(benchmark), "--help"], "A test.", Benchmark)
     assert stop.value.code == 0
-    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert all(f"--{each.name} " in said for each in dataclasses.fields(Benchmark))
-    assert "(default: 'ring zigzag' dense)" in said
+    output = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert all(f"--{field.name} " in output for field in dataclasses.fields(Benchmark))
+    assert "(default: 'ring zigzag' dense)" in output
 
 
 def test_one_path_or_several_on_the_command_line_and_in_a_file(tmp_path):
@@ -358,16 +357,16 @@ def test_one_path_or_several_on_the_command_line_and_in_a_file(tmp_path):
     assert (several.path, several.paths, several.mixture) == (("a", "b"), ("a", "b"), (7.0, 3.0))
     assert (data().paths, data("--data.mixture", "None").mixture) == (("stdlib",), None)
     run = Config(data=several)
-    config.save(run, tmp_path / "config.json")
+    (tmp_path / "config.json").write_text(config.to_json(run))
     assert config.load(tmp_path / "config.json") == run
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"mixture": (1.0, 2.0)}, r"data.mixture=\(1.0, 2.0\) must be one positive share for each of the 1"),
-        ({"path": ("a", "b"), "mixture": (1.0, -2.0)}, r"data.mixture=\(1.0, -2.0\) must be one positive share"),
-        ({"path": ("a", "b"), "mixture": (0.0, 1.0)}, r"data.mixture=\(0.0, 1.0\) must be one positive share"),
+        ({"mixture": (1.0, 2.0)}, r"data.mixture=\(1.0, 2.0\) must be one positive number per path of data.path \(1\)"),
+        ({"path": ("a", "b"), "mixture": (1.0, -2.0)}, r"data.mixture=\(1.0, -2.0\) must be one positive number"),
+        ({"path": ("a", "b"), "mixture": (0.0, 1.0)}, r"data.mixture=\(0.0, 1.0\) must be one positive number"),
         ({"path": ("a", "")}, r"data.path=\('a', ''\) must be"),
         ({"path": ()}, r"data.path=\(\) must be a string or one or more strings"),
         ({"overlap": -1}, r"data.overlap=-1 must be at least 0"),
@@ -376,6 +375,6 @@ def test_one_path_or_several_on_the_command_line_and_in_a_file(tmp_path):
         ({"frame_size": (32, 45)}, r"data.frame_size=\(32, 45\) must be .* such as 32 48"),
     ],
 )
-def test_data_that_cannot_be_is_refused(values, message):
+def test_invalid_data_is_refused(values, message):
     with pytest.raises(ValueError, match=message):
         Data(**values)

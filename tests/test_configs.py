@@ -1,4 +1,4 @@
-"""Every committed config is one that runs: it is read, fits its mesh, and says how it is started."""
+"""Checks that every committed config loads, fits its mesh and has its command in its docstring."""
 
 import re
 from dataclasses import fields
@@ -8,7 +8,7 @@ import pytest
 
 from ringattn import config
 from ringattn.config.stages import REPLACES
-from ringattn.mesh import check, resolve
+from ringattn.mesh.devices import check_divisible, resolve
 
 ROOT = Path(__file__).parents[1]
 ALL = sorted((ROOT / "configs").glob("*.py"))
@@ -20,69 +20,69 @@ CONFIGS = [path for path in ALL if path not in BENCHMARKS + PLANS + EVALUATIONS]
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_config_fits_its_mesh(path, make_mesh):
-    found = config.read(path)
-    for stage in map(found.stage, range(1, len(found.stages) + 1)):
-        check(stage, make_mesh(**resolve(stage.mesh, stage.mesh.simulate)))
-    assert found.name == path.stem, "two configs with one name would share a folder"
+    c = config.read(path)
+    for stage in map(c.stage, range(1, len(c.stages) + 1)):
+        check_divisible(stage, make_mesh(**resolve(stage.mesh, stage.mesh.simulate)))
+    assert c.name == path.stem, "configs with the same name would share a run directory"
     command = rf"\n    python scripts/train\.py --config configs/{re.escape(path.name)}( --data\.path \S+)?\n"
     assert re.search(command, path.read_text(encoding="utf-8"))
 
 
-def test_the_configs_show_the_range():
-    """What an experiment may choose is chosen differently by two of them."""
-    found = [config.read(path) for path in CONFIGS + PLANS]
-    assert {"ring", "gather", "usp"} == {each.attention.strategy for each in found}
-    assert {"zigzag", "contiguous"} <= {each.attention.layout for each in found}
-    assert {"float32", "bfloat16"} == {each.model.dtype for each in found}
-    assert {True, False} == {each.model.tied for each in found}
+def test_configs_differ_in_every_field():
+    """A field is justified only if two configs set it differently."""
+    configs = [config.read(path) for path in CONFIGS + PLANS]
+    assert {"ring", "gather", "usp"} == {c.attention.strategy for c in configs}
+    assert {"zigzag", "contiguous"} <= {c.attention.layout for c in configs}
+    assert {"float32", "bfloat16"} == {c.model.dtype for c in configs}
+    assert {True, False} == {c.model.tied for c in configs}
     for name in ("layers", "vocabulary", "rope_theta", "rope_scaling", "rope_factor", "remat"):
-        assert len({vars(each.model)[name] for each in found}) > 1, name
+        assert len({vars(c.model)[name] for c in configs}) > 1, name
     for name in ("data", "context_outer", "context", "tensor"):
-        assert len({resolve(each.mesh, each.mesh.simulate or 64)[name] for each in found}) > 1
-    assert len({each.attention.window for each in found}) > 1
-    assert len({each.data.seq_len for each in found}) > 1
-    assert len({each.train.accumulate for each in found}) > 1
-    assert len({each.log.tensorboard for each in found}) > 1
-    assert len({each.log.wandb for each in found}) > 1
-    assert {"bytes", "dna", "video"} <= {each.data.tokenizer for each in found}
+        assert len({resolve(c.mesh, c.mesh.simulate or 64)[name] for c in configs}) > 1
+    assert len({c.attention.window for c in configs}) > 1
+    assert len({c.data.seq_len for c in configs}) > 1
+    assert len({c.train.accumulate for c in configs}) > 1
+    assert len({c.log.tensorboard for c in configs}) > 1
+    assert len({c.log.wandb for c in configs}) > 1
+    assert {"bytes", "dna", "video"} <= {c.data.tokenizer for c in configs}
     for name in ("path", "mixture", "overlap", "frame_size", "validation"):
-        assert len({vars(each.data)[name] for each in found}) > 1, name
+        assert len({vars(c.data)[name] for c in configs}) > 1, name
     for name in REPLACES:
-        assert len({vars(stage)[name] for each in found for stage in each.stages}) > 1, name
+        assert len({vars(stage)[name] for c in configs for stage in c.stages}) > 1, name
 
 
 @pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
-def test_a_plan_is_read(path):
+def test_a_plan_loads(path):
     assert config.read(path).name == path.stem
     assert f"\n    python scripts/plan.py --config configs/{path.name} --topology " in path.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("path", BENCHMARKS, ids=lambda path: path.stem)
-def test_a_benchmark_is_read(path):
-    assert config.read(path, config.Benchmark).name == path.stem, "two configs with one name would share a folder"
+def test_a_benchmark_loads(path):
+    assert config.read(path, config.Benchmark).name == path.stem, "configs with the same name would share a directory"
     assert f"\n    python scripts/benchmark.py --config configs/{path.name}\n" in path.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("path", EVALUATIONS, ids=lambda path: path.stem)
-def test_an_evaluation_is_read(path):
-    found = config.read(path, config.Evaluation)
-    assert found.name == path.stem, "two configs with one name would share a folder"
+def test_an_evaluation_loads(path):
+    c = config.read(path, config.Evaluation)
+    assert c.name == path.stem, "configs with the same name would share a directory"
     assert f"\n    python scripts/eval.py --config configs/{path.name}\n" in path.read_text(encoding="utf-8")
-    assert {Path(run).parts[0] for run in found.runs} == {"runs"}
-    assert {Path(run).name for run in found.runs} <= {each.stem for each in CONFIGS}
+    assert {Path(run).parts[0] for run in c.runs} == {"runs"}
+    assert {Path(run).name for run in c.runs} <= {config_path.stem for config_path in CONFIGS}
 
 
-def test_the_evaluations_show_the_range():
-    found = [config.read(path, config.Evaluation) for path in EVALUATIONS]
+def test_evaluations_differ_in_every_field():
+    configs = [config.read(path, config.Evaluation) for path in EVALUATIONS]
     for name in ("runs", "tasks", "lengths", "depths", "samples", "batch_size", "longer"):
-        assert len({vars(each)[name] for each in found}) > 1, name
+        assert len({vars(c)[name] for c in configs}) > 1, name
 
 
-def test_the_benchmarks_show_the_range():
-    found = [config.read(path, config.Benchmark) for path in BENCHMARKS]
+def test_benchmarks_differ_in_every_field():
+    configs = [config.read(path, config.Benchmark) for path in BENCHMARKS]
     for field in fields(config.Benchmark):
-        if field.name != "directory":  # so that it can be elsewhere
-            assert len({vars(each)[field.name] for each in found}) > 1, field.name
-    subjects = [config.parse_subject(text) for each in found for text in each.subjects]
+        if field.name != "directory":  # set by tests, and by users with another disk
+            assert len({vars(c)[field.name] for c in configs}) > 1, field.name
+    subjects = [config.parse_subject(text) for c in configs for text in c.subjects]
     for field in fields(config.Subject):
-        assert len({vars(each)[field.name] for each in subjects}) > 1, field.name
+        assert len({vars(subject)[field.name] for subject in subjects}) > 1, field.name

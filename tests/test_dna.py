@@ -5,7 +5,7 @@ from ringattn.data import Tokenizer, load_tokenizer
 from ringattn.data.dna import DnaTokenizer
 
 
-def test_bases_round_trip_in_capitals():
+def test_bases_round_trip_in_upper_case():
     tokenizer = load_tokenizer("dna")
     assert isinstance(tokenizer, DnaTokenizer)
     assert isinstance(tokenizer, Tokenizer)
@@ -16,21 +16,21 @@ def test_bases_round_trip_in_capitals():
     assert (tokenizer.size, tokenizer.boundary) == (6, 5)
 
 
-def test_codes_for_several_bases_are_one_that_is_not_learned():
+def test_ambiguous_bases_become_the_ignored_id():
     tokenizer = DnaTokenizer()
-    assert set(tokenizer.encode(b"RYSWKMBDHVNryswkmbdhvn").tolist()) == {tokenizer.unlearned}
+    assert set(tokenizer.encode(b"RYSWKMBDHVNryswkmbdhvn").tolist()) == {tokenizer.ignored_id}
 
 
 @pytest.mark.parametrize(
-    ("letter", "cure"), [("U", "write U as T"), ("X", "A C G T"), ("-", "A C G T"), ("\n", "A C G T")]
+    ("letter", "fix"), [("U", "write U as T"), ("X", "A, C, G, T"), ("-", "A, C, G, T"), ("\n", "A, C, G, T")]
 )
-def test_what_is_no_base_is_named_with_its_place(letter: str, cure: str):
-    with pytest.raises(ValueError, match=rf"'.*' at place 3 is no base: .*{cure}"):
+def test_an_invalid_letter_is_named_with_its_position(letter: str, fix: str):
+    with pytest.raises(ValueError, match=rf"'.*' at position 3 is not a base; .*{fix}"):
         DnaTokenizer().encode(f"AC{letter}{letter}".encode())
 
 
-def test_bases_are_no_bytes_of_text_and_other_ids_are_refused():
+def test_bases_have_no_byte_length_and_invalid_ids_raise():
     tokenizer = DnaTokenizer()
     assert tokenizer.byte_length([0, 1, 5]) == 0
-    with pytest.raises(ValueError, match="token id 6 is not in the vocabulary of 6"):
+    with pytest.raises(ValueError, match="token id 6 must be from 0 to 5, for a vocabulary of 6"):
         tokenizer.decode([6])

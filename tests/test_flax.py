@@ -1,4 +1,4 @@
-"""The adapter inside flax.nnx.MultiHeadAttention gives what Flax's own attention gives."""
+"""flax_attention inside flax.nnx.MultiHeadAttention agrees with Flax's own attention."""
 
 from functools import partial
 
@@ -19,49 +19,49 @@ def mesh():
     return jax.make_mesh((8,), ("context",), axis_types=(AxisType.Auto,))
 
 
-def layer(attention_fn=nnx.dot_product_attention, **how) -> nnx.MultiHeadAttention:
-    how = {"decode": False, "rngs": nnx.Rngs(0), **how}
-    return nnx.MultiHeadAttention(num_heads=4, in_features=E, attention_fn=attention_fn, **how)
+def layer(attention_fn=nnx.dot_product_attention, **options) -> nnx.MultiHeadAttention:
+    options = {"decode": False, "rngs": nnx.Rngs(0), **options}
+    return nnx.MultiHeadAttention(num_heads=4, in_features=E, attention_fn=attention_fn, **options)
 
 
-def output_and_gradient(module: nnx.MultiHeadAttention, x: jax.Array, **how):
+def output_and_gradient(module: nnx.MultiHeadAttention, x: jax.Array, **options):
     graphdef, params = nnx.split(module)
 
     @jax.jit
     def run(params, x):
-        return jax.value_and_grad(lambda p: (nnx.merge(graphdef, p)(x, **how) ** 2).sum())(params)
+        return jax.value_and_grad(lambda p: (nnx.merge(graphdef, p)(x, **options) ** 2).sum())(params)
 
     return run(params, x)
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_it_does_as_flax_does(mesh, causal):
+def test_it_agrees_with_flax(mesh, causal):
     x = jnp.asarray(np.random.default_rng(0).standard_normal((B, L, E)), jnp.float32)
-    own = output_and_gradient(layer(), x, is_causal=causal)
+    expected = output_and_gradient(layer(), x, is_causal=causal)
     with jax.set_mesh(mesh):
-        spread = jax.device_put(x, jax.NamedSharding(mesh, jax.P(None, "context")))
-        ours = output_and_gradient(layer(ringattn.flax_attention), spread, is_causal=causal)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), own, ours)
+        sharded = jax.device_put(x, jax.NamedSharding(mesh, jax.P(None, "context")))
+        actual = output_and_gradient(layer(ringattn.flax_attention), sharded, is_causal=causal)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), expected, actual)
 
 
 def test_masking_and_options_are_bound_by_partial(mesh):
     x = jnp.asarray(np.random.default_rng(0).standard_normal((B, L, E)), jnp.float32)
     i, j = np.arange(L)[:, None], np.arange(L)[None, :]
     banded = jnp.asarray((j <= i) & (j >= i - 3))[None, None]
-    own = output_and_gradient(layer(), x, mask=banded)
+    expected = output_and_gradient(layer(), x, mask=banded)
     window = partial(ringattn.flax_attention, masking=ringattn.Mask(window=(3, 0)), strategy="gather")
     with jax.set_mesh(mesh):
-        ours = output_and_gradient(layer(window), x)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), own, ours)
+        actual = output_and_gradient(layer(window), x)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), expected, actual)
 
 
-def test_what_a_ring_cannot_keep_is_refused(mesh):
+def test_arrays_of_all_pairs_and_dropout_are_refused(mesh):
     x = jnp.ones((B, L, E), jnp.float32)
     with jax.set_mesh(mesh):
-        ours = layer(ringattn.flax_attention)
-        with pytest.raises(ValueError, match=r"mask \(1, 1, 32, 32\) has an entry for each pair"):
-            ours(x, mask=jnp.ones((1, 1, L, L), bool))
+        module = layer(ringattn.flax_attention)
+        with pytest.raises(ValueError, match=r"mask.shape=\(1, 1, 32, 32\) must not have an entry per pair"):
+            module(x, mask=jnp.ones((1, 1, L, L), bool))
         with pytest.raises(ValueError, match="sow_weights=True"):
-            ours(x, sow_weights=True)
+            module(x, sow_weights=True)
         with pytest.raises(ValueError, match=r"dropout_rate=0.5 .* use dropout_rate=0.0"):
             layer(ringattn.flax_attention, dropout_rate=0.5, deterministic=False, keep_rngs=True)(x, rngs=nnx.Rngs(1))

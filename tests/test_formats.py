@@ -1,4 +1,4 @@
-"""Files that hold many documents: JSONL, Parquet, FASTA."""
+"""Files with many documents: JSONL, Parquet, FASTA."""
 
 import gzip
 import importlib
@@ -9,7 +9,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from ringattn.data.formats import Document, read_fasta, read_jsonl, read_parquet, reader
+from ringattn.data.formats import Document, read_fasta, read_jsonl, read_parquet, reader_for
 from ringattn.data.sources import read_documents
 
 
@@ -33,8 +33,8 @@ def fields(documents) -> list[tuple[bytes, int]]:
         (".gz", None),
     ],
 )
-def test_the_name_says_how_a_file_is_read(name, read):
-    assert reader(Path(name)) is read
+def test_the_name_selects_the_reader(name, read):
+    assert reader_for(Path(name)) is read
 
 
 def test_a_prompt_and_its_completion_are_one_document(tmp_path: Path):
@@ -45,15 +45,16 @@ def test_a_prompt_and_its_completion_are_one_document(tmp_path: Path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"prompt": "a"}', "KeyError: 'completion'"),
-        ('{"completion": "a"}', "KeyError: 'prompt'"),
-        ('{"prompt": "a", "completion": 1}', "TypeError: 1 is no string"),
-        ('{"text": "a", "prompt": "b"}', "KeyError: 'both text and prompt or completion'"),
+        ('{"prompt": "a"}', '"completion" is missing'),
+        ('{"completion": "a"}', '"prompt" is missing'),
+        ('{"prompt": "a", "completion": 1}', '"completion" is 1, not a string'),
+        ('{"text": "a", "prompt": "b"}', '"text" and "prompt" cannot be combined'),
+        ('{"text": "a", "completion": "b"}', '"text" and "completion" cannot be combined'),
     ],
 )
-def test_a_line_that_is_no_document_is_named(tmp_path: Path, line: str, message: str):
+def test_an_invalid_line_is_named(tmp_path: Path, line: str, message: str):
     (tmp_path / "t.jsonl").write_text('{"text": "good"}\n' + line)
-    with pytest.raises(ValueError, match=rf't\.jsonl:2: {message}: .*strings under "prompt" and "completion"'):
+    with pytest.raises(ValueError, match=rf't\.jsonl:2: {message}; .*strings under "prompt" and "completion"'):
         list(read_jsonl(tmp_path / "t.jsonl"))
 
 
@@ -62,29 +63,29 @@ def table(path: Path, **columns) -> Path:
     return path
 
 
-def test_parquet_gives_a_document_a_row(tmp_path: Path):
+def test_parquet_gives_a_document_per_row(tmp_path: Path):
     texts = [f"text {number}" for number in range(700)]
-    found = list(read_parquet(table(tmp_path / "t.parquet", id=range(700), text=texts)))
-    assert [document.content.decode() for document in found] == texts
-    assert found[300].name == f"{tmp_path}/t.parquet:300"
+    documents = list(read_parquet(table(tmp_path / "t.parquet", id=range(700), text=texts)))
+    assert [document.content.decode() for document in documents] == texts
+    assert documents[300].name == f"{tmp_path}/t.parquet:300"
     pairs = table(tmp_path / "p.parquet", completion=["c", "dd"], prompt=["a", "bbb"])
     assert fields(read_parquet(pairs)) == [(b"ac", 1), (b"bbbdd", 3)]
     assert len(list(read_documents(str(tmp_path)))) == 702
 
 
-def test_parquet_that_cannot_serve_is_named(tmp_path: Path):
-    with pytest.raises(ValueError, match=r'p.parquet has the columns words, prompt: .* a string under "text"'):
+def test_an_invalid_parquet_file_is_named(tmp_path: Path):
+    with pytest.raises(ValueError, match=r'p.parquet has the columns words, prompt; .* a string under "text"'):
         list(read_parquet(table(tmp_path / "p.parquet", words=["a"], prompt=["b"])))
-    with pytest.raises(ValueError, match=r"p.parquet:1: None is no string"):
+    with pytest.raises(ValueError, match=r'p.parquet:1: "text" is None, not a string; each row must'):
         list(read_parquet(table(tmp_path / "p.parquet", text=["a", None])))
     whole = table(tmp_path / "p.parquet", text=["some text"] * 1000).read_bytes()
-    for broken in (whole[:-100], b"PAR1" + bytes(50), b""):
-        (tmp_path / "p.parquet").write_bytes(broken)
-        with pytest.raises(ValueError, match=r"p.parquet is no Parquet file that can be read \(.*\): write it again"):
+    for damaged in (whole[:-100], b"PAR1" + bytes(50), b""):
+        (tmp_path / "p.parquet").write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"p.parquet is not a readable Parquet file \(.*\); write it again"):
             list(read_parquet(tmp_path / "p.parquet"))
 
 
-def test_parquet_without_its_library_names_the_cure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_parquet_without_pyarrow_names_the_fix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def missing(name: str):
         raise ImportError(name)
 
@@ -97,50 +98,48 @@ FASTA = b"\n>one first record\nACGT\nacgn\r\n\n>two\nTT\n"
 
 
 @pytest.mark.parametrize("name", ["g.fa", "g.fasta.gz"])
-def test_fasta_gives_a_document_a_record(tmp_path: Path, name: str):
+def test_fasta_gives_a_document_per_record(tmp_path: Path, name: str):
     content = gzip.compress(FASTA) if name.endswith(".gz") else FASTA
     (tmp_path / name).write_bytes(content)
-    found = list(read_documents(str(tmp_path / name)))
-    assert [(document.name, document.content) for document in found] == [
+    documents = list(read_documents(str(tmp_path / name)))
+    assert [(document.name, document.content) for document in documents] == [
         (f"{tmp_path}/{name}: record one", b"ACGTACGN"),
         (f"{tmp_path}/{name}: record two", b"TT"),
     ]
-    assert sum(document.read for document in found) == len(content)
+    assert sum(document.bytes_read for document in documents) == len(content)
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"ACGT\n>one\nACGT\n", "line 1 comes before any header, so it is no FASTA"),
-        (b"", "holds no record"),
+        (b"ACGT\n>one\nACGT\n", "line 1 precedes the first header, so the file is not FASTA"),
+        (b"", "has no record"),
         (b">one\n>two\nAC\n", "record one has no sequence"),
-        (b">one\nAC\n>\n \n", "record of line 3 has no sequence"),
+        (b">one\nAC\n>\n \n", "record at line 3 has no sequence"),
     ],
 )
-def test_what_is_no_fasta_is_refused(tmp_path: Path, content: bytes, message: str):
+def test_invalid_fasta_raises(tmp_path: Path, content: bytes, message: str):
     (tmp_path / "g.fa").write_bytes(content)
     with pytest.raises(ValueError, match=rf"g\.fa.*{message}"):
         list(read_fasta(tmp_path / "g.fa"))
 
 
-def test_damaged_gzip_is_refused(tmp_path: Path):
+def test_damaged_gzip_raises(tmp_path: Path):
     whole = gzip.compress(b">one\n" + bytes(b"ACGT"[i * i * 7 % 11 % 4] for i in range(50_000)))
     path = tmp_path / "g.fa.gz"
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(
-        ValueError, match=r"g.fa.gz ends in the middle of its gzip data: it was cut off, so get it again"
-    ):
+    with pytest.raises(ValueError, match=r"g.fa.gz has truncated gzip data; copy or download it again"):
         list(read_documents(str(path)))
     flipped = bytearray(whole)
     flipped[len(whole) // 2] ^= 0xFF
     for content in (bytes(flipped), b"ACGT" * 10):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"g.fa.gz is not good gzip data \(.*\): get it again"):
+        with pytest.raises(ValueError, match=r"g.fa.gz has corrupt gzip data \(.*\); copy or download it again"):
             list(read_documents(str(path)))
 
 
 def bgzip(*parts: bytes) -> bytes:
-    """A file as bgzip writes it: a member for each part, with the subfield BC, and an empty one at the end."""
+    """Returns a bgzip file: one member per part, each with the subfield BC, and an empty last member."""
     members = []
     for part in (*parts, b""):
         packer = zlib.compressobj(wbits=-15)
@@ -151,27 +150,36 @@ def bgzip(*parts: bytes) -> bytes:
     return b"".join(members)
 
 
-def test_a_bgzip_file_cut_between_two_members_is_refused(tmp_path: Path):
+def test_a_bgzip_file_truncated_between_two_members_raises(tmp_path: Path):
     path, whole = tmp_path / "g.fa.gz", bgzip(b">one\nACGT\n", b"ACGT\n")
     path.write_bytes(whole)
     assert [document.content for document in read_fasta(path)] == [b"ACGTACGT"]
     path.write_bytes(whole[:-28])
-    assert gzip.decompress(path.read_bytes()) == b">one\nACGT\nACGT\n"  # gzip itself has nothing to say
-    with pytest.raises(ValueError, match=r"g.fa.gz ends in the middle of its gzip data"):
+    assert gzip.decompress(path.read_bytes()) == b">one\nACGT\nACGT\n"  # the gzip module accepts it
+    with pytest.raises(ValueError, match=r"g.fa.gz has truncated gzip data; copy"):
         list(read_fasta(path))
 
 
 @pytest.mark.parametrize("name", ["t.ndjson", "t.jsonl.gz"])
-def test_jsonl_by_another_name_or_packed(tmp_path: Path, name: str):
+def test_jsonl_with_another_suffix_or_compressed(tmp_path: Path, name: str):
     lines = b'{"text": "one"}\n\n{"prompt": "t", "completion": "wo"}\n'
     (tmp_path / name).write_bytes(gzip.compress(lines) if name.endswith("gz") else lines)
-    found = list(read_documents(str(tmp_path)))
-    assert [(document.content, document.prompt) for document in found] == [(b"one", 0), (b"two", 1)]
+    assert fields(read_documents(str(tmp_path))) == [(b"one", 0), (b"two", 1)]
     (tmp_path / name).write_bytes(gzip.compress(lines)[:-9] if name.endswith("gz") else lines[:-3])
     with pytest.raises(ValueError, match=name):
         list(read_documents(str(tmp_path)))
 
 
-def test_a_document_knows_its_contents_digest():
+def test_the_digest_depends_only_on_the_content():
     assert Document("a", b"x").digest == Document("b", b"x").digest != Document("a", b"y").digest
     assert len(Document("a", b"x").digest) == 32
+
+
+def test_the_kind_is_the_suffix_or_the_name_of_a_file_of_many_documents(tmp_path: Path):
+    (tmp_path / "many.jsonl").write_text('{"text": "one"}\n')
+    (tmp_path / "g.fa").write_bytes(b">a b\nAC\n")
+    table(tmp_path / "rows.parquet", text=["a"])
+    (tmp_path / "code.py").write_text("pass")
+    (tmp_path / "notes").write_text("text")
+    kinds = sorted(document.kind for document in read_documents(str(tmp_path)))
+    assert kinds == sorted(["many.jsonl", "g.fa", "rows.parquet", ".py", tmp_path.name])

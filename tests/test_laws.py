@@ -1,8 +1,8 @@
-"""The laws of the ring, read from programs that the TPU compiler made for chips that are not here.
+"""The laws of the ring, read from programs that the TPU compiler compiled without a TPU.
 
     pip install -e '.[test,tpu]' && pytest tests/test_laws.py
 
-Without the extra `tpu` the tests that need its compiler are skipped. The sizes are those of a layer of Llama-3 8B:
+Tests that need the TPU compiler are skipped without the extra `tpu`. The sizes are those of one layer of Llama-3 8B:
 8,192 local tokens, 32 query heads on 8 K/V heads of 128, bfloat16.
 """
 
@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-# Before the compiler starts: it asks for the hosts' names, and locks chips that it does not use.
+# Set before the compiler starts: it would ask for host names, and lock chips that it does not use.
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
@@ -24,35 +24,37 @@ import pytest
 from jax.experimental import topologies
 from wire import exposed, permuted, transfers
 
-from ringattn import Mask, attention, config, mesh, planning
-from ringattn.attention.kernels import Keys, Queries, tiles
-from ringattn.attention.mask import Tokens
+from ringattn import Mask, attention, config, planning
+from ringattn.attn.kernels import tiles
+from ringattn.attn.kernels.protocol import KV, Queries
+from ringattn.attn.mask import Tokens
 from ringattn.layout import LAYOUTS, shard_positions
+from ringattn.mesh.topology import arrange_devices
 
 C, H, G, D = 8192, 32, 8, 128
 MIB = 2**20
 
 
 @lru_cache
-def ring_of(topology: str) -> jax.sharding.Mesh:
-    """All chips of a TPU topology as one ring, as `ringattn.mesh` orders them."""
+def tpu_ring(topology: str) -> jax.sharding.Mesh:
+    """Returns all chips of a TPU topology as one ring, in the order of `ringattn.mesh.topology`."""
     pytest.importorskip("libtpu", reason="pip install -e '.[tpu]' for the TPU compiler")
     chips = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    return mesh.arrange({"data": 1, "context": len(chips), "tensor": 1}, chips)
+    return arrange_devices({"data": 1, "context": len(chips), "tensor": 1}, chips)
 
 
-def arrays(over: jax.sharding.Mesh, c: int = C) -> list[jax.ShapeDtypeStruct]:
-    """Query, key, value and d_out of c tokens a device."""
-    sharding = jax.NamedSharding(over, jax.P(None, "context"))
-    length = c * over.shape["context"]
+def arrays(mesh: jax.sharding.Mesh, c: int = C) -> list[jax.ShapeDtypeStruct]:
+    """Query, key, value and d_out with c tokens per device, as abstract arrays."""
+    sharding = jax.NamedSharding(mesh, jax.P(None, "context"))
+    length = c * mesh.shape["context"]
     return [jax.ShapeDtypeStruct((1, length, n, D), jnp.bfloat16, sharding=sharding) for n in (H, G, G, H)]
 
 
-def both(how: dict[str, Any]) -> Any:
-    """Output and gradients of attention."""
+def both(options: dict[str, Any]) -> Any:
+    """Returns a function that computes output and gradients of attention."""
 
     def run(query, key, value, d_out):
-        out, pull = jax.vjp(lambda *x: attention(*x, **how), query, key, value)
+        out, pull = jax.vjp(lambda *x: attention(*x, **options), query, key, value)
         return out, pull(d_out)
 
     return run
@@ -60,34 +62,34 @@ def both(how: dict[str, Any]) -> Any:
 
 @lru_cache
 def compiled(topology: str, layout: str, mask: Mask = Mask()) -> Any:
-    """Forward and backward pass, compiled for the topology."""
-    with jax.set_mesh(over := ring_of(topology)):
-        return jax.jit(both({"layout": layout, "mask": mask})).lower(*arrays(over)).compile()
+    """Compiles the forward and backward pass for the topology."""
+    with jax.set_mesh(mesh := tpu_ring(topology)):
+        return jax.jit(both({"layout": layout, "mask": mask})).lower(*arrays(mesh)).compile()
 
 
 def temporaries(topology: str, layout: str) -> float:
-    """MiB a chip."""
+    """Returns the compiled temporaries in MiB per chip."""
     return compiled(topology, layout).memory_analysis().temp_size_in_bytes / MIB
 
 
 @pytest.mark.parametrize("members", [4, 8])
 def test_wire(make_mesh, members):
-    """Forward 2(p-1) units of a K shard, backward 2(p-1) and, in float32, 4(p-1); half of that in bfloat16."""
-    with jax.set_mesh(over := make_mesh(context=members)):
-        query, key, value, d_out = arrays(over)
+    """Units of a K shard: forward 2(p-1); backward 2(p-1) for K/V, and 4(p-1) for dK/dV, in bfloat16 2(p-1)."""
+    with jax.set_mesh(mesh := make_mesh(context=members)):
+        query, key, value, d_out = arrays(mesh)
         unit = C * G * D * 2
 
         def units(f: Any, *args: Any) -> float:
-            return sum(each.total_bytes for each in transfers(f, *args)) / unit
+            return sum(transfer.total_bytes for transfer in transfers(f, *args)) / unit
 
         assert units(attention, query, key, value) == 2 * (members - 1)
         assert units(both({}), query, key, value, d_out) == (2 + 2 + 4) * (members - 1)
         assert units(both({"reduce_dtype": "bfloat16"}), query, key, value, d_out) == (2 + 2 + 2) * (members - 1)
 
 
-def test_a_window_of_a_thousand_keys_takes_two_hops_of_512(make_mesh):
-    with jax.set_mesh(over := make_mesh(context=8)):
-        query, key, value, _ = arrays(over, 512)
+def test_a_window_of_1000_keys_takes_two_hops_of_512(make_mesh):
+    with jax.set_mesh(mesh := make_mesh(context=8)):
+        query, key, value, _ = arrays(mesh, 512)
         sent = permuted(lambda *x: attention(*x, mask=Mask(window=(1000, 0))), query, key, value)
     assert sent == {((1, G, 512, D), "bfloat16"): 2 * 2}
 
@@ -110,35 +112,35 @@ def test_memory_is_the_same_at_64_chips():
     ("topology", "layout"),
     [("v5e:2x4", "contiguous"), ("v5e:2x4", "zigzag"), ("v5e:8x8", "contiguous"), ("v5p:2x2x2", "zigzag")],
 )
-def test_every_transfer_spans_the_attention_of_its_hop(topology, layout):
-    sends, bare = exposed(compiled(topology, layout).as_text())
-    # K and V in each of: forward first hop and loop, backward first hop, second hop, loop; dK and dV likewise and home.
+def test_every_transfer_overlaps_with_the_attention_of_its_hop(topology, layout):
+    sends, exposed_sends = exposed(compiled(topology, layout).as_text())
+    # K and V: forward first send, loop; backward first send, first hop, loop. dK and dV: loop, last hop, final send.
     assert sends >= 16
-    assert bare == []
+    assert exposed_sends == []
 
 
-def test_so_does_every_transfer_of_a_window_that_reaches_both_ways():
+def test_every_transfer_of_a_window_in_both_directions_overlaps():
     both_ways = Mask(causal=False, window=2 * C)
-    sends, bare = exposed(compiled("v5e:2x4", "contiguous", both_ways).as_text())
+    sends, exposed_sends = exposed(compiled("v5e:2x4", "contiguous", both_ways).as_text())
     assert sends >= 16
-    assert bare == []
+    assert exposed_sends == []
 
 
 def tile_products(layout: str, members: int, c: int) -> np.ndarray:
-    """Tile products that the kernel computes, [members, hops], and how many there are a hop if nothing is skipped."""
+    """Returns the number of tile pairs that the kernel computes, [members, hops]."""
 
     @jax.jit
     def count(i: Any, j: Any) -> Any:
         x = jnp.zeros((1, 1, c, 1))
-        queries, keys = Queries(x[:, :, None], Tokens(i)), Keys(x, x, Tokens(j))
-        return tiles.plan(Mask(), queries, keys).visit(lambda at, n, masked: n + 1, jnp.int32(0))
+        queries, kv = Queries(x[:, :, None], Tokens(i)), KV(x, x, Tokens(j))
+        return tiles.plan_tiles(Mask(), queries, kv).visit(lambda pair, n, masked: n + 1, jnp.int32(0))
 
     positions = [jnp.asarray(shard_positions(layout, member, members, c), jnp.int32)[None] for member in range(members)]
     return np.array([[int(count(positions[r], positions[r - hop])) for hop in range(members)] for r in range(members)])
 
 
 def test_balance():
-    """Causal and zigzag: every device computes as much as any other at every hop, and half of the dense work in all."""
+    """With causal zigzag all devices compute equally at every hop, and half of the dense work in total."""
     c, members = 2048, 8
     products = {layout: tile_products(layout, members, c) for layout in LAYOUTS}
     dense = (c // tiles.TILE[0]) * (c // tiles.TILE[1]) * members**2
@@ -149,34 +151,34 @@ def test_balance():
     assert (products["contiguous"].max(0) / products["contiguous"].mean(0)).max() > 1.5
 
 
-def test_a_zigzag_hop_is_two_products_of_halves_without_a_mask():
+def test_a_zigzag_hop_is_two_unmasked_products_of_halves():
     c, members, half = 2048, 8, 1024
     seen: dict[tuple[int, int], set[tuple[int, int, bool]]] = {}
 
     def halves(member: int, hop: int) -> Iterator[tuple[int, int, bool]]:
         i, j = (
-            jnp.asarray(shard_positions("zigzag", at % members, members, c), jnp.int32)[None]
-            for at in (member, member - hop)
+            jnp.asarray(shard_positions("zigzag", shard % members, members, c), jnp.int32)[None]
+            for shard in (member, member - hop)
         )
         x = jnp.zeros((1, 1, c, 1))
 
-        def trip(at: tiles.Pair, counts, masked: bool):
-            return counts.at[at.first_query // half, at.first_key // half, int(masked)].add(1)
+        def step(pair: tiles.TilePair, counts, masked: bool):
+            return counts.at[pair.first_query // half, pair.first_key // half, int(masked)].add(1)
 
-        queries, keys = Queries(x[:, :, None], Tokens(i)), Keys(x, x, Tokens(j))
+        queries, kv = Queries(x[:, :, None], Tokens(i)), KV(x, x, Tokens(j))
         counts = np.asarray(
-            jax.jit(lambda n: tiles.plan(Mask(), queries, keys).visit(trip, n))(jnp.zeros((2, 2, 2), jnp.int32))
+            jax.jit(lambda n: tiles.plan_tiles(Mask(), queries, kv).visit(step, n))(jnp.zeros((2, 2, 2), jnp.int32))
         )
-        whole = (half // tiles.TILE[0]) * (half // tiles.TILE[1])
-        assert set(counts.ravel()) <= {0, whole}
+        all_tiles = (half // tiles.TILE[0]) * (half // tiles.TILE[1])
+        assert set(counts.ravel()) <= {0, all_tiles}
         yield from ((q, k, bool(masked)) for q, k, masked in np.argwhere(counts))
 
     for member in range(members):
         for hop in range(1, members):
             seen[member, hop] = set(halves(member, hop))
-            # The late half of the queries sees the early half of the keys, always; and one half more.
-            earlier = member >= hop
-            assert seen[member, hop] == {(1, 0, False), (0, 0, False) if earlier else (1, 1, False)}
+            # The second half of the queries sees the first half of the keys; the other pair depends on the owner.
+            from_earlier = member >= hop
+            assert seen[member, hop] == {(1, 0, False), (0, 0, False) if from_earlier else (1, 1, False)}
 
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -186,32 +188,32 @@ def planned(name: str, topology: str, **model: Any) -> planning.Plan:
     pytest.importorskip("libtpu", reason="pip install -e '.[tpu]' for the TPU compiler")
     c = config.read(CONFIGS / f"{name}.py")
     chips = 64 if topology == "v5p:4x4x4" else 16
-    if model:  # 16,384 tokens a chip, whatever the ring
+    if model:  # 16,384 tokens per chip for every ring size
         c = replace(c, model=replace(c.model, **model), data=replace(c.data, seq_len=16_384 * chips))
     return planning.plan(c, topology)
 
 
 def test_a_step_of_a_larger_ring_takes_no_more_memory():
-    """All but parameters, gradients and optimizer state, of two layers of 8B's width and its vocabulary."""
+    """Temporaries without gradients, for two layers with the width and vocabulary of Llama-3 8B."""
     activations = []
     for topology in ("v5p:2x2x4", "v5p:4x4x4"):
-        found = planned("llama3_8b_1m", topology, layers=2)
-        assert found.temporary_bytes is not None
-        activations.append(found.temporary_bytes - found.gradient_bytes)
+        plan = planned("llama3_8b_1m", topology, layers=2)
+        assert plan.temporary_bytes is not None
+        activations.append(plan.temporary_bytes - plan.gradient_bytes)
     assert max(activations) / min(activations) < 1.1
 
 
 def test_eight_billion_parameters_train_on_a_million_tokens():
-    found = planned("llama3_8b_1m", "v5e:8x8")
-    assert found.refusal is None
-    assert found.parameters == 8_030_261_248
-    assert found.temporary_bytes is not None
-    assert found.argument_bytes + found.temporary_bytes < 15.75 * 2**30
+    plan = planned("llama3_8b_1m", "v5e:8x8")
+    assert plan.refusal is None
+    assert plan.parameters == 8_030_261_248
+    assert plan.temporary_bytes is not None
+    assert plan.argument_bytes + plan.temporary_bytes < 15.75 * 2**30
 
 
 @pytest.mark.slow
-def test_and_on_ten_million():
-    found = planned("llama3_8b_10m", "v5p:4x4x4")
-    assert found.refusal is None
-    assert found.temporary_bytes is not None
-    assert found.argument_bytes + found.temporary_bytes < 95.7 * 2**30
+def test_eight_billion_parameters_train_on_ten_million_tokens():
+    plan = planned("llama3_8b_10m", "v5p:4x4x4")
+    assert plan.refusal is None
+    assert plan.temporary_bytes is not None
+    assert plan.argument_bytes + plan.temporary_bytes < 95.7 * 2**30

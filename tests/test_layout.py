@@ -2,14 +2,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ringattn.layout import LAYOUTS, check_length, order, permute, positions_of, shard_positions, unpermute
 
 
-def held_by(layout: str, shard: int, shards: int, length: int) -> list[int]:
-    """The definition, token by token: which positions a shard holds."""
+def defined_positions(layout: str, shard: int, shards: int, length: int) -> list[int]:
+    """Returns the positions of a shard by the definition of the layout, token by token."""
     if layout == "contiguous":
         return [position for position in range(length) if position // (length // shards) == shard]
     if layout == "striped":
@@ -20,12 +20,12 @@ def held_by(layout: str, shard: int, shards: int, length: int) -> list[int]:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shards", [1, 2, 3, 5, 8])
-def test_shards_hold_what_the_definition_says(layout, shards):
+def test_shards_have_the_positions_of_the_definition(layout, shards):
     length = 6 * shards
     for shard in range(shards):
         positions = shard_positions(layout, shard, shards, length // shards)
         assert positions.dtype == np.int32
-        assert positions.tolist() == held_by(layout, shard, shards, length)
+        assert positions.tolist() == defined_positions(layout, shard, shards, length)
         traced = jax.jit(lambda index: shard_positions(layout, index, shards, length // shards))(jnp.int32(shard))
         assert traced.dtype == jnp.int32
         np.testing.assert_array_equal(traced, positions)
@@ -33,6 +33,7 @@ def test_shards_hold_what_the_definition_says(layout, shards):
     np.testing.assert_array_equal(order(layout, length, shards), together)
 
 
+@settings(deadline=None)
 @given(
     layout=st.sampled_from(LAYOUTS),
     shards=st.integers(1, 9),
@@ -44,52 +45,57 @@ def test_unpermute_is_the_exact_inverse(layout, shards, pieces, dim, array):
     shape = [2, 3, 2]
     shape[dim] = 2 * shards * pieces
     x = array(np.arange(np.prod(shape), dtype=np.int32).reshape(shape))
-    lying = permute(x, layout, shards, dim)
-    assert lying.dtype == x.dtype
-    np.testing.assert_array_equal(lying, np.take(np.asarray(x), order(layout, shape[dim], shards), axis=dim))
-    np.testing.assert_array_equal(unpermute(lying, layout, shards, dim), x)
+    permuted = permute(x, layout, shards, dim)
+    assert permuted.dtype == x.dtype
+    np.testing.assert_array_equal(permuted, np.take(np.asarray(x), order(layout, shape[dim], shards), axis=dim))
+    np.testing.assert_array_equal(unpermute(permuted, layout, shards, dim), x)
     np.testing.assert_array_equal(permute(unpermute(x, layout, shards, dim), layout, shards, dim), x)
 
 
 @pytest.mark.parametrize("shards", [2, 3, 8])
-def test_causal_work_is_even_in_zigzag_and_nearly_in_striped(shards):
+def test_causal_work_is_balanced_in_zigzag_and_almost_in_striped(shards):
     local = 24
 
-    def worst_over_mean(layout: str) -> float:
+    def max_over_mean(layout: str) -> float:
         work = [np.sum(shard_positions(layout, shard, shards, local) + 1) for shard in range(shards)]
         return max(work) / np.mean(work)
 
-    assert worst_over_mean("zigzag") == 1
-    assert worst_over_mean("striped") < 1.05
-    assert worst_over_mean("contiguous") > 1.45
+    assert max_over_mean("zigzag") == 1
+    assert max_over_mean("striped") < 1.05
+    assert max_over_mean("contiguous") > 1.45
 
 
 @pytest.mark.parametrize(
     ("length", "layout", "shards", "message"),
     [
-        (4097, "zigzag", 8, r"data.seq_len=4097 must be a positive multiple of 2 \* context = 16 .*use 4096 or 4112$"),
-        (24, "zigzag", 8, "=24 .*use 16 or 32, or layout='contiguous'"),
-        (10, "striped", 4, "=10 .* context = 4 .*use 8 or 12"),
-        (3, "contiguous", 4, "=3 .*use 4$"),
-        (0, "contiguous", 4, "=0 .*use 4$"),
-        (8, "spiral", 4, "layout='spiral' is none of 'contiguous', 'striped', 'zigzag'"),
+        (
+            4097,
+            "zigzag",
+            8,
+            r"data.seq_len=4097 must be a positive multiple of 2 \* mesh.context = 16 .*; use 4096 or 4112$",
+        ),
+        (24, "zigzag", 8, "=24 .*; use 16 or 32, or layout='contiguous'"),
+        (10, "striped", 4, "=10 .* of mesh.context = 4 .*; use 8 or 12"),
+        (3, "contiguous", 4, "=3 .*; use 4$"),
+        (0, "contiguous", 4, "=0 .*; use 4$"),
+        (8, "spiral", 4, "layout='spiral' must be one of 'contiguous', 'striped', 'zigzag'"),
     ],
 )
-def test_a_length_that_does_not_fit_is_refused_with_one_that_does(length, layout, shards, message):
+def test_a_length_that_does_not_fit_raises_with_lengths_that_fit(length, layout, shards, message):
     with pytest.raises(ValueError, match=message):
-        check_length(length, layout, shards, "data.seq_len")
+        check_length(length, layout, shards, "data.seq_len", "mesh.context")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_permute_refuses_a_length_that_does_not_fit(layout):
+def test_permute_raises_for_a_length_that_does_not_fit(layout):
     with pytest.raises(ValueError, match="positive multiple"):
         permute(np.zeros((1, 7), np.float32), layout, 4)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_positions_of_some_shards(layout):
-    whole = order(layout, 48, 6)
+def test_positions_of_consecutive_shards(layout):
+    all_positions = order(layout, 48, 6)
     for first, count in [(0, 6), (2, 3), (5, 1)]:
-        found = positions_of(layout, first, count, 6, 8)
-        np.testing.assert_array_equal(found, whole[8 * first : 8 * (first + count)])
-        assert found.dtype == np.int32
+        positions = positions_of(layout, first, count, 6, 8)
+        np.testing.assert_array_equal(positions, all_positions[8 * first : 8 * (first + count)])
+        assert positions.dtype == np.int32

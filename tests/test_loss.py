@@ -1,5 +1,8 @@
+"""Cross entropy in chunks agrees with cross entropy of all logits."""
+
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,14 +10,15 @@ import optax
 import pytest
 from jax import P
 
-from ringattn.mesh import ACTIVATIONS, FSDP, TENSOR, TOKENS, place
-from ringattn.training import loss as loss_module
-from ringattn.training.loss import cross_entropy, token_scores
+from ringattn.mesh.axes import ACTIVATIONS, FSDP, TENSOR, TOKENS, place
+from ringattn.model import loss as loss_module
+from ringattn.model.loss import cross_entropy, token_scores
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
 ROWS, DIM, VOCABULARY, PADDED = 2, 16, 70, 128
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def arrays():
     """Hidden states, output projection, targets and weights of two rows of 96 tokens."""
     keys = jax.random.split(jax.random.key(0), 4)
@@ -31,7 +35,7 @@ def on_mesh(mesh, arrays):
 
 
 def plain(hidden, output, targets, weights):
-    """All logits at once, padding left out."""
+    """Cross entropy of all logits, without the padding of the vocabulary."""
     logits = jnp.einsum("ble,ve->blv", hidden, output[:VOCABULARY], preferred_element_type=jnp.float32)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         return jnp.sum(weights * optax.softmax_cross_entropy_with_integer_labels(logits, targets))
@@ -42,48 +46,54 @@ def value_and_gradients(function, arrays):
     return jax.device_get((value, gradients))
 
 
+@pytest.fixture(scope="module")
+def expected(arrays):
+    """Value and gradients of `plain`."""
+    return value_and_gradients(plain, arrays)
+
+
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 8)], ids=str)
 @pytest.mark.parametrize(("chunk", "rows"), [(512, 32_768), (32, 10), (7, 1)])
-def test_agrees_with_all_logits_at_once(arrays, make_mesh, monkeypatch, sizes, chunk, rows):
+def test_loss_and_gradients_agree_with_those_of_all_logits(
+    arrays, expected, make_mesh, monkeypatch, sizes, chunk, rows
+):
     monkeypatch.setattr(loss_module, "CHUNK", chunk)
-    monkeypatch.setattr(loss_module, "ROWS", rows)
-    value, gradients = value_and_gradients(plain, arrays)
+    monkeypatch.setattr(loss_module, "MAX_ROWS", rows)
+    value, gradients = expected
     mesh = make_mesh(*sizes)
     with jax.set_mesh(mesh):
         ours = partial(cross_entropy, vocabulary=VOCABULARY)
-        found, found_gradients = value_and_gradients(ours, on_mesh(mesh, arrays))
-    np.testing.assert_allclose(found, value, rtol=2e-6)
-    for one, other in zip(found_gradients, gradients, strict=True):
-        np.testing.assert_allclose(one, other, atol=2e-5)
-    assert not found_gradients[1][VOCABULARY:].any()
+        actual, actual_gradients = value_and_gradients(ours, on_mesh(mesh, arrays))
+    np.testing.assert_allclose(actual, value, rtol=2e-6)
+    chex.assert_trees_all_close(actual_gradients, gradients, rtol=1e-7, atol=2e-5)
+    assert not actual_gradients[1][VOCABULARY:].any()
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2), (1, 1, 8)], ids=str)
 @pytest.mark.parametrize("rows", [32_768, 10, 1])
-def test_the_likeliest_id_is_that_of_all_logits(arrays, make_mesh, monkeypatch, sizes, rows):
-    monkeypatch.setattr(loss_module, "ROWS", rows)
+def test_predictions_are_the_argmax_of_all_logits(arrays, make_mesh, monkeypatch, sizes, rows):
+    monkeypatch.setattr(loss_module, "MAX_ROWS", rows)
     hidden, output, targets, _ = map(np.copy, arrays)
-    hidden[0, :5] = 0  # all equally likely: the lowest id
-    output[VOCABULARY:] = 100 * output[0]  # padding would be likelier
-    output[69] = output[13]  # two that are equally likely, far apart
+    hidden[0, :5] = 0  # all ids are equally likely: the lowest is predicted
+    output[VOCABULARY:] = 100 * output[0]  # padding has larger logits
+    output[69] = output[13]  # two equally likely ids in different slices
     mesh = make_mesh(*sizes)
     with jax.set_mesh(mesh):
         placed = on_mesh(mesh, (hidden, output, targets, targets))[:3]
-        losses, best = jax.jit(partial(token_scores, vocabulary=VOCABULARY))(*placed)
+        losses, predictions = jax.jit(partial(token_scores, vocabulary=VOCABULARY))(*placed)
     logits = np.einsum("ble,ve->blv", hidden, output[:VOCABULARY])
-    np.testing.assert_array_equal(best, logits[..., :69].argmax(-1))
-    assert 13 in np.asarray(best)
-    found = jax.nn.log_softmax(logits, axis=-1)
-    np.testing.assert_allclose(
-        losses, -np.take_along_axis(np.asarray(found), targets[..., None], -1)[..., 0], atol=2e-5
-    )
+    np.testing.assert_array_equal(predictions, logits[..., :69].argmax(-1))
+    assert 13 in np.asarray(predictions)
+    log_probabilities = jax.nn.log_softmax(logits, axis=-1)
+    expected = -np.take_along_axis(np.asarray(log_probabilities), targets[..., None], -1)[..., 0]
+    np.testing.assert_allclose(losses, expected, atol=2e-5)
 
 
-def test_large_logits_neither_overflow_nor_lose_the_rest(arrays, make_mesh, monkeypatch):
+def test_large_logits_neither_overflow_nor_underflow(arrays, make_mesh, monkeypatch):
     hidden, output, targets, weights = map(np.copy, arrays)
     mesh = make_mesh(context=2, tensor=2)
-    monkeypatch.setattr(loss_module, "ROWS", 16)  # slices that are all padding
-    output[:, 0], hidden[..., 0] = -0.5, 10  # all logits far below 0
+    monkeypatch.setattr(loss_module, "MAX_ROWS", 16)  # some slices are all padding
+    output[:, 0], hidden[..., 0] = -0.5, 10  # all logits are far below 0
     with jax.set_mesh(mesh):
         scaled = on_mesh(mesh, (hidden * 1000, output, targets, weights))
         value, gradients = value_and_gradients(partial(cross_entropy, vocabulary=VOCABULARY), scaled)
@@ -91,7 +101,7 @@ def test_large_logits_neither_overflow_nor_lose_the_rest(arrays, make_mesh, monk
     assert all(np.isfinite(gradient).all() for gradient in gradients)
 
 
-def test_bfloat16_has_float32_logits(arrays, make_mesh):
+def test_bfloat16_inputs_have_float32_logits(arrays, make_mesh):
     hidden, output, targets, weights = arrays
     narrow = (jnp.bfloat16(hidden), output, targets, weights)
     mesh = make_mesh(context=4)
@@ -102,7 +112,7 @@ def test_bfloat16_has_float32_logits(arrays, make_mesh):
     np.testing.assert_allclose(value, plain(narrow[0], jnp.bfloat16(output), targets, weights), rtol=1e-5)
 
 
-def test_never_holds_a_rows_logits(make_mesh):
+def test_memory_excludes_the_logits_of_a_row(make_mesh):
     mesh = make_mesh()
 
     def memory(length):
@@ -114,4 +124,4 @@ def test_never_holds_a_rows_logits(make_mesh):
         return analysis.temp_size_in_bytes
 
     with jax.set_mesh(mesh):
-        assert memory(8192) - memory(4096) < 4096 * 8192  # bytes: a quarter of what the added logits would take
+        assert memory(8192) - memory(4096) < 4096 * 8192  # bytes: a quarter of the added logits

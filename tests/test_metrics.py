@@ -1,70 +1,37 @@
-import jax.numpy as jnp
+"""metrics.jsonl: rows are appended, rows of an interrupted run are replaced, damage is reported."""
+
 import pytest
 
-from ringattn.training import metrics as metrics_module
-from ringattn.training.metrics import Metrics, Recorder, Screen
+from ringattn.runs.metrics import MetricsFile, read_rows, stage_ends
 
 
-@pytest.fixture
-def clock(monkeypatch):
-    """A clock that stands still until it is told to go on."""
-
-    class Clock:
-        now = 100.0
-
-        def monotonic(self):
-            return self.now
-
-    clock = Clock()
-    monkeypatch.setattr(metrics_module, "time", clock)
-    return clock
+def test_rows_after_the_restored_step_are_removed(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 3}\n{"step": 4}\n{"ste')
+    with MetricsFile(path, after=3) as file:
+        file.write({"step": 4, "again": True})
+    assert read_rows(path) == [{"step": 1}, {"step": 3}, {"step": 4, "again": True}]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def metrics():
-    return Metrics(jnp.float32(2.0), jnp.float32(1.0), jnp.float32(0.1))
+def test_rows_can_be_read_while_the_file_is_open(tmp_path):
+    with MetricsFile(tmp_path / "metrics.jsonl", after=0) as file:
+        file.write({"step": 1, "mfu": None})
+        assert read_rows(tmp_path / "metrics.jsonl") == [{"step": 1, "mfu": None}]
+        with pytest.raises(ValueError, match="not JSON compliant"):
+            file.write({"step": 2, "loss": float("nan")})
+    assert read_rows(tmp_path / "metrics.jsonl") == [{"step": 1, "mfu": None}]
 
 
-def test_mfu_is_of_the_steps_of_a_row_and_of_their_time_alone(clock):
-    rows = []
-    recorder = Recorder(rows.append, Screen(4, 0), 2, 10, 1000.0)
-    for step, flops in enumerate((100, 200, 400, 600), 1):
-        recorder.step(step, metrics(), flops)
-        clock.now += 1
-        if step == 2:
-            recorder.settle()
-            clock.now += 50  # an evaluation
-            recorder.restart_clock()
-    recorder.settle()
-    assert [row["step"] for row in rows] == [1, 2, 4]
-    assert [row["mfu"] for row in rows] == pytest.approx([100 / 1000, 200 / 1000, 1000 / 2000], rel=1e-6)
-    assert [row["flops_per_token"] for row in rows] == [10, 20, 50]
-    assert rows[2]["tokens_per_second"] == 10
-    assert rows[2]["tokens"] == 40
+def test_a_line_that_is_not_json_is_an_error_and_a_missing_file_has_no_rows(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert read_rows(path) == []
+    path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    with pytest.raises(ValueError, match=r"metrics.jsonl has a line that is not JSON .* or use another --name"):
+        read_rows(path)
 
 
-def test_mfu_is_null_where_the_peak_is_not_known(clock):
-    rows = []
-    recorder = Recorder(rows.append, Screen(1, 0), 1, 10, None)
-    recorder.step(1, metrics(), 100)
-    clock.now += 1
-    recorder.settle()
-    assert rows[0]["mfu"] is None
-
-
-def test_the_line_says_what_is_known(clock, capsys):
-    row = {"step": 1, "loss": 2.0, "tokens_per_second": 1234.5, "mfu": None, "peak_bytes": None}
-    screen = Screen(2, 0)
-    screen.show(row)
-    screen.show(row | {"mfu": 0.4567, "peak_bytes": 3 * 2**29})
-    first, second = capsys.readouterr().out.splitlines()
-    assert first == "step 1/2  loss 2.0000  1,234 tokens/s  0.0 min left"
-    assert second == "step 1/2  loss 2.0000  1,234 tokens/s  mfu 45.7%  peak 1.5 GiB  0.0 min left"
-
-
-def test_an_evaluation_is_said_by_context(capsys):
-    rows = []
-    recorder = Recorder(rows.append, Screen(1, 0), 1, 10, None)
-    values = {"eval/loss": 2.5, "eval/accuracy": 0.25, "eval/loss/0-63": 3.0, "eval/loss/64-127": 2.0}
-    assert recorder.evaluation(7, values) == "validation loss 2.5000 nats per token, 25.0% right"
-    assert "by tokens of context, from: 0 3.0000, 64 2.0000" in capsys.readouterr().out
-    assert rows == [{"step": 7} | values]
+def test_stage_ends():
+    rows = [{"step": step, "stage": stage} for step, stage in ((1, 1), (4, 1), (5, 2), (8, 2), (9, 3))]
+    assert stage_ends(rows) == [4, 8]
+    assert stage_ends(rows[:2]) == []

@@ -1,13 +1,13 @@
-"""Rows from several sources: exact in every cycle, each source's rows in turn, from the row's number alone."""
+"""Exact proportions in every cycle, rows of each source in order, and a source that depends only on the row index."""
 
 import numpy as np
 import pytest
 
-from ringattn.data.mixture import Mixture, counts_of
+from ringattn.data.mixture import Mixture, integer_counts
 
 
 @pytest.mark.parametrize(
-    ("shares", "counts"),
+    ("proportions", "counts"),
     [
         ((0.7, 0.3), (7, 3)),
         ((7.0, 3.0), (7, 3)),
@@ -18,29 +18,29 @@ from ringattn.data.mixture import Mixture, counts_of
         ((4.0, 8.0), (1, 2)),
     ],
 )
-def test_shares_become_the_smallest_whole_numbers(shares, counts):
-    assert counts_of(shares) == counts
+def test_proportions_become_the_smallest_integers(proportions, counts):
+    assert integer_counts(proportions) == counts
 
 
-@pytest.mark.parametrize("shares", [(0.0001, 1.0), (1.0, 0.123, 0.457, 0.919, 1 / 997)])
-def test_shares_without_small_whole_numbers_are_refused(shares):
-    with pytest.raises(ValueError, match="has no small whole numbers: use some, such as 7 3"):
-        counts_of(shares)
+@pytest.mark.parametrize("proportions", [(0.0001, 1.0), (1.0, 0.123, 0.457, 0.919, 1 / 997)])
+def test_proportions_without_small_integers_raise(proportions):
+    with pytest.raises(ValueError, match="must be a ratio of small integers; use integers, such as 7 3"):
+        integer_counts(proportions)
 
 
-def test_every_cycle_is_exact_and_every_row_of_a_source_comes_in_turn():
+def test_every_cycle_is_exact_and_the_rows_of_a_source_are_in_order():
     mixture = Mixture((3, 1, 4), seed=5)
-    sources, numbers = mixture.places(np.arange(800))
+    sources, indices = mixture.locate(np.arange(800))
     assert all(np.bincount(cycle).tolist() == [3, 1, 4] for cycle in sources.reshape(-1, 8))
     for source, count in enumerate((3, 1, 4)):
-        assert numbers[sources == source].tolist() == list(range(100 * count))
+        assert indices[sources == source].tolist() == list(range(100 * count))
     assert len({cycle.tobytes() for cycle in sources.reshape(-1, 8)}) > 50
 
 
-def test_a_row_needs_no_row_before_it():
-    whole = Mixture((2, 5), seed=1).places(np.arange(100))
+def test_a_row_does_not_depend_on_the_preceding_rows():
+    whole = Mixture((2, 5), seed=1).locate(np.arange(100))
     some = np.array([93, 94, 8, 0])
-    for part, full in zip(Mixture((2, 5), seed=1).places(some), whole, strict=True):
+    for part, full in zip(Mixture((2, 5), seed=1).locate(some), whole, strict=True):
         assert part.tolist() == full[some].tolist()
-    other = Mixture((2, 5), seed=2).places(np.arange(100))
+    other = Mixture((2, 5), seed=2).locate(np.arange(100))
     assert other[0].tolist() != whole[0].tolist()

@@ -1,3 +1,5 @@
+"""Learning rate schedule, weight decay, gradient clipping, stages."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,7 @@ SECTION = config.Optimizer(learning_rate=0.01, warmup_steps=10, final_fraction=0
 
 @pytest.fixture(autouse=True)
 def lax_promotion():
-    """As in the train step: optax counts on it."""
+    """As in the train step, because optax relies on it."""
     with jax.numpy_dtype_promotion("standard"):
         yield
 
@@ -22,7 +24,7 @@ def updated(params, gradient, section=SECTION, steps=100):
     return jax.tree.map(np.asarray, updates)
 
 
-def test_rate_rises_in_a_line_then_falls_along_a_cosine():
+def test_linear_warmup_then_cosine_decay():
     rate = learning_rate(SECTION, 110)
     rates = np.array([np.asarray(rate(step)) for step in range(111)])
     np.testing.assert_allclose(np.diff(rates[:11]), (0.01 - 0.01 / 11) / 10, rtol=1e-3)
@@ -32,8 +34,8 @@ def test_rate_rises_in_a_line_then_falls_along_a_cosine():
     assert rates[110] == pytest.approx(0.002)
 
 
-def test_only_matrices_decay():
-    params = {"matrix": jnp.ones((2, 2)), "norm": {"scale": jnp.ones((3, 2))}}  # a scale of each layer
+def test_weight_decay_applies_to_matrices_only():
+    params = {"matrix": jnp.ones((2, 2)), "norm": {"scale": jnp.ones((3, 2))}}  # one scale per layer
     updates = updated(params, jax.tree.map(jnp.zeros_like, params))
     np.testing.assert_allclose(updates["matrix"], -0.01 / 11 * 0.5, rtol=1e-5)
     np.testing.assert_array_equal(updates["norm"]["scale"], 0)
@@ -49,26 +51,26 @@ def test_gradients_are_clipped_to_the_global_norm():
     np.testing.assert_allclose(moments[0], (1 - SECTION.beta1) * 40.0 / norm, rtol=1e-5)
 
 
-def test_a_run_may_end_within_its_warm_up():
+def test_a_run_may_end_during_warmup():
     rate = learning_rate(SECTION, 5)
     rates = np.array([np.asarray(rate(step)) for step in range(5)])
     np.testing.assert_allclose(np.diff(rates), (0.01 - 0.01 / 11) / 10, rtol=1e-3)
 
 
-def test_a_later_stage_warms_up_and_falls_anew():
-    rate, alone = learning_rate(SECTION, 110, first=50), learning_rate(SECTION, 110)
+def test_each_stage_has_its_own_warmup_and_decay():
+    rate, single = learning_rate(SECTION, 110, start_step=50), learning_rate(SECTION, 110)
     for step in (0, 3, 10, 60, 110):
-        np.testing.assert_array_equal(np.asarray(rate(jnp.int32(50 + step))), np.asarray(alone(jnp.int32(step))))
+        np.testing.assert_array_equal(np.asarray(rate(jnp.int32(50 + step))), np.asarray(single(jnp.int32(step))))
 
 
-def test_moments_go_on_into_the_next_stage_and_the_rate_is_the_stages():
+def test_the_next_stage_keeps_the_moments_and_has_its_own_rate():
     params, gradient = {"a": jnp.ones((2, 2))}, {"a": jnp.full((2, 2), 0.1)}
-    before, after = optimizer(SECTION, 5), optimizer(SECTION, 30, first=5)
+    before, after = optimizer(SECTION, 5), optimizer(SECTION, 30, start_step=5)
     state = before.init(params)
     for _ in range(5):
         _, state = before.update(gradient, state, params)
     updates, state = after.update(gradient, state, params)
-    # A constant gradient's moments, corrected for their start, stay what they are: g and g squared.
+    # The bias-corrected moments of a constant gradient g are g and g squared.
     expected = -(0.01 / 11) * (1 + SECTION.weight_decay)
     np.testing.assert_allclose(jax.tree.leaves(updates)[0], expected, rtol=1e-4)
     assert [int(leaf) for leaf in jax.tree.leaves(state) if leaf.shape == ()] == [6, 6]

@@ -1,3 +1,5 @@
+"""Profiles: the requested steps are traced, tracing is excluded from the speed, a failure does not stop a run."""
+
 import gzip
 import json
 import time
@@ -6,8 +8,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from ringattn.training.metrics import Metrics, Recorder, Screen
+from ringattn.runs.progress import Display
 from ringattn.training.profile import Profile
+from ringattn.training.recorder import LogConfig, Recorder
+from ringattn.training.step import Metrics
 
 
 @jax.jit
@@ -15,48 +19,49 @@ def work(x):
     return jnp.sin(x @ x)
 
 
-def go(profile, begin, end, rows=None):
-    """Steps begin + 1 to end of a loop that computes something."""
-    rows = [] if rows is None else rows
-    recorder = Recorder(rows.append, Screen(end, begin), 1, 1, None)
-    for step in range(begin + 1, end + 1):
+def run_steps(profile, start, end):
+    """Runs steps start + 1 to end of a loop that computes something; returns the rows of the steps."""
+    rows = []
+    section = LogConfig(every=1, end_step=end, tokens_per_step=1, peak_flops=None)
+    recorder = Recorder(rows.append, Display(end, start), section)
+    for step in range(start + 1, end + 1):
         profile.before(step, recorder)
         with jax.profiler.StepTraceAnnotation("step", step_num=step):
             total = work(jnp.ones((64, 64))).sum()
         recorder.step(step, Metrics(total, total, total), 1)
         profile.after(step, recorder)
-    recorder.settle()
+    recorder.flush()
+    return rows
 
 
-def traced(folder):
-    """What Perfetto is given: a JSON object of events, each of a phase."""
-    (found,) = folder.rglob("perfetto_trace.json.gz")
-    with gzip.open(found) as file:
+def read_trace(directory):
+    """Path and events of the trace: JSON for Perfetto, in which each event has a phase."""
+    (path,) = directory.rglob("perfetto_trace.json.gz")
+    with gzip.open(path) as file:
         events = json.load(file)["traceEvents"]
     assert all("ph" in event for event in events if event)
-    return found, events
+    return path, events
 
 
-def test_the_steps_asked_for_are_traced(tmp_path, capsys):
-    screen = Screen(10, 4)
-    with Profile("2:3", 4, 10, tmp_path / "profile", screen) as profile:
-        go(profile, 4, 10)
-    found, events = traced(tmp_path / "profile")
+def test_the_requested_steps_are_traced(tmp_path, capsys):
+    with Profile("2:3", 4, 10, tmp_path / "profile", Display(10, 4)) as profile:
+        run_steps(profile, 4, 10)
+    path, events = read_trace(tmp_path / "profile")
     steps = [event["args"]["step_num"] for event in events if event.get("name") == "step"]
     assert sorted(steps) == ["6", "7"]
-    assert len([event for event in events if event.get("ph") == "X"]) > 2  # what the devices did in them
-    assert f"profile (steps 6 to 7): open {found} at https://ui.perfetto.dev" in capsys.readouterr().out
+    assert len([event for event in events if event.get("ph") == "X"]) > 2  # events of the devices
+    assert f"profile (steps 6 to 7): open {path} at https://ui.perfetto.dev" in capsys.readouterr().out
 
 
-def test_a_start_that_ends_early_leaves_what_there_is(tmp_path, capsys):
-    with Profile("1:5", 0, 5, tmp_path / "profile", Screen(5, 0)) as profile:
-        go(profile, 0, 2)
-    _, events = traced(tmp_path / "profile")
+def test_a_launch_that_ends_early_leaves_an_incomplete_trace(tmp_path, capsys):
+    with Profile("1:5", 0, 5, tmp_path / "profile", Display(5)) as profile:
+        run_steps(profile, 0, 2)
+    _, events = read_trace(tmp_path / "profile")
     assert len([event for event in events if event.get("name") == "step"]) == 2
-    assert "profile (cut short): open " in capsys.readouterr().out
+    assert "profile (incomplete): open " in capsys.readouterr().out
 
 
-def test_tracing_is_not_counted_in_the_speed(tmp_path, monkeypatch):
+def test_the_speed_excludes_writing_the_trace(tmp_path, monkeypatch):
     stop = jax.profiler.stop_trace
 
     def slow_stop():
@@ -64,27 +69,26 @@ def test_tracing_is_not_counted_in_the_speed(tmp_path, monkeypatch):
         time.sleep(2)
 
     monkeypatch.setattr(jax.profiler, "stop_trace", slow_stop)
-    rows = []
-    with Profile("2:2", 0, 4, tmp_path / "profile", Screen(4, 0)) as profile:
-        go(profile, 0, 4, rows)
+    with Profile("2:2", 0, 4, tmp_path / "profile", Display(4)) as profile:
+        rows = run_steps(profile, 0, 4)
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert max(row["step_seconds"] for row in rows[1:]) < 2
 
 
-def test_nothing_is_traced_unasked(tmp_path):
-    with Profile(None, 0, 2, tmp_path / "profile", Screen(2, 0)) as profile:
-        go(profile, 0, 2)
+def test_no_trace_by_default(tmp_path):
+    with Profile(None, 0, 2, tmp_path / "profile", Display(2)) as profile:
+        run_steps(profile, 0, 2)
     assert not (tmp_path / "profile").exists()
 
 
-def test_a_trace_that_cannot_be_made_does_not_end_the_run(tmp_path, capsys):
-    with Profile("1:2", 0, 2, tmp_path / "profile", Screen(2, 0)) as profile:
+def test_a_failed_trace_does_not_stop_the_run(tmp_path, capsys):
+    with Profile("1:2", 0, 2, tmp_path / "profile", Display(2)) as profile:
         jax.profiler.start_trace(tmp_path / "other")
-        go(profile, 0, 2)
+        run_steps(profile, 0, 2)
         jax.profiler.stop_trace()
-    assert "no profile: " in capsys.readouterr().out
+    assert "profile failed: " in capsys.readouterr().out
 
 
-def test_the_steps_must_be_of_this_start(tmp_path):
-    with pytest.raises(ValueError, match=r"profile='2:9', but this start has 3 steps to do, 5 to 7: use --profile 1:3"):
-        Profile("2:9", 4, 7, tmp_path, Screen(7, 4))
+def test_steps_beyond_the_launch_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"profile='2:9', but this launch has 3 steps, 5 to 7; use --profile 1:3"):
+        Profile("2:9", 4, 7, tmp_path, Display(7, 4))

@@ -1,4 +1,4 @@
-"""A run that is killed at any moment and started again ends as one that was never disturbed."""
+"""A run that is killed and started again ends with the same metrics as an uninterrupted run."""
 
 import os
 import signal
@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from ringattn.training.checkpoint import saved_steps
-from ringattn.training.metrics import read_rows
+from ringattn.runs.checkpoint import saved_steps
+from ringattn.runs.metrics import read_rows
 
+pytestmark = pytest.mark.usefixtures("compile_once")
 ROOT = Path(__file__).parents[1]
 CONFIG = """
-from ringattn.config import Attention, Checkpoint, Config, Data, Evaluate, Log, Mesh, Model, Optimizer, Train
+from ringattn.config import Checkpoint, Config, Data, Log, Mesh, Model, Optimizer, Train, Validation
 
 config = Config(
     model=Model(layers=1, dim=16, heads=2, kv_heads=1, head_dim=8, feed_forward=32),
@@ -22,13 +23,11 @@ config = Config(
     mesh=Mesh(context=2, simulate=2),
     optimizer=Optimizer(warmup_steps=10),
     train=Train(steps=200, batch_size=2),
-    evaluate=Evaluate(every=50, batches=2),
+    validation=Validation(every=50, batches=2),
     checkpoint=Checkpoint(every=20),
     log=Log(every=5, directory={runs!r}),
 )
 """
-
-
 STAGED = """
 from dataclasses import replace
 from ringattn.config import Stage
@@ -51,7 +50,7 @@ config = replace(
 
 @pytest.fixture
 def start(tmp_path):
-    """start(name): the run as a user starts it, a process of its own."""
+    """start(name, config="tiny"): a process of scripts/train.py."""
     for name, text in (("tiny", CONFIG), ("staged", STAGED)):
         (tmp_path / f"{name}.py").write_text(text.format(text=str(ROOT / "ringattn"), runs=str(tmp_path / "runs")))
     environ = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {"PYTHONPATH": str(ROOT)}
@@ -70,14 +69,13 @@ def finish(process: subprocess.Popen[str]) -> str:
     return out
 
 
-def kept(folder: Path) -> list[dict]:
-    """The rows, without what depends on the clock."""
-    clock = {"tokens_per_second", "step_seconds"}
-    return [{name: value for name, value in row.items() if name not in clock} for row in read_rows(folder)]
+def rows_without_times(path: Path) -> list[dict]:
+    times = {"tokens_per_second", "step_seconds"}
+    return [{name: value for name, value in row.items() if name not in times} for row in read_rows(path)]
 
 
-def test_killed_and_started_again_is_the_same_to_the_last_bit(start, tmp_path):
-    killed, whole = (tmp_path / "runs" / name / "metrics.jsonl" for name in ("killed", "whole"))
+def test_a_killed_run_is_resumed_bit_for_bit(start, tmp_path):
+    killed, uninterrupted = (tmp_path / "runs" / name / "metrics.jsonl" for name in ("killed", "uninterrupted"))
     process = start("killed")
     while process.poll() is None and not any(row["step"] > 50 for row in read_rows(killed)):
         time.sleep(0.002)
@@ -88,17 +86,17 @@ def test_killed_and_started_again_is_the_same_to_the_last_bit(start, tmp_path):
     assert reached < 200
 
     out = finish(start("killed"))
-    assert "going on from step" in out
-    finish(start("whole"))
-    assert kept(killed) == kept(whole)
-    assert kept(killed)[-1]["step"] == 200
+    assert "resuming from step" in out
+    finish(start("uninterrupted"))
+    assert rows_without_times(killed) == rows_without_times(uninterrupted)
+    assert rows_without_times(killed)[-1]["step"] == 200
     assert saved_steps(killed.parent / "checkpoints")[0] == 200
 
 
 @pytest.mark.slow
-def test_killed_once_inside_each_stage_is_the_same_to_the_last_bit(start, tmp_path):
+def test_a_run_killed_in_each_stage_is_resumed_bit_for_bit(start, tmp_path):
     """Rows of 1,024, 2,048 and 4,096 tokens, on rings of 2, 4 and 8."""
-    killed, whole = (tmp_path / "runs" / name / "metrics.jsonl" for name in ("killed", "whole"))
+    killed, uninterrupted = (tmp_path / "runs" / name / "metrics.jsonl" for name in ("killed", "uninterrupted"))
     for stage, last in ((1, 12), (2, 24), (3, 36)):
         process = start("killed", "staged")
         while process.poll() is None and not any(row["step"] > last - 6 for row in read_rows(killed)):
@@ -110,8 +108,8 @@ def test_killed_once_inside_each_stage_is_the_same_to_the_last_bit(start, tmp_pa
         assert reached["stage"] == stage
         assert reached["step"] < last
     out = finish(start("killed", "staged"))
-    assert "stage 3 of 3, steps 25 to 36: 1 row of 4,096 tokens, a ring of 8" in out
-    out = finish(start("whole", "staged"))
+    assert "stage 3 of 3, steps 25 to 36: 1 row of 4,096 tokens, 8 devices per row" in out
+    out = finish(start("uninterrupted", "staged"))
     assert all(f"stage {stage} of 3" in out for stage in (1, 2, 3))
-    assert kept(killed) == kept(whole)
-    assert [row["step"] for row in kept(killed) if "loss" in row] == list(range(1, 37))
+    assert rows_without_times(killed) == rows_without_times(uninterrupted)
+    assert [row["step"] for row in rows_without_times(killed) if "loss" in row] == list(range(1, 37))

@@ -1,3 +1,5 @@
+"""Rotary position embedding: exact angles, and the frequencies of each scaling method."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,18 +11,18 @@ from ringattn.model.rope import frequencies, rotate, rotations
 PLAIN = config.Model(head_dim=64)
 
 
-def rotated(x, positions, c=PLAIN):
-    c = config.Model(**vars(c) | {"head_dim": x.shape[-1]})
+def rotated(x, positions):
+    c = config.Model(head_dim=x.shape[-1])
     return np.asarray(rotate(x, *rotations(jnp.asarray(positions, jnp.int32), c)))
 
 
-def test_turns_each_pair_by_position_times_frequency():
+def test_rotates_each_pair_by_position_times_frequency():
     x = jax.random.normal(jax.random.key(0), (1, 3, 2, 8))
     positions = np.array([[0, 5, 1000]])
     out = rotated(x, positions)
     pairs = np.asarray(x)[..., :4] + 1j * np.asarray(x)[..., 4:]
-    turned = pairs * np.exp(1j * positions[0, :, None, None] * 10_000.0 ** (-np.arange(4) / 4))
-    np.testing.assert_allclose(out, np.concatenate([turned.real, turned.imag], -1), atol=5e-6)
+    expected = pairs * np.exp(1j * positions[0, :, None, None] * 10_000.0 ** (-np.arange(4) / 4))
+    np.testing.assert_allclose(out, np.concatenate([expected.real, expected.imag], -1), atol=5e-6)
     np.testing.assert_array_equal(out[:, 0], x[:, 0])
 
 
@@ -34,7 +36,7 @@ def test_angles_are_exact_at_ten_million_tokens(theta):
     np.testing.assert_allclose(sin, np.sin(angles), atol=2e-6)
 
 
-def test_scores_depend_on_the_distance_alone():
+def test_logits_depend_only_on_the_distance():
     query, key = jax.random.normal(jax.random.key(1), (2, 1, 1, 1, 64))
     near = np.sum(rotated(query, [[7]]) * rotated(key, [[3]]))
     far = np.sum(rotated(query, [[10_000_007]]) * rotated(key, [[10_000_003]]))
@@ -43,13 +45,13 @@ def test_scores_depend_on_the_distance_alone():
     assert near != pytest.approx(other, abs=1e-3)
 
 
-def test_bfloat16_is_turned_in_float32():
+def test_bfloat16_is_rotated_in_float32():
     x = jax.random.normal(jax.random.key(2), (1, 1, 1, 64)).astype(jnp.bfloat16)
     out = rotate(x, *rotations(jnp.full((1, 1), 100_003, jnp.int32), PLAIN))
     assert out.dtype == jnp.bfloat16
     # Positions in bfloat16 would be off by hundreds.
-    wide = rotated(x.astype(jnp.float32), [[100_003]])
-    np.testing.assert_allclose(np.asarray(out, np.float32), wide, rtol=2**-8, atol=1e-6)
+    in_float32 = rotated(x.astype(jnp.float32), [[100_003]])
+    np.testing.assert_allclose(np.asarray(out, np.float32), in_float32, rtol=2**-8, atol=1e-6)
 
 
 def scaled(kind, factor, original=8192, theta=500_000.0):
@@ -57,24 +59,23 @@ def scaled(kind, factor, original=8192, theta=500_000.0):
 
 
 def test_scaled_frequencies():
-    usual = frequencies(config.Model(head_dim=128, rope_theta=500_000.0))
-    np.testing.assert_allclose(frequencies(scaled("linear", 8.0)), usual / 8)
+    unscaled = frequencies(config.Model(head_dim=128, rope_theta=500_000.0))
+    np.testing.assert_allclose(frequencies(scaled("linear", 8.0)), unscaled / 8)
     ntk = frequencies(scaled("ntk", 8.0))
-    np.testing.assert_allclose(
-        ntk[[0, -1]], usual[[0, -1]] / [1, 8]
-    )  # the fastest pair as before, the slowest as linear
+    # The highest frequency is unscaled, the lowest is divided as in linear scaling.
+    np.testing.assert_allclose(ntk[[0, -1]], unscaled[[0, -1]] / [1, 8])
     for kind, turns in (("llama3", (1, 4)), ("yarn", (1, 32))):
-        found = frequencies(scaled(kind, 8.0))
-        rounds = 8192 * usual / (2 * np.pi)
-        clear = 2.0 if kind == "yarn" else 1.0  # yarn mixes from whole pairs on, so a little beyond
-        fast, slow = rounds > turns[1] * clear, rounds < turns[0] / clear
-        np.testing.assert_allclose(found[fast], usual[fast])
-        np.testing.assert_allclose(found[slow], usual[slow] / 8)
+        result = frequencies(scaled(kind, 8.0))
+        rounds = 8192 * unscaled / (2 * np.pi)
+        margin = 2.0 if kind == "yarn" else 1.0  # YaRN rounds the limits outwards to whole pairs
+        fast, slow = rounds > turns[1] * margin, rounds < turns[0] / margin
+        np.testing.assert_allclose(result[fast], unscaled[fast])
+        np.testing.assert_allclose(result[slow], unscaled[slow] / 8)
         between = ~fast & ~slow
         assert between.any()
-        assert (found[between] >= usual[between] / 8 * 0.999).all()
-        assert (found[between] <= usual[between] * 1.001).all()
-        assert (np.diff(found) < 0).all()
+        assert (result[between] >= unscaled[between] / 8 * 0.999).all()
+        assert (result[between] <= unscaled[between] * 1.001).all()
+        assert (np.diff(result) < 0).all()
 
 
 def test_yarn_raises_the_temperature():
@@ -90,5 +91,5 @@ GOLDEN = {
 
 @pytest.mark.parametrize("kind", GOLDEN)
 def test_frequencies_of_published_models(kind):
-    """By the functions of that name in Hugging Face transformers 5.23.0 (modeling_rope_utils.py), factor 8 of 8,192."""
+    """Expected values: modeling_rope_utils.py of Hugging Face transformers 5.23.0, factor 8, training length 8,192."""
     np.testing.assert_allclose(frequencies(scaled(kind, 8.0))[::9], GOLDEN[kind], rtol=2e-6)

@@ -1,21 +1,24 @@
-"""Continuations: the prompt stays, each token comes from the logits of the one before it."""
+"""Continuations: the prompt is kept, and each token is sampled from the logits of the token before it."""
 
 from functools import partial
 
+import chex
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from ringattn import attention, config, permute
+from ringattn import attention, config
 from ringattn.data import Batch
+from ringattn.data.placement import permute_and_place
 from ringattn.data.tokenizer import ByteTokenizer
-from ringattn.mesh import SEQUENCE, TOKENS, place
-from ringattn.model import Transformer
+from ringattn.mesh.axes import SEQUENCE, abstract
+from ringattn.model.transformer import Transformer
 from ringattn.training.samples import as_text, continue_rows, make_next_logits
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
 VOCABULARY = 257
+SMALL = config.Model(layers=1, dim=32, heads=4, kv_heads=2, head_dim=8, feed_forward=32)
 
 
 def batch(length: int = 16) -> Batch:
@@ -26,49 +29,63 @@ def batch(length: int = 16) -> Batch:
     return Batch(tokens, tokens, rows[0], rows[1], np.ones_like(tokens, np.float32))
 
 
-def test_each_token_follows_from_the_one_before():
-    given, asked = batch(), []
+def test_each_token_is_sampled_from_the_logits_of_the_token_before():
+    prompts, selected = batch(), []
 
-    def successor(rows: Batch, here):
-        assert (here.sum(1) == 1).all()
-        at = int(here[0].argmax())
-        np.testing.assert_array_equal(rows.positions[:, at], at)
-        asked.append(at)
-        assert (rows.segment_ids[:, at] == 0).all()
-        wanted = (rows.tokens[:, at] + 1) % VOCABULARY
-        return 1e4 * (np.arange(VOCABULARY)[None] == wanted[:, None])
+    def successor(rows: Batch, one_hot):
+        assert (one_hot.sum(1) == 1).all()
+        index = int(one_hot[0].argmax())
+        np.testing.assert_array_equal(rows.positions[:, index], index)
+        selected.append(index)
+        assert (rows.segment_ids[:, index] == 0).all()
+        following = (rows.tokens[:, index] + 1) % VOCABULARY
+        return 1e4 * (np.arange(VOCABULARY)[None] == following[:, None])
 
-    made = continue_rows(given, 4, seed=0, next_logits=successor)
-    np.testing.assert_array_equal(made[:, :4], given.tokens[:, :4])
-    np.testing.assert_array_equal(np.diff(made[:, 3:].astype(int)) % VOCABULARY, 1)
-    assert asked == list(range(3, 15))
-    np.testing.assert_array_equal(given.tokens, batch().tokens)  # the batch itself is left alone
-
-
-@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
-def test_logits_are_the_models_on_any_mesh(make_mesh, layout):
-    c = config.Model(layers=1, dim=32, heads=4, kv_heads=2, head_dim=8, feed_forward=32)
-    given, results = batch(), []
-    here = np.zeros((2, 16), np.float32)
-    here[:, 9] = 1
-    for sizes in ({}, {"context": 4}, {"data": 2, "context": 2, "tensor": 2}):
-        mesh = make_mesh(**sizes)
-        with jax.set_mesh(mesh):
-
-            def make_model():
-                return Transformer(c, VOCABULARY, partial(attention, axis=SEQUENCE, layout=layout), nnx.Rngs(params=0))
-
-            params = jax.jit(lambda make=make_model: nnx.split(make())[1])()
-            arrays = [permute(x, layout, mesh.shape["context"]) for x in (*given[:1], *given[2:4], here)]
-            results.append(np.asarray(make_next_logits(make_model, VOCABULARY)(params, *place(arrays, mesh, TOKENS))))
-            if not sizes:
-                model = make_model()
-                hidden = model(*(jnp.asarray(x) for x in (given.tokens, given.positions, given.segment_ids)))
-                wanted = np.asarray(hidden)[:, 9] @ np.asarray(model.embedding[...])[:VOCABULARY].T
-    for logits in results:
-        np.testing.assert_allclose(logits, wanted, rtol=1e-4, atol=1e-5)
+    sampled = continue_rows(prompts, 4, seed=0, next_logits=successor)
+    np.testing.assert_array_equal(sampled[:, :4], prompts.tokens[:, :4])
+    np.testing.assert_array_equal(np.diff(sampled[:, 3:].astype(int)) % VOCABULARY, 1)
+    assert selected == list(range(3, 15))
+    np.testing.assert_array_equal(prompts.tokens, batch().tokens)  # the batch is not modified
 
 
-def test_text_shows_what_was_given_and_what_was_made():
+def model_factory(layout):
+    attend = partial(attention, axis=SEQUENCE, layout=layout)
+    return lambda: Transformer(SMALL, VOCABULARY, attend, nnx.Rngs(params=0))
+
+
+@pytest.fixture(scope="module")
+def one_device(make_mesh):
+    """Parameters, and the model's logits [B, L, V] of `batch`, computed on one device."""
+    rows, make_model = batch(), model_factory("contiguous")
+    with jax.set_mesh(make_mesh()):
+        graphdef, params = nnx.split(jax.jit(make_model)())
+        run = jax.jit(lambda params, *ids: nnx.merge(graphdef, params).logits(*ids))
+        return jax.device_get((params, run(params, rows.tokens, rows.positions, rows.segment_ids)))
+
+
+@pytest.mark.parametrize(
+    ("layout", "sizes"),
+    [
+        ("contiguous", {}),
+        ("contiguous", {"context": 4}),
+        ("zigzag", {"context": 4}),
+        ("zigzag", {"data": 2, "context": 2, "tensor": 2}),
+    ],
+    ids=str,
+)
+def test_next_logits_agree_with_the_model_on_every_mesh(one_device, make_mesh, layout, sizes):
+    (params, logits), rows, make_model = one_device, batch(), model_factory(layout)
+    one_hot = np.zeros((2, 16), np.float32)
+    one_hot[:, 9] = 1
+    with jax.set_mesh(mesh := make_mesh(**sizes)):
+        like = abstract(jax.eval_shape(lambda: nnx.split(make_model())[1]), mesh)
+        placed = jax.tree.map(lambda x, leaf: jax.device_put(x, leaf.sharding), params, like)
+        arrays = permute_and_place((rows.tokens, rows.positions, rows.segment_ids, one_hot), mesh, layout)
+        next_logits = make_next_logits(make_model, VOCABULARY)(placed, *arrays)
+    chex.assert_shape(next_logits, (2, VOCABULARY))
+    np.testing.assert_allclose(next_logits, logits[:, 9], rtol=1e-4, atol=1e-5)
+
+
+def test_text_shows_prompt_and_continuation():
     tokens = np.frombuffer(b"def f(): return 1", np.uint8).astype(np.int32)[None]
-    assert as_text(tokens, 8, ByteTokenizer()) == "=== 1: given\ndef f():\n--- and made of it\n return 1\n"
+    assert as_text(tokens, 8, ByteTokenizer()) == "=== 1: prompt\ndef f():\n--- model continuation\n return 1\n"

@@ -1,13 +1,17 @@
-"""The scripts as a user runs them: what a mistake costs is one line that names the cure."""
+"""Runs the scripts as a user does. Invalid input gives a one-line error message with a fix."""
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
+from dataclasses import is_dataclass
 from pathlib import Path
 
 import pytest
+
+from ringattn.config import Benchmark, Config, Evaluation
 
 ROOT = Path(__file__).parents[1]
 
@@ -18,11 +22,12 @@ def run(*words: str, script: str = "train.py") -> subprocess.CompletedProcess[st
     return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120)
 
 
-def message_of(*words: str, script: str = "train.py") -> str:
-    """What is said of a mistake: status 2, one line, no traceback."""
+def error_of(*words: str, script: str = "train.py") -> str:
+    """Returns the error message, after checking that it is one line without traceback, with status 2."""
     done = run(*words, script=script)
     assert done.returncode == 2, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: ")
     assert len(done.stderr.strip().splitlines()) == 1
     return done.stderr
 
@@ -36,38 +41,87 @@ QUICKSTART = ("--config", str(ROOT / "configs" / "quickstart.py"))
         (("--optimizer.learning_rat", "1"), "--optimizer.learning_rate"),
         (("--mesh.context", "3"), "--mesh.context 4"),
         (("--data.seq_len", "4097"), "use 4096 or 4112"),
-        (("--data.path", "/nowhere/at/all"), "/nowhere/at/all"),
+        (("--data.path", "/missing/directory"), "/missing/directory"),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )
 def test_a_mistake_on_the_command_line(words, expected, tmp_path):
-    assert expected in message_of(*QUICKSTART, "--log.directory", str(tmp_path / "runs"), *words)
+    assert expected in error_of(*QUICKSTART, "--log.directory", str(tmp_path / "runs"), *words)
     assert not (tmp_path / "runs").exists()
 
 
 def test_a_misspelt_field_in_the_config_file(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text("from ringattn.config import Config, Model\nconfig = Config(model=Model(head=4))\n")
-    message = message_of("--config", str(path))
+    message = error_of("--config", str(path))
     assert "model.heads" in message
     assert "mine.py, line 2" in message
 
 
-def test_an_empty_data_folder(tmp_path):
+def test_an_empty_data_directory(tmp_path):
     (tmp_path / "empty").mkdir()
     words = ("--data.path", str(tmp_path / "empty"), "--log.directory", str(tmp_path / "runs"))
-    assert str(tmp_path / "empty") in message_of(*QUICKSTART, *words)
+    assert str(tmp_path / "empty") in error_of(*QUICKSTART, *words)
 
 
 def test_a_path_that_cannot_be_read(tmp_path):
-    (tmp_path / "text.txt").write_text("a file, and no folder")
-    assert "text.txt" in message_of(*QUICKSTART, "--data.path", str(tmp_path / "text.txt" / "inside"))
+    (tmp_path / "text.txt").write_text("a file, not a directory")
+    assert "text.txt" in error_of(*QUICKSTART, "--data.path", str(tmp_path / "text.txt" / "inside"))
 
 
-def test_help_lists_every_field():
-    done = run("--help")
+SCRIPT_OPTIONS = {
+    "train.py": {"--config"},
+    "eval.py": {"--config"},
+    "benchmark.py": {"--config"},
+    "plan.py": {"--config", "--topology", "--json", "--stage"},
+    "prepare.py": {"--config", "--output"},
+}
+"""Options of each script that are not config values."""
+SECTIONS = {
+    "plan.py": {"model", "data", "mesh", "attention", "optimizer", "train", "stages"},
+    "prepare.py": {"data"},
+}
+"""Sections of the training config that a script uses. train.py uses all."""
+
+
+def options_of(values: object, prefix: str = "--") -> set[str]:
+    """Returns the options for the fields of a config and of its sections."""
+    names = set()
+    for name, value in vars(values).items():
+        if name == "stages":
+            names |= {option for stage in value for option in options_of(stage, f"{prefix}stages.1.")}
+        else:
+            names |= options_of(value, f"{prefix}{name}.") if is_dataclass(value) else {prefix + name}
+    return names
+
+
+@pytest.mark.parametrize("script", SCRIPT_OPTIONS)
+def test_help_lists_the_options_of_the_script_and_no_others(script):
+    done = run("--help", script=script)
     assert done.returncode == 0
-    assert "--optimizer.learning_rate" in done.stdout
+    expected = options_of({"eval.py": Evaluation, "benchmark.py": Benchmark}.get(script, Config)())
+    if script in SECTIONS:
+        expected = {option for option in expected if option.split(".")[0].removeprefix("--") in SECTIONS[script]}
+    listed = re.findall(r"^[│|] (?:-h, )?(--\S+)", done.stdout, re.M)
+    assert len(listed) == len(set(listed))
+    assert set(listed) - {"--help"} == expected | SCRIPT_OPTIONS[script]
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "message"),
+    [
+        ("plan.py", ("--log.every", "1"), "--log.every is an option of scripts/train.py only"),
+        ("plan.py", ("--name", "x"), "--name is an option of scripts/train.py only"),
+        ("plan.py", ("--stag", "1"), "unknown '--stag': did you mean '--stage'?"),
+        ("plan.py", ("--stage", "x"), "--stage x must be an integer"),
+        ("prepare.py", ("--train.steps", "1"), "--train.steps is an option of scripts/train.py only"),
+        ("prepare.py", ("--data.pth", "x"), "unknown '--data.pth': did you mean '--data.path'?"),
+        ("prepare.py", ("--output",), "--output needs a value: a string"),
+        ("train.py", ("--topology", "v5e:8x8"), "unknown '--topology'"),
+    ],
+)
+def test_options_of_other_scripts_are_errors(script, words, message):
+    assert message in error_of(*QUICKSTART, *words, script=script)
 
 
 @pytest.mark.parametrize(
@@ -75,13 +129,13 @@ def test_help_lists_every_field():
     [
         (("--subjects", "ring zigzg"), "did you mean 'ring zigzag'?"),
         (("--rings", "16"), "use --rings -1, or --simulate 16"),
-        (("--config", str(ROOT / "configs" / "quickstart.py")), "such as --config configs/benchmark.py"),
+        (("--config", str(ROOT / "configs" / "quickstart.py")), "use a Benchmark, such as configs/benchmark.py"),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )
 def test_a_mistake_in_a_benchmark(words, expected, tmp_path):
     benchmark = ("--config", str(ROOT / "configs" / "benchmark.py"), "--directory", str(tmp_path / "runs"))
-    assert expected in message_of(*benchmark, *words, script="benchmark.py")
+    assert expected in error_of(*benchmark, *words, script="benchmark.py")
     assert not (tmp_path / "runs").exists()
 
 
@@ -91,7 +145,7 @@ def test_a_benchmark_on_the_command_line(tmp_path):
     config = ("--config", str(ROOT / "configs" / "benchmark.py"))
     done = run(*config, *words, *subjects, script="benchmark.py")
     assert done.returncode == 0, done.stderr
-    assert "32 tokens over a ring of 2, 8 heads of 64, float32" in done.stdout
+    assert "32 tokens on a ring of 2, 8 heads of 64, float32" in done.stdout
     assert (tmp_path / "benchmark" / "plots" / "benchmark.png").is_file()
     repeated = ("--config", str(tmp_path / "benchmark" / "config.json"), "--subjects", "dense")
     assert run(*repeated, script="benchmark.py").returncode == 0
@@ -103,7 +157,7 @@ def test_shards_are_written_and_trained_from(tmp_path):
     (tmp_path / "g.fa").write_bytes(b">a\n" + bytes(b"ACGT"[i * i * 7 % 11 % 4] for i in range(4000)) + b"\n")
     dna = ("--config", str(ROOT / "configs" / "dna.py"))
     source, output = ("--data.path", str(tmp_path / "g.fa")), ("--output", str(tmp_path / "shards"))
-    assert "no folder to write to" in message_of(*dna, *source, script="prepare.py")
+    assert "--output is required, such as --output shards" in error_of(*dna, *source, script="prepare.py")
     done = run(*dna, *source, *output, script="prepare.py")
     assert done.returncode == 0, done.stderr
     assert "4,001 tokens" in done.stdout
@@ -113,11 +167,11 @@ def test_shards_are_written_and_trained_from(tmp_path):
     assert "validation loss" in done.stdout
     with (tmp_path / "shards" / "shard-00000.bin").open("ab") as file:
         file.truncate(2000)
-    message = message_of(*dna, "--data.path", str(tmp_path / "shards"), *small)
+    message = error_of(*dna, "--data.path", str(tmp_path / "shards"), *small)
     assert f"{tmp_path}/shards/shard-00000.bin has 2000 bytes instead of 4002" in message
 
 
-def test_a_prepare_that_is_killed_leaves_nothing_that_passes_for_whole(tmp_path):
+def test_a_killed_prepare_leaves_no_output_directory(tmp_path):
     (tmp_path / "t.jsonl").write_text('{"text": "some words"}\n' * 300_000)
     words = [*QUICKSTART, "--data.path", str(tmp_path / "t.jsonl"), "--output", str(tmp_path / "s")]
     environ = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -139,16 +193,16 @@ EVALUATION = ("--config", str(ROOT / "configs" / "eval_needle.py"))
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (("--runs", "nothing"), "nothing holds no run"),
+        (("--runs", "nothing"), "nothing is not a run directory"),
         (("--tasks", "needel"), "did you mean 'needle'?"),
         (("--length", "128"), "did you mean '--lengths'?"),
         (("--depths", "2"), "between 0 and 1"),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )
-def test_a_mistake_in_what_is_evaluated(words, expected):
-    assert expected in message_of(*EVALUATION, *words, script="eval.py")
+def test_a_mistake_in_an_evaluation(words, expected):
+    assert expected in error_of(*EVALUATION, *words, script="eval.py")
 
 
-def test_a_config_of_another_script_is_named():
-    assert "for scripts/train.py: scripts/eval.py takes an Evaluation" in message_of(*QUICKSTART, script="eval.py")
+def test_a_config_of_another_script_is_an_error():
+    assert "for scripts/train.py; use an Evaluation" in error_of(*QUICKSTART, script="eval.py")

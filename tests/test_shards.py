@@ -1,4 +1,4 @@
-"""Shards give the tokens they were written from, or say which file is not as it was."""
+"""Shards return the tokens that were written, or name the file that was changed."""
 
 import json
 import os
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ringattn.config import Data
-from ringattn.data.corpus import encode, gather
+from ringattn.data.corpus import build_corpus, encode
 from ringattn.data.dna import DnaTokenizer
 from ringattn.data.formats import Document
 from ringattn.data.loader import load
@@ -20,90 +20,99 @@ from ringattn.data.tokenizer import ByteTokenizer
 DOCUMENTS = [Document(f"d{i}", bytes([65 + i]) * (i * 37 % 50 + 1), prompt=i % 3) for i in range(20)]
 
 
-def written(folder: Path, documents=DOCUMENTS, tokenizer=None, shard_tokens: int = 100) -> Path:
+def written(directory: Path, documents=DOCUMENTS, tokenizer=None, shard_tokens: int = 100) -> Path:
     tokenizer = tokenizer or ByteTokenizer()
-    told = []
+    calls = []
     write_shards(
-        folder,
+        directory,
         encode(documents, tokenizer),
         tokenizer,
         Data(),
-        lambda *more: told.append(more),
+        lambda *counts: calls.append(counts),
         shard_tokens=shard_tokens,
     )
-    assert len(told) == len(documents)
-    return folder
+    assert len(calls) == len(documents)
+    return directory
 
 
 @pytest.mark.parametrize("shard_tokens", [1, 7, 100, 10**6])
-def test_what_is_read_is_what_was_written(tmp_path: Path, shard_tokens: int):
+def test_shards_return_the_written_tokens(tmp_path: Path, shard_tokens: int):
     shards = open_shards(written(tmp_path / "s", shard_tokens=shard_tokens))
-    corpus, digests, _ = gather(encode(DOCUMENTS, ByteTokenizer()), ByteTokenizer())
-    found = shards.corpus(ByteTokenizer())
-    places = np.arange(corpus.count + 1)
-    assert np.array_equal(found.tokens[places], corpus.tokens[places])
-    for name in ("starts", "lengths", "contexts"):
-        assert np.array_equal(getattr(found, name), getattr(corpus, name))
+    corpus, digests, _ = build_corpus(encode(DOCUMENTS, ByteTokenizer()), ByteTokenizer())
+    opened = shards.corpus(ByteTokenizer())
+    indices = np.arange(corpus.count + 1)
+    assert np.array_equal(opened.tokens[indices], corpus.tokens[indices])
+    for name in ("starts", "lengths", "masked_prefixes"):
+        assert np.array_equal(getattr(opened, name), getattr(corpus, name))
     assert shards.digests() == digests
     count = len(list((tmp_path / "s").glob("shard-*.bin")))
-    assert count == -(-corpus.count // shard_tokens)  # the last boundary never makes one of its own
+    assert count == -(-corpus.count // shard_tokens)  # the final boundary is never a shard of its own
     assert are_shards(str(tmp_path / "s"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["s"]
 
 
-def test_tokens_are_mapped_and_not_read(tmp_path: Path):
+def test_tokens_are_memory_mapped(tmp_path: Path):
     shards = open_shards(written(tmp_path / "s"))
     assert all(isinstance(array, np.memmap) for array in shards.tokens._arrays)
 
 
-def test_training_from_shards_is_training_from_the_source(tmp_path: Path):
+def test_verifying_large_shards_is_reported(tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture):
+    directory = written(tmp_path / "s")
+    open_shards(directory)
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr("ringattn.data.shards._LARGE", 1)
+    open_shards(directory)
+    assert f"verifying 0.0 GB of shards in {directory}" in capsys.readouterr().out
+
+
+def test_shards_give_the_same_batches_as_their_source(tmp_path: Path):
     lines = [json.dumps({"prompt": "p" * (i % 4), "completion": f"answer {i} " * 9}) for i in range(40)]
     (tmp_path / "t.jsonl").write_text("\n".join(lines))
     source = Data(path=str(tmp_path / "t.jsonl"), seq_len=16, validation=0.2, overlap=3)
     (tmp_path / "genome.fa").write_bytes(b">a\n" + b"ACGTNNGT" * 100)
     genome = Data(path=str(tmp_path / "genome.fa"), seq_len=16, validation=0.2, tokenizer="dna")
     for data, tokenizer in ((source, ByteTokenizer()), (genome, DnaTokenizer())):
-        folder = tmp_path / tokenizer.name
-        write_shards(folder, encode(read_documents(str(data.path)), tokenizer), tokenizer, data, lambda *_: None, 99)
-        of_shards = Data(**{**vars(data), "path": str(folder)})
-        for mine, other in zip(load(data, 2, 5)[1:], load(of_shards, 2, 5)[1:], strict=True):
-            assert mine.rows_per_epoch == other.rows_per_epoch
-            for step in range(mine.rows_per_epoch):
-                for x, y in zip(mine.batch(step), other.batch(step), strict=True):
+        directory = tmp_path / tokenizer.name
+        write_shards(directory, encode(read_documents(str(data.path)), tokenizer), tokenizer, data, lambda *_: None, 99)
+        from_shards = Data(**{**vars(data), "path": str(directory)})
+        for loader, other in zip(load(data, 2, 5)[1:], load(from_shards, 2, 5)[1:], strict=True):
+            assert loader.rows_per_epoch == other.rows_per_epoch
+            for step in range(loader.rows_per_epoch):
+                for x, y in zip(loader.batch(step), other.batch(step), strict=True):
                     assert np.array_equal(x, y)
 
 
-def spoil(path: Path, at: int = 5) -> None:
+def flip_bit(path: Path, offset: int) -> None:
     content = bytearray(path.read_bytes())
-    content[at] ^= 1
+    content[offset] ^= 1
     path.write_bytes(content)
 
 
 @pytest.mark.parametrize("name", ["shard-00000.bin", "shard-00003.bin", "documents.npy"])
-def test_a_file_that_is_not_as_it_was_is_refused_with_its_name(tmp_path: Path, name: str):
-    whole = written(tmp_path / "whole")
-    for number, (harm, message) in enumerate(
+def test_a_changed_file_is_named(tmp_path: Path, name: str):
+    original = written(tmp_path / "original")
+    for index, (damage, message) in enumerate(
         [
-            (lambda path: spoil(path, path.stat().st_size // 2), "was changed since it was written"),
+            (lambda path: flip_bit(path, path.stat().st_size // 2), "has changed since it was written"),
             (lambda path: os.truncate(path, path.stat().st_size - 1), r"has \d+ bytes instead of \d+"),
             (lambda path: path.write_bytes(path.read_bytes() + b"x"), r"has \d+ bytes instead of \d+"),
             (lambda path: path.unlink(), r"cannot be read \(No such file or directory\)"),
         ]
     ):
-        folder = shutil.copytree(whole, tmp_path / str(number))
-        harm(folder / name)
-        assert are_shards(str(folder))
+        directory = shutil.copytree(original, tmp_path / str(index))
+        damage(directory / name)
+        assert are_shards(str(directory))
         with pytest.raises(
             ValueError,
-            match=rf"/{number}/{name} {message}: .*remove the folder and write it anew by scripts/prepare.py",
+            match=rf"/{index}/{name} {message}; .*remove the directory and write it again with scripts/prepare.py",
         ):
-            open_shards(folder)
+            open_shards(directory)
 
 
-def change(folder: Path, edit) -> None:
-    index = json.loads((folder / "index.json").read_text())
+def change(directory: Path, edit) -> None:
+    index = json.loads((directory / "index.json").read_text())
     edit(index)
-    (folder / "index.json").write_text(json.dumps(index))
+    (directory / "index.json").write_text(json.dumps(index))
 
 
 @pytest.mark.parametrize(
@@ -120,64 +129,63 @@ def change(folder: Path, edit) -> None:
         lambda index: index.update(tokenizer="bytes"),
     ],
 )
-def test_an_index_that_says_what_it_must_not_is_refused(tmp_path: Path, edit):
+def test_an_invalid_index_raises(tmp_path: Path, edit):
     change(written(tmp_path / "s"), edit)
-    with pytest.raises(
-        ValueError, match=r"s/index.json is no index of shards \(\w+: .*\): remove the folder and write it anew"
-    ):
+    message = r"s/index.json is not a valid index \(\w+: .*\); remove the directory and write it again"
+    with pytest.raises(ValueError, match=message):
         open_shards(tmp_path / "s")
 
 
 @pytest.mark.parametrize(
     ("edit", "name"),
     [
-        (lambda index: index["files"][1].update(tokens=99), "shard-00001.bin holds other tokens"),
-        (lambda index: index["tokenizer"].update(size=66), "shard-00000.bin holds other tokens"),
-        (lambda index: index.update(dtype="uint8"), "shard-00000.bin holds other tokens"),
-        (lambda index: index["files"].pop(0), "documents.npy does not go with the shards"),
-        (lambda index: index["files"].pop(-1), "documents.npy does not go with the shards"),
+        (lambda index: index["files"][1].update(tokens=99), "shard-00001.bin does not contain the tokens"),
+        (lambda index: index["tokenizer"].update(size=66), "shard-00000.bin does not contain the tokens"),
+        (lambda index: index.update(dtype="uint8"), "shard-00000.bin does not contain the tokens"),
+        (lambda index: index["files"].pop(0), "documents.npy does not match the shards"),
+        (lambda index: index["files"].pop(-1), "documents.npy does not match the shards"),
     ],
 )
-def test_an_index_that_does_not_fit_its_files_is_refused(tmp_path: Path, edit, name: str):
+def test_an_index_that_does_not_match_its_files_raises(tmp_path: Path, edit, name: str):
     change(written(tmp_path / "s"), edit)
     with pytest.raises(ValueError, match=name):
         open_shards(tmp_path / "s")
 
 
-def test_a_folder_without_an_index_or_with_half_of_one_is_refused(tmp_path: Path):
-    folder = written(tmp_path / "s")
-    content = (folder / "index.json").read_text()
-    (folder / "index.json").write_text(content[:100])
+def test_a_missing_or_truncated_index_raises(tmp_path: Path):
+    directory = written(tmp_path / "s")
+    content = (directory / "index.json").read_text()
+    (directory / "index.json").write_text(content[:100])
     for _ in range(2):
-        assert are_shards(str(folder))
-        with pytest.raises(ValueError, match=r"index.json is no index of shards"):
-            open_shards(folder)
-        (folder / "index.json").unlink(missing_ok=True)
+        assert are_shards(str(directory))
+        with pytest.raises(ValueError, match=r"index.json is not a valid index"):
+            open_shards(directory)
+        (directory / "index.json").unlink(missing_ok=True)
 
 
-def test_other_folders_are_no_shards(tmp_path: Path):
+def test_other_directories_are_not_shards(tmp_path: Path):
     (tmp_path / "index.json").write_text('{"pages": 3}')
     assert not are_shards(str(tmp_path))
     assert not are_shards("stdlib")
     assert not are_shards("a" * 300)
 
 
-def test_writing_that_is_cut_off_leaves_nothing(tmp_path: Path):
-    with pytest.raises(ValueError, match="'X' at place 1 is no base"):
+def test_an_interrupted_write_leaves_nothing(tmp_path: Path):
+    with pytest.raises(ValueError, match="'X' at position 1 is not a base"):
         written(tmp_path / "s", [Document("a", b"ACGT" * 100), Document("b", b"X")], DnaTokenizer())
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").touch()
     with pytest.raises(
-        ValueError, match=r"cannot write to .*/file/s \((Not a directory|File exists)\): choose another --output"
+        ValueError, match=r"cannot write to .*/file/s \((Not a directory|File exists)\); choose another --output"
     ):
         written(tmp_path / "file" / "s")
 
 
-def test_another_tokenizer_is_refused_with_the_one_that_serves(tmp_path: Path):
-    folder = written(tmp_path / "s", [Document("a", b"ACGT" * 99)], DnaTokenizer())
-    data = Data(path=str(folder), seq_len=16)
+def test_another_tokenizer_raises_and_names_the_right_one(tmp_path: Path):
+    directory = written(tmp_path / "s", [Document("a", b"ACGT" * 99)], DnaTokenizer())
+    data = Data(path=str(directory), seq_len=16)
     with pytest.raises(
-        ValueError, match=r"data.tokenizer='bytes', but .*/s holds tokens of 'dna': use --data.tokenizer dna"
+        ValueError, match=r"data.tokenizer='bytes', but .*/s has tokens of 'dna'; use --data.tokenizer dna"
     ):
         load(data, 1, 0)
-    assert load(Data(path=str(folder), seq_len=16, tokenizer="dna"), 1, 0)[0].name == "dna"
+    assert load(Data(path=str(directory), seq_len=16, tokenizer="dna"), 1, 0)[0].name == "dna"

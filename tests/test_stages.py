@@ -1,4 +1,4 @@
-"""Stages in a config: what each comes to, how they are given, and what a mistake in one is answered with."""
+"""Stages of a config: values, command-line options and error messages."""
 
 import dataclasses
 
@@ -24,6 +24,7 @@ config = Config(
     ),
 )
 """
+FIELDS = ("train.batch_size", "mesh.data", "mesh.context")
 
 
 @pytest.fixture
@@ -33,7 +34,7 @@ def staged(tmp_path):
     return path
 
 
-def test_a_stage_is_a_config_of_its_own(staged):
+def test_a_stage_is_a_config_with_one_stage(staged):
     c = config.read(staged)
     assert c.stage(1) == dataclasses.replace(c, stages=(Stage(),))
     second = c.stage(2)
@@ -45,27 +46,28 @@ def test_a_stage_is_a_config_of_its_own(staged):
     assert c.stage(3).train == c.train
 
 
-def test_documents_of_a_task_have_one_length_in_all_stages():
+def test_documents_of_a_task_have_the_same_length_in_all_stages():
     stages = (config.Stage(seq_len=256), config.Stage(seq_len=512))
-    with pytest.raises(ValueError, match=r"'task:needle' with rows of several lengths: say .* task:needle:256"):
+    with pytest.raises(
+        ValueError, match=r"data.path='task:needle' must specify a document length, .* use task:needle:256"
+    ):
         config.Config(data=config.Data(path="task:needle"), stages=stages)
     assert config.Config(data=config.Data(path="task:needle:256"), stages=stages).stage(2).data.seq_len == 512
     with pytest.raises(ValueError, match=r"stage 1: .*must be .*divides stages.1.seq_len=256"):
         config.Config(data=config.Data(path="task:needle:512"), stages=stages)
 
 
-def test_every_field_of_a_stage_stands_for_one_of_a_section():
-    assert [each.name for each in dataclasses.fields(Stage)] == list(REPLACES)
+def test_every_field_of_a_stage_replaces_a_field_of_a_section():
+    assert [field.name for field in dataclasses.fields(Stage)] == list(REPLACES)
     for name in REPLACES.values():
-        section, each = name.split(".")
-        assert each in vars(vars(Config())[section])
+        section, field = name.split(".")
+        assert field in vars(vars(Config())[section])
 
 
 def test_steps_are_counted_over_all_stages(staged):
     c = config.read(staged)
     assert [c.steps_before(number) for number in (1, 2, 3, 4)] == [0, 9, 12, 21]
-    found = [c.stage_after(step) for step in (0, 8, 9, 11, 12, 20, 21, 99)]
-    assert found == [1, 1, 2, 2, 3, 3, 3, 3]
+    assert [c.stage_after(step) for step in (0, 8, 9, 11, 12, 20, 21, 99)] == [1, 1, 2, 2, 3, 3, 3, 3]
     assert Config().stage_after(10**9) == 1
 
 
@@ -85,18 +87,18 @@ def test_a_stage_is_overridden_by_its_number(staged):
         (["--stages.2.steps", "x"], "--stages.2.steps x must be an integer or None"),
         (
             ["--stages.4.steps", "3"],
-            "--stages.4.steps, but the config's stages are numbered 1 to 3: use --stages.3.steps, "
-            "or add a Stage(...) to the config's file",
+            "--stages.4.steps: stage 4 does not exist, the config has stages 1 to 3; use --stages.3.steps, "
+            "or add a Stage(...) to the config file",
         ),
         (["--stages.2.steps", "0"], "stage 2: stages.2.steps=0 must be at least 1"),
         (
             ["--stages.3.batch_size", "5"],
-            "stage 3: stages.3.batch_size=5 must be a multiple of train.accumulate=2: use 4 or 6",
+            "stage 3: stages.3.batch_size=5 must be a multiple of train.accumulate=2; use 4 or 6",
         ),
         (
             ["--stages.1.context", "-1"],
-            "stage 1: mesh.data=-1 and stages.1.context=-1: only one axis can take what the others leave; "
-            "set --mesh.data 1",
+            "stage 1: mesh.data=-1 and stages.1.context=-1: only one axis can take the remaining devices; "
+            "use --mesh.data 1",
         ),
     ],
 )
@@ -104,13 +106,13 @@ def test_a_mistake_in_a_stage_is_one_message(capsys, staged, words, message):
     assert refusal(capsys, ["--config", str(staged), *words]) == message
 
 
-def test_a_flag_that_every_stage_overrules_is_refused(capsys, tmp_path):
+def test_an_option_that_every_stage_overrides_raises(capsys, tmp_path):
     path = tmp_path / "own.py"
     path.write_text("from ringattn.config import *\nconfig = Config(stages=(Stage(steps=1), Stage(steps=2)))\n")
-    said = refusal(capsys, ["--config", str(path), "--train.steps", "5"])
-    cure = "--stages.1.steps 5 --stages.2.steps 5"
-    assert said == f"--train.steps 5 changes nothing, for every stage has its own: use {cure}"
-    assert config.parse(["--config", str(path), *cure.split()], "A test.").steps_before(3) == 10
+    output = refusal(capsys, ["--config", str(path), "--train.steps", "5"])
+    fix = "--stages.1.steps 5 --stages.2.steps 5"
+    assert output == f"--train.steps 5 has no effect, because every stage overrides it; use {fix}"
+    assert config.parse(["--config", str(path), *fix.split()], "A test.").steps_before(3) == 10
     c = config.parse(["--config", str(path), "--train.steps", "5", "--stages.2.steps", "None"], "A test.")
     assert c.steps_before(3) == 6
 
@@ -128,11 +130,11 @@ def test_a_flag_that_every_stage_overrules_is_refused(capsys, tmp_path):
         ("stages=(Stage(seq_len=0),)", "stages.1.seq_len=0 must be at least 1"),
         (
             "stages=(Stage(), Stage(rope_theta=0))",
-            "stage 2: stages.2.rope_theta=0.0 must be positive, and more than 1, such as 10000",
+            "stage 2: stages.2.rope_theta=0.0 must be more than 1, such as 10000",
         ),
     ],
 )
-def test_a_mistake_in_a_file_s_stages_is_one_message(capsys, tmp_path, text, message):
+def test_a_mistake_in_the_stages_of_a_file_is_one_message(capsys, tmp_path, text, message):
     path = tmp_path / "mistaken.py"
     path.write_text(f"from ringattn.config import *\nconfig = Config({text})\n")
     assert refusal(capsys, ["--config", str(path)]) == f"{path}, line 2: {message}"
@@ -149,7 +151,7 @@ def test_a_mistake_in_a_file_s_stages_is_one_message(capsys, tmp_path, text, mes
         ('{"stages": [{}, {"data": 0}]}', "stage 2: stages.2.data=0 must be at least 1, or -1 .*"),
     ],
 )
-def test_a_mistake_in_json_s_stages_is_one_message(capsys, tmp_path, text, message):
+def test_a_mistake_in_the_stages_of_json_is_one_message(capsys, tmp_path, text, message):
     path = tmp_path / "config.json"
     path.write_text(text)
     with pytest.raises(ValueError, match=message.replace("(", r"\(").replace(")", r"\)")):
@@ -169,10 +171,10 @@ def test_a_mistake_in_json_s_stages_is_one_message(capsys, tmp_path, text, messa
         max_size=4,
     )
 )
-def test_stages_that_are_saved_load_equal(tmp_path_factory, stages):
+def test_stages_load_equal_from_json(tmp_path_factory, stages):
     path = tmp_path_factory.mktemp("run") / "config.json"
     run = Config(model=Model(layers=2), stages=tuple(stages))
-    config.save(run, path)
+    path.write_text(config.to_json(run))
     assert config.load(path) == run
 
 
@@ -181,19 +183,22 @@ def test_help_lists_every_stage_by_its_number(capsys, staged):
         with pytest.raises(SystemExit) as stop:
             config.parse(words, "A test.")
         assert stop.value.code == 0
-        said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+        output = " ".join(capsys.readouterr().out.replace("│", " ").split())
         for number in range(count + 2):
-            for each in dataclasses.fields(Stage):
-                assert (f"--stages.{number}.{each.name} " in said) == (1 <= number <= count)
-    assert "--stages.2.seq_len {None}|INT Tokens in a row (L). (default: 4096)" in said
+            for field in dataclasses.fields(Stage):
+                assert (f"--stages.{number}.{field.name} " in output) == (1 <= number <= count)
+    assert (
+        "--stages.2.seq_len INT or None Tokens per row (L). None: the value of data.seq_len. (default: 4096)" in output
+    )
 
 
-def test_an_error_says_whose_it_is_in_the_words_of_the_whole():
+def test_an_error_names_its_stage_and_the_options_of_that_stage():
     stages = (Stage(), Stage(batch_size=2, data=2))
-    said = r"^stage 2: stages.2.batch_size=3 x mesh.context, not my_train.batch_size, 2$"
-    with pytest.raises(ValueError, match=said), config.said_of(stages, 2):
-        raise ValueError("train.batch_size=3 x mesh.context, not my_train.batch_size, 2")
-    with pytest.raises(ValueError, match=r"^use --stages.1.data 4$"), config.said_of(stages[1:], 1):
-        raise ValueError("use --mesh.data 4")
-    with pytest.raises(ValueError, match=r"^mesh.data$"), config.said_of((Stage(),), 1):
-        raise ValueError("mesh.data")
+    expected = r"^stage 2: stages.2.batch_size=3 must be a multiple of stages.2.data, not of mesh.context$"
+    with pytest.raises(ValueError, match=expected), config.stage_errors(stages, 2):
+        raise ValueError("{}=3 must be a multiple of {}, not of {}".format(*map(config.option, FIELDS)))
+    with pytest.raises(ValueError, match=r"^use --stages.1.data 4$"), config.stage_errors(stages[1:], 1):
+        raise ValueError(f"use --{config.option('mesh.data')} 4")
+    with pytest.raises(ValueError, match=r"^mesh.data$"), config.stage_errors((Stage(),), 1):
+        raise ValueError(config.option("mesh.data"))
+    assert [config.option(name) for name in FIELDS] == list(FIELDS)

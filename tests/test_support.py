@@ -1,8 +1,8 @@
-"""What ringattn supports beside other libraries: a probe a row, and the README's table of what the probes found.
+"""One probe per feature of ringattn, and the support table that compares them with other libraries.
 
     python tests/test_support.py
 
-runs every probe and writes the table into the README. The other libraries' cells are in support.toml.
+runs every probe and writes the table into ringattn/attn/README.md. The cells of other libraries are in support.toml.
 """
 
 import inspect
@@ -24,26 +24,28 @@ from wire import permuted
 
 import ringattn
 from ringattn import Mask, attention
-from ringattn.attention.local import KERNELS
-from ringattn.mesh import arrange
+from ringattn.attn.kernels.registry import KERNELS
+from ringattn.mesh.topology import arrange_devices
 
-README = Path(__file__).parents[1] / "README.md"
+FRONT = Path(__file__).parents[1] / "README.md"
+GUIDE = FRONT.parent / "ringattn" / "attn" / "README.md"
 OTHERS = tomllib.loads(Path(__file__).with_name("support.toml").read_text(encoding="utf-8"))
 TABLE, SOURCES = "<!-- support table: python tests/test_support.py -->", "<!-- sources of the support table -->"
 END = "<!-- end -->"
 LEGEND = """\
-Under ringattn, *yes* says that a probe in [tests/test_support.py](tests/test_support.py) ran just that on simulated
-devices, its output and gradients (where hops are merged, its output) compared with dense attention in float64; *no*,
-that it was refused or is not there; the last row says what stands below, under "tested on".
-The others were read in November 2026, in the releases that the head names. Each word leads to the line that shows it,
-or where it would have to be; *?* stands where what was read does not tell. MaxText's ring on GPUs is that of
-TransformerEngine.
+For ringattn, a probe in [tests/test_support.py](../../tests/test_support.py) runs each feature on simulated devices.
+*yes*: output and gradients agree with dense attention in float64 (for merged hops, the output). *no*: the feature is
+refused or does not exist. The last row follows "tested on" of the [front page](../../README.md#what-works).
+
+The other columns were read in November 2026, in the releases named in the header. Each entry links to the line of
+source code that shows it, or where the feature would have to be. *?*: the source does not tell. MaxText's ring on GPUs
+is that of TransformerEngine.
 """
 
 
 @lru_cache
 def agrees(program: Program) -> bool:
-    """Whether output and every gradient are the oracle's; False, too, if the program is refused."""
+    """Do output and every gradient agree with the float64 reference? False if the program is refused."""
     try:
         judged = judge(program, [measure(program, draw_arrays(program, seed=0))])
     except (TypeError, ValueError):
@@ -51,80 +53,85 @@ def agrees(program: Program) -> bool:
     return all(error <= allowed for error, allowed in judged.values())
 
 
-def sent(**how: Any) -> dict[tuple[tuple[int, ...], str], int]:
-    """How often a ring of eight devices sends what, forward and backward, with 16 tokens on each."""
-    with jax.set_mesh(ring := arrange({"data": 1, "context": 8, "tensor": 1}, jax.devices())):
-        f, args = abstract(ring, 16, **how)
+def sent(**options: Any) -> dict[tuple[tuple[int, ...], str], int]:
+    """{(shape, dtype): sends} of a ring of eight devices with 16 local tokens, forward and backward."""
+    with jax.set_mesh(ring := arrange_devices({"data": 1, "context": 8, "tensor": 1}, jax.devices())):
+        f, args = abstract(ring, 16, **options)
         return permuted(gradient(f), *args)
 
 
-def arrived(word: str) -> bool:
-    """Whether a public name, an argument or a file is called so: of what cannot be run as long as it is not there."""
+def exists(word: str) -> bool:
+    """Does a public name, an argument or a file contain `word`? For features that have no probe that could run yet."""
     files = [path.stem for path in Path(ringattn.__file__).parent.rglob("*.py")]
     return any(word in name for name in (*ringattn.__all__, *inspect.signature(attention).parameters, *files))
 
 
 def merges_unrounded() -> bool:
-    """Two shards of values whose means lie between two neighbouring bfloat16: their common mean is rounded up, but the
-    mean of the rounded means is a tie, and rounded down."""
+    """Is a merge of two shards exact to one rounding?
+
+    The means of the two shards' values are not bfloat16 numbers. The exact mean of both rounds up; the mean of the two
+    rounded means is a tie and rounds down.
+    """
     up = 1 + 2**-7
     value = np.ones((1, 16, 1, 4), jax.numpy.bfloat16)
     value[:, :3] = value[:, 8:] = up
     with jax.set_mesh(jax.make_mesh((2,), ("context",), devices=jax.devices()[:2])):
-        given = (jax.device_put(x, jax.P(None, "context")) for x in (0 * value, 0 * value, value))
-        return bool((attention(*given, mask=Mask(causal=False)) == up).all())
+        arrays = (jax.device_put(x, jax.P(None, "context")) for x in (0 * value, 0 * value, value))
+        return bool((attention(*arrays, mask=Mask(causal=False)) == up).all())
 
 
 def run_on_accelerators() -> bool:
-    """Whether the README's table of what is supported no longer says that GPUs and TPUs are to come."""
-    tested = re.search(r"^\| tested on \|.*\|(.*)\|$", README.read_text(encoding="utf-8"), re.M)
-    assert tested, "the README says what is tested on what"
+    """Does the README no longer list GPUs and TPUs as untested?"""
+    tested = re.search(r"^\| tested on \|.*\|(.*)\|$", FRONT.read_text(encoding="utf-8"), re.M)
+    assert tested, "the README has a row 'tested on'"
     return not re.search("GPU|TPU", tested[1])
 
 
-# Causal, float32, 64 tokens, four query heads on two K/V heads, if nothing else is said.
+# Defaults of Program: causal, float32, 64 tokens, four query heads, two K/V heads.
 RING, NARROW = Program(ring=(8,)), Program(ring=(8,), mask=Mask(window=(12, 0)))
 BALANCED = [Program(ring=(4,), layout="zigzag"), Program(ring=(4,), layout="striped")]
 
 
-def giving(program: Program, extra: str) -> Program:
+def with_extra(program: Program, extra: str) -> Program:
     return replace(program, extras=frozenset({extra}))
 
 
 PROBES: dict[str, Callable[[], bool]] = {
-    "a ring, forward and gradients": lambda: agrees(RING),
-    "on processors, as simulated devices": lambda: jax.default_backend() == "cpu" and agrees(RING),
+    "ring attention, forward and gradients": lambda: agrees(RING),
+    "runs on CPU with simulated devices": lambda: jax.default_backend() == "cpu" and agrees(RING),
     "fused kernels": lambda: set(KERNELS) > {"xla"},
-    "causal work balanced by layout": lambda: all(map(agrees, BALANCED)),
-    "packed documents, balanced, too": lambda: all(agrees(giving(each, "segment_ids")) for each in BALANCED),
-    "a sliding window in the ring": lambda: agrees(NARROW),
-    # 20 tokens back reach into two shards of 16: two hops, not seven, of K and V, of both again backward, and of their
-    # gradients.
-    "hops beyond a window are not made": lambda: agrees(NARROW) and sum(sent(mask=Mask(window=(20, 0))).values()) == 12,
-    "prefixes and spans that see ahead": lambda: agrees(giving(RING, "span_ids")),
-    "logits capped": lambda: agrees(Program(ring=(4,), soft_cap=2.0)),
-    "attention sinks, with their gradient": lambda: agrees(giving(RING, "sinks")),
-    "ALiBi": lambda: agrees(giving(RING, "slopes")),
-    "shared K/V heads, sent unrepeated": lambda: agrees(RING) and {shape[1] for shape, _ in sent()} == {G},
-    "K/V gathered instead": lambda: agrees(Program(strategy="gather")),
-    "heads exchanged, alone and around a ring": lambda: (
+    "causal work balanced by the layout": lambda: all(map(agrees, BALANCED)),
+    "packed documents with a balanced layout": lambda: all(
+        agrees(with_extra(program, "segment_ids")) for program in BALANCED
+    ),
+    "sliding window in the ring": lambda: agrees(NARROW),
+    # A window of 20 tokens reaches two shards of 16 tokens: two hops, not seven. Each hop sends K and V forward, and
+    # K, V and the gradients of both backward.
+    "skips hops beyond the window": lambda: agrees(NARROW) and sum(sent(mask=Mask(window=(20, 0))).values()) == 12,
+    "bidirectional prefixes and spans": lambda: agrees(with_extra(RING, "span_ids")),
+    "logit soft cap": lambda: agrees(Program(ring=(4,), soft_cap=2.0)),
+    "attention sinks, with gradients": lambda: agrees(with_extra(RING, "sinks")),
+    "ALiBi": lambda: agrees(with_extra(RING, "slopes")),
+    "grouped K/V heads, sent unrepeated": lambda: agrees(RING) and {shape[1] for shape, _ in sent()} == {G},
+    "all-gather of K/V as an alternative": lambda: agrees(Program(strategy="gather")),
+    "head exchange (Ulysses), alone and with a ring": lambda: (
         agrees(Program(strategy="ulysses", ring=(2,))) and agrees(Program(strategy="usp", ring=(2, 2)))
     ),
-    "a ring of rings": lambda: agrees(Program(ring=(2, 2))),
-    "bfloat16 hops merged unrounded": merges_unrounded,
-    "dropout": lambda: arrived("dropout"),
-    "decoding from a cache over devices": lambda: agrees(Program(queries=1)) or arrived("decode"),
+    "nested rings": lambda: agrees(Program(ring=(2, 2))),
+    "bfloat16 hops merged without rounding": merges_unrounded,
+    "dropout": lambda: exists("dropout"),
+    "decoding from a sharded cache": lambda: agrees(Program(queries=1)) or exists("decode"),
     "published results on GPUs or TPUs": run_on_accelerators,
 }
 
 
 @lru_cache
-def found(feature: str) -> str:
+def answer(feature: str) -> str:
     return "yes" if PROBES[feature]() else "no"
 
 
 def label(name: str, source: str) -> str:
-    """What a link to the source is called in the README's text."""
+    """Name of the link to a source."""
     return f"{name} {source.split('/')[-1]}"
 
 
@@ -133,9 +140,9 @@ def link(name: str, source: str) -> str:
     return source if source.startswith("https:") else f"{OTHERS['rivals'][name]['files']}{file}#line.{line}"
 
 
-def row(feature: str, own: str) -> str:
+def row(feature: str, ringattn_answer: str) -> str:
     """One line of the table."""
-    cells = [own]
+    cells = [ringattn_answer]
     for name in OTHERS["rivals"]:
         word, *source = OTHERS["cells"][feature][name]
         word, colon, limits = word.partition(":")
@@ -143,52 +150,52 @@ def row(feature: str, own: str) -> str:
     return f"| {feature} | {' | '.join(cells)} |"
 
 
-def table(own: dict[str, str]) -> str:
-    heads = [f"[{each['name']}]({each['home']}) {each['release']}" for each in OTHERS["rivals"].values()]
+def table(answers: dict[str, str]) -> str:
+    heads = [f"[{rival['name']}]({rival['home']}) {rival['release']}" for rival in OTHERS["rivals"].values()]
     lines = [f"| | ringattn | {' | '.join(heads)} |", "|---" * (len(heads) + 2) + "|"]
-    return "\n".join([LEGEND, *lines, *(row(feature, own[feature]) for feature in PROBES)])
+    return "\n".join([LEGEND, *lines, *(row(feature, answers[feature]) for feature in PROBES)])
 
 
 def sources() -> str:
-    """Where the words lead, each place once."""
-    used = {}
+    """Definitions of the table's links, each once."""
+    urls = {}
     for cells in OTHERS["cells"].values():
-        for name, (_, *places) in cells.items():
-            for source in places:
-                assert used.setdefault(label(name, source), link(name, source)) == link(name, source), source
-    return "\n".join(f"[{text}]: {target}" for text, target in sorted(used.items()))
+        for name, (_, *references) in cells.items():
+            for source in references:
+                assert urls.setdefault(label(name, source), link(name, source)) == link(name, source), source
+    return "\n".join(f"[{text}]: {target}" for text, target in sorted(urls.items()))
 
 
-def rewritten(text: str, own: dict[str, str]) -> str:
-    """The README with both parts anew, ringattn's own cells as given."""
-    for comment, content in ((TABLE, table(own)), (SOURCES, sources())):
+def rewritten(text: str, answers: dict[str, str]) -> str:
+    """`text` of the guide with a new table and new link definitions."""
+    for comment, content in ((TABLE, table(answers)), (SOURCES, sources())):
         before, rest = text.split(comment)
         text = f"{before}{comment}\n\n{content}\n\n{END}{rest.partition(END)[2]}"
     return text
 
 
 @pytest.mark.parametrize("feature", PROBES)
-def test_the_readme_says_what_the_probe_finds(feature):
-    assert row(feature, found(feature)) in README.read_text(encoding="utf-8").splitlines()
+def test_the_table_agrees_with_the_probe(feature):
+    assert row(feature, answer(feature)) in GUIDE.read_text(encoding="utf-8").splitlines()
 
 
-def test_the_command_would_change_nothing():
-    text = README.read_text(encoding="utf-8")
-    assert rewritten(text, {feature: found(feature) for feature in PROBES}) == text
+def test_the_table_is_up_to_date():
+    text = GUIDE.read_text(encoding="utf-8")
+    assert rewritten(text, {feature: answer(feature) for feature in PROBES}) == text
 
 
-def test_every_cell_of_the_others_has_its_source():
+def test_every_cell_of_another_library_has_a_source():
     assert list(OTHERS["cells"]) == list(PROBES)
     for feature, cells in OTHERS["cells"].items():
         assert list(cells) == list(OTHERS["rivals"]), feature
         for word, *source in cells.values():
             assert (word == "?") == (not source), feature
             assert re.fullmatch(r"\?|(yes|no|partly)(: [\w ,]{2,22})?", word), word
-            assert all(re.fullmatch(r"https://(github\.com|arxiv\.org)/\S+|[\w./-]+:\d+", each) for each in source), (
-                source
-            )
+            assert all(
+                re.fullmatch(r"https://(github\.com|arxiv\.org)/\S+|[\w./-]+:\d+", reference) for reference in source
+            ), source
 
 
 if __name__ == "__main__":
-    text = rewritten(README.read_text(encoding="utf-8"), {feature: found(feature) for feature in PROBES})
-    README.write_text(text, encoding="utf-8")
+    text = rewritten(GUIDE.read_text(encoding="utf-8"), {feature: answer(feature) for feature in PROBES})
+    GUIDE.write_text(text, encoding="utf-8")

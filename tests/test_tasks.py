@@ -1,7 +1,8 @@
-"""Retrieval tasks: rows of the right length whose answers follow from the text alone."""
+"""Retrieval tasks: rows have the requested length and answers that follow from the text."""
 
 import re
 from collections import Counter
+from itertools import pairwise
 from random import Random
 
 import numpy as np
@@ -12,7 +13,7 @@ from test_tokenizer import BOUNDARY, train
 from ringattn.config import RETRIEVAL, Data
 from ringattn.data import load_tokenizer, read
 from ringattn.data.haystack import names, prose, sentences, words
-from ringattn.data.tasks import DEEP, PLACES, TASKS, check_room, check_tokenizer, question, questions
+from ringattn.data.tasks import DEPTH_TASKS, PLACES, TASKS, check_fits, check_tokenizer, question, questions
 
 
 @pytest.fixture(scope="module")
@@ -25,32 +26,33 @@ def tokenizer(tmp_path_factory):
 def text_and_answers(task, length=3000, depth=0.5, seed="0"):
     tokenizer = load_tokenizer("bytes")
     row = question(task, tokenizer, length, depth, seed)
-    answers = [tokenizer.decode(row.tokens[a:b]).strip(" ,") for a, b in zip(row.ends, row.ends[1:], strict=False)]
-    return tokenizer.decode(row.tokens[: row.ends[0]]), answers
+    bounds = row.answer_bounds
+    answers = [tokenizer.decode(row.tokens[a:b]).strip(" ,") for a, b in pairwise(bounds)]
+    return tokenizer.decode(row.tokens[: bounds[0]]), answers
 
 
-def test_config_names_the_tasks_that_there_are():
+def test_the_config_names_all_tasks():
     assert list(TASKS) == list(RETRIEVAL)
 
 
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("length", [1500, 4096])
 def test_a_row_has_its_length_with_any_tokenizer(task, length, tokenizer):
-    for own in (tokenizer, load_tokenizer("bytes")):
-        row = question(task, own, length, 0.3, "seed")
+    for encoder in (tokenizer, load_tokenizer("bytes")):
+        row = question(task, encoder, length, 0.3, "seed")
         assert row.tokens.shape == (length,)
-        assert row.tokens[0] == own.boundary
-        assert own.boundary not in row.tokens[1:]
-        assert list(row.ends) == sorted(set(row.ends))
-        assert row.ends[-1] == length
-        assert np.array_equal(row.tokens, question(task, own, length, 0.3, "seed").tokens)
-        assert not np.array_equal(row.tokens, question(task, own, length, 0.3, "other").tokens)
+        assert row.tokens[0] == encoder.boundary
+        assert encoder.boundary not in row.tokens[1:]
+        assert list(row.answer_bounds) == sorted(set(row.answer_bounds))
+        assert row.answer_bounds[-1] == length
+        assert np.array_equal(row.tokens, question(task, encoder, length, 0.3, "seed").tokens)
+        assert not np.array_equal(row.tokens, question(task, encoder, length, 0.3, "other").tokens)
 
 
-def test_the_answer_is_that_of_the_text_whatever_the_tokenizer(tokenizer):
+def test_the_answer_occurs_in_the_text_with_any_tokenizer(tokenizer):
     for task in TASKS:
         row = question(task, tokenizer, 2000, 0.3, "seed")
-        answer = tokenizer.decode(row.tokens[row.ends[0] :])
+        answer = tokenizer.decode(row.tokens[row.answer_bounds[0] :])
         text = tokenizer.decode(row.tokens)
         assert text.endswith(answer)
         assert answer.strip(" <>").split(",")[0] in text[: -len(answer)]
@@ -58,35 +60,35 @@ def test_the_answer_is_that_of_the_text_whatever_the_tokenizer(tokenizer):
 
 @pytest.mark.parametrize("task", ["passkey", "needle", "multi_key", "multi_query", "multi_value"])
 @pytest.mark.parametrize("seed", "012")
-def test_numbers_are_those_of_the_text(task, seed):
+def test_the_answers_are_the_numbers_of_the_text(task, seed):
     text, answers = text_and_answers(task, seed=seed)
     asked = text.rsplit("\n", 1)[1]
     if task == "passkey":
         assert re.findall(r"pass key is (\d{5})\.", text) == answers
     else:
-        there = re.findall(r"The magic number of (\w+) is (\d{7})\.", text)
+        needles = re.findall(r"The magic number of (\w+) is (\d{7})\.", text)
         keys = re.sub(r"The magic numbers? of |, in order,| is$| are$", "", asked).replace(" and ", ", ").split(", ")
         if task == "multi_value":
-            assert [value for _, value in there] == answers
+            assert [value for _, value in needles] == answers
         else:
-            assert [dict(there)[key] for key in keys] == answers
-        assert len(there) == (1 if task == "needle" else 4)
+            assert [dict(needles)[key] for key in keys] == answers
+        assert len(needles) == (1 if task == "needle" else 4)
 
 
-@pytest.mark.parametrize("task", DEEP)
+@pytest.mark.parametrize("task", DEPTH_TASKS)
 @pytest.mark.parametrize("length", [256, 512, 20_000])
-def test_what_is_asked_for_lies_at_its_depth(task, length):
-    """Also in rows that have room for little else."""
+def test_the_needle_is_at_its_depth(task, length):
+    """The depth also holds in rows with little haystack."""
     unit, needles = {"lines": 50, "multi_key": 12}.get(task, 12), {"multi_key": 4}.get(task, 1) * 80
-    places = []
+    offsets = []
     for depth in (0.0, 0.25, 0.5, 0.75, 1.0):
         text, (answer,) = text_and_answers(task, length, depth, seed="1")
         text = text.rsplit("\n", 1)[0]
-        places.append(text.index(answer))
-        # Needles beside it, and units of the haystack, are of a size that cannot be divided.
-        assert places[-1] == pytest.approx(depth * len(text), abs=0.03 * length + unit + needles)
-    assert places == sorted(places)
-    assert len(set(places)) == 5 or (task == "lines" and length < 512)
+        offsets.append(text.index(answer))
+        # Other needles and units of the haystack are indivisible.
+        assert offsets[-1] == pytest.approx(depth * len(text), abs=0.03 * length + unit + needles)
+    assert offsets == sorted(offsets)
+    assert len(set(offsets)) == 5 or (task == "lines" and length < 512)
 
 
 def test_variables_form_a_chain():
@@ -94,10 +96,10 @@ def test_variables_form_a_chain():
     (value,) = re.findall(r"hold (\d+), in order", text)
     assigned = re.findall(r"VAR (\w+) = (?:VAR )?(\w+)\.", text)
     assert len(assigned) == 10
-    held = {}
-    for name, source in assigned:  # in the order of the text, each source is known
-        held[name] = held.get(source, source)
-    assert [name for name, _ in assigned if held[name] == value] == answers
+    values = {}
+    for name, source in assigned:  # in the order of the text, each source precedes its uses
+        values[name] = values.get(source, source)
+    assert [name for name, _ in assigned if values[name] == value] == answers
     assert len(answers) == 5
 
 
@@ -120,16 +122,16 @@ def test_frequent_words_are_the_most_frequent_in_order(length):
     assert counts[0][1] > counts[1][1] > counts[2][1] > counts[3][1]
 
 
-def test_lines_hold_each_register_once():
+def test_lines_contain_each_register_once():
     text, (answer,) = text_and_answers("lines")
     asked = text.rsplit("\n", 1)[1].removeprefix("line ").removesuffix(": REGISTER_CONTENT is")
-    there = re.findall(r"line ([\w-]+): REGISTER_CONTENT is (<\d+>)", text)
-    assert len(dict(there)) == len(there) > 40
-    assert dict(there)[asked] == answer
+    registers = re.findall(r"line ([\w-]+): REGISTER_CONTENT is (<\d+>)", text)
+    assert len(dict(registers)) == len(registers) > 40
+    assert dict(registers)[asked] == answer
 
 
 @pytest.mark.parametrize("seed", "01234567")
-def test_somebody_is_where_he_went_last(seed):
+def test_the_location_is_that_of_the_last_move(seed):
     text, (place,) = text_and_answers("where_person", seed=seed)
     (person,) = re.findall(r"Where is (\w+)\?", text)
     assert re.findall(rf"{person} went to the (\w+)\.", text)[-1] == place
@@ -140,35 +142,35 @@ def test_somebody_is_where_he_went_last(seed):
     assert re.findall(rf"{person} went to the (\w+)\.", after)[-1] == place
 
 
-def test_a_row_that_is_too_short_is_refused():
-    with pytest.raises(ValueError, match=r"the task needle needs rows of more than \d+ tokens, not of 40: use longer"):
+def test_a_row_that_is_too_short_raises():
+    with pytest.raises(ValueError, match=r"the task needle requires rows of more than \d+ tokens, not 40; use longer"):
         question("needle", load_tokenizer("bytes"), 40, 0.5, "0")
 
 
-def test_all_rows_are_checked_for_their_room():
+def test_check_fits_checks_all_rows():
     sizes = []
     tokenizer = load_tokenizer("bytes")
     for number in range(30):
-        check_room("where_person", tokenizer, 300, [str(number)])
-        least = next(n for n in range(200, 300) if not refused(tokenizer, n, [str(number)]))
-        assert question("where_person", tokenizer, least, 0.0, str(number)).tokens.size == least
-        sizes.append(least)
+        check_fits("where_person", tokenizer, 300, [str(number)])
+        shortest = next(n for n in range(200, 300) if fits(tokenizer, n, [str(number)]))
+        assert question("where_person", tokenizer, shortest, 0.0, str(number)).tokens.size == shortest
+        sizes.append(shortest)
     assert min(sizes) < max(sizes)
     seeds = list(map(str, range(30)))
-    assert refused(tokenizer, max(sizes) - 1, seeds)
-    assert not refused(tokenizer, max(sizes), seeds)
+    assert not fits(tokenizer, max(sizes) - 1, seeds)
+    assert fits(tokenizer, max(sizes), seeds)
 
 
-def refused(tokenizer, length, seeds):
+def fits(tokenizer, length, seeds):
     try:
-        check_room("where_person", tokenizer, length, seeds)
+        check_fits("where_person", tokenizer, length, seeds)
     except ValueError:
-        return True
-    return False
+        return False
+    return True
 
 
-def test_tokens_across_spaces_are_no_matter(tmp_path):
-    """A vocabulary whose tokens may begin in the question and end in the answer."""
+def test_tokens_that_span_question_and_answer_are_part_of_the_answer(tmp_path):
+    """The tokens of this vocabulary can contain spaces."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     space = {"replacement": "_", "split": False}
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(**space)
@@ -179,38 +181,41 @@ def test_tokens_across_spaces_are_no_matter(tmp_path):
     )
     tokenizer.train_from_iterator(["Where is Mary? In the kitchen. the kitchen is in the house"] * 50, trainer)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    own = load_tokenizer(str(tmp_path / "tokenizer.json"))
+    loaded = load_tokenizer(str(tmp_path / "tokenizer.json"))
     for number in range(20):
-        row = question("where_person", own, 300, 0.5, str(number))
-        answer = own.decode(row.tokens[row.ends[0] :])
+        row = question("where_person", loaded, 300, 0.5, str(number))
+        answer = loaded.decode(row.tokens[row.answer_bounds[0] :])
         assert answer.endswith(PLACES)
         assert len(answer) < 30
 
 
-def test_only_text_can_be_asked():
-    with pytest.raises(ValueError, match="the task needle is text, but the tokenizer is 'dna': use one for text"):
+def test_a_tokenizer_that_is_not_for_text_raises():
+    with pytest.raises(
+        ValueError,
+        match=r"the task needle is text, which the tokenizer 'dna' cannot encode; use data.tokenizer=bytes or a",
+    ):
         check_tokenizer("needle", load_tokenizer("dna"))
 
 
-def test_to_train_on_only_the_answer_is_learned():
+def test_training_documents_mask_all_but_the_answer():
     tokenizer = load_tokenizer("bytes")
-    some = list(questions("needle", tokenizer, 200, 20))
-    assert len({each.digest for each in some}) == 20
-    for each in some:
-        assert each.tokens.size == 200
-        assert re.fullmatch(r" \d{7}", tokenizer.decode(each.tokens[each.context + 1 :]))
-    depths = [tokenizer.decode(each.tokens).index("The magic") for each in some]
+    documents = list(questions("needle", tokenizer, 200, 20))
+    assert len({document.digest for document in documents}) == 20
+    for document in documents:
+        assert document.tokens.size == 200
+        assert re.fullmatch(r" \d{7}", tokenizer.decode(document.tokens[document.masked_prefix + 1 :]))
+    depths = [tokenizer.decode(document.tokens).index("The magic") for document in documents]
     assert min(depths) < 25
     assert max(depths) > 75
 
 
 def test_documents_of_a_task_fill_rows():
-    sides = read(Data(path=("task:needle:128", "task:passkey"), seq_len=256))
-    assert [set(corpus.lengths.tolist()) for corpus in sides.training] == [{128}, {256}]
-    assert sides.kinds[0][0] == "needle"
+    splits = read(Data(path=("task:needle:128", "task:passkey"), seq_len=256))
+    assert [set(corpus.lengths.tolist()) for corpus in splits.training] == [{128}, {256}]
+    assert splits.kinds[0][0] == "needle"
 
 
-def test_the_haystack_is_plain():
+def test_the_haystack_is_plain_prose():
     assert len(sentences()) > 300
     assert not re.search(r"\d", " ".join(sentences()))
     assert len(words()) > 1000

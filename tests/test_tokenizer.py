@@ -7,7 +7,7 @@ import tokenizers
 
 from ringattn.config import Data
 from ringattn.data import load_tokenizer
-from ringattn.data.reading import find_tokenizer
+from ringattn.data.dataset import find_tokenizer
 from ringattn.data.tokenizer import ByteTokenizer, FileTokenizer
 
 TEXT = "def f(x):\n    return 'é 漢 🙂'\n" * 3
@@ -15,7 +15,7 @@ BOUNDARY = "<|endoftext|>"
 
 
 def train(special: list[str]) -> tokenizers.Tokenizer:
-    """A byte-level BPE vocabulary, as GPT-2's."""
+    """Returns a byte-level BPE tokenizer like that of GPT-2."""
     level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = level
@@ -50,7 +50,7 @@ def test_bytes_decode_any_shape_without_boundaries_and_with_bad_utf8():
     assert tokenizer.byte_length(np.array([[256, 97], [0xC3, 256]], np.int32)) == 2
 
 
-def test_file_round_trips_with_fewer_tokens_than_bytes(path: str):
+def test_a_file_round_trips_with_fewer_tokens_than_bytes(path: str):
     tokenizer = load_tokenizer(path)
     ids = tokenizer.encode(TEXT.encode())
     assert tokenizer.decode(ids) == TEXT
@@ -68,7 +68,7 @@ def test_text_that_spells_the_boundary_stays_text(path: str):
     assert tokenizer.decode(ids) == text
 
 
-def test_truncation_and_padding_in_the_file_are_not_obeyed(tmp_path: Path):
+def test_truncation_and_padding_in_the_file_are_ignored(tmp_path: Path):
     tokenizer = train([BOUNDARY])
     tokenizer.enable_truncation(4)
     tokenizer.enable_padding(length=4)
@@ -78,23 +78,25 @@ def test_truncation_and_padding_in_the_file_are_not_obeyed(tmp_path: Path):
     assert len(loaded.encode(b"a")) == 1
 
 
-def test_any_known_end_of_text_serves_and_others_are_listed(tmp_path: Path):
+def test_common_end_of_text_tokens_are_recognized_and_listed(tmp_path: Path):
     train(["<s>", "</s>"]).save(str(tmp_path / "t.json"))
     assert load_tokenizer(str(tmp_path / "t.json")).boundary == 1
     train(["<s>"]).save(str(tmp_path / "t.json"))
-    with pytest.raises(ValueError, match=r"\(<s>\): add one of <\|endoftext\|>, .*</s>"):
+    with pytest.raises(ValueError, match=r"\(<s>\); add one of <\|endoftext\|>, .*</s>"):
         load_tokenizer(str(tmp_path / "t.json"))
 
 
-def test_ids_outside_the_vocabulary_are_refused(path: str):
+def test_ids_outside_the_vocabulary_raise(path: str):
     for tokenizer in (ByteTokenizer(), FileTokenizer(path)):
         for bad in (-1, tokenizer.size):
-            with pytest.raises(ValueError, match=f"token id {bad} is not in the vocabulary of {tokenizer.size}"):
+            with pytest.raises(
+                ValueError, match=rf"token id {bad} must be from 0 to \d+, for a vocabulary of {tokenizer.size}"
+            ):
                 tokenizer.decode([0, bad])
 
 
-def test_files_that_cannot_serve_are_refused(tmp_path: Path):
-    with pytest.raises(ValueError, match=r"data.tokenizer='byte' cannot be read \(No such file.*or use 'bytes'"):
+def test_invalid_files_raise(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"data.tokenizer='byte' cannot be read \(No such file.*or 'bytes'"):
         load_tokenizer("byte")
     with pytest.raises(ValueError, match="directory"):
         load_tokenizer(str(tmp_path))
@@ -104,21 +106,21 @@ def test_files_that_cannot_serve_are_refused(tmp_path: Path):
             load_tokenizer(str(tmp_path / "t.json"))
 
 
-def test_the_missing_library_is_named(path: str, monkeypatch: pytest.MonkeyPatch):
+def test_a_missing_package_is_named(path: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(ValueError, match=r"pip install 'ringattn\[tokenizers\]'"):
         load_tokenizer(path)
 
 
-def test_a_run_reads_the_file_that_it_keeps(path: str, tmp_path: Path):
+def test_a_run_reads_the_copy_in_its_run_directory(path: str, tmp_path: Path):
     (tmp_path / "run").mkdir()
     Path(path).rename(tmp_path / "run" / "tokenizer.json")
     data = Data(tokenizer=path)
-    kept = find_tokenizer(data, kept=tmp_path / "run")
-    assert (
-        kept.encode(TEXT.encode()).tolist()
-        == load_tokenizer(str(tmp_path / "run/tokenizer.json")).encode(TEXT.encode()).tolist()
+    copy, direct = (
+        find_tokenizer(data, run_directory=tmp_path / "run"),
+        load_tokenizer(f"{tmp_path}/run/tokenizer.json"),
     )
-    assert find_tokenizer(Data(), kept=tmp_path / "run").name == "bytes"
+    assert copy.encode(TEXT.encode()).tolist() == direct.encode(TEXT.encode()).tolist()
+    assert find_tokenizer(Data(), run_directory=tmp_path / "run").name == "bytes"
     with pytest.raises(ValueError, match="cannot be read"):
         find_tokenizer(data)

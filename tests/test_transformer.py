@@ -1,7 +1,10 @@
+"""The transformer: the same on every mesh, causal, with flat memory under rematerialization."""
+
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import chex
 import flax
 import jax
 import jax.numpy as jnp
@@ -12,68 +15,123 @@ from jax import P
 from wire import permuted
 
 from ringattn import attention, config
-from ringattn.mesh import FSDP, SEQUENCE, TENSOR, TOKENS, place
-from ringattn.model import Transformer, count_parameters, transformer
-from ringattn.training.loss import cross_entropy
+from ringattn.mesh.axes import FSDP, SEQUENCE, TENSOR, TOKENS, abstract, place
+from ringattn.model import parallel
+from ringattn.model.loss import cross_entropy
+from ringattn.model.transformer import Transformer, count_parameters
 
-VOCABULARY = 257
+pytestmark = pytest.mark.usefixtures("quick_compile")
+VOCABULARY, PADDED = 257, 384
 ROWS, LENGTH = 4, 32
 SMALL = config.Model(layers=2, dim=32, heads=4, kv_heads=2, head_dim=8, feed_forward=64)
+UNTIED = replace(SMALL, tied=False)
 
 
 def make(section=SMALL, seed=0):
     return Transformer(section, VOCABULARY, partial(attention, axis=SEQUENCE), nnx.Rngs(params=seed))
 
 
-def tokens_on(mesh):
-    """Tokens, positions and segment ids of rows that each hold two documents."""
+def make_params(section=SMALL, seed=0):
+    return nnx.state(make(section, seed), nnx.Param)
+
+
+def merge(section, params) -> Transformer:
+    return nnx.merge(nnx.graphdef(nnx.eval_shape(lambda: make(section))), params)
+
+
+def place_tokens(mesh):
+    """Tokens, positions and segment ids on `mesh`, with two documents per row."""
     tokens = np.random.default_rng(0).integers(0, VOCABULARY, (ROWS, LENGTH)).astype(np.int32)
-    place_in_row = np.tile(np.arange(LENGTH, dtype=np.int32), (ROWS, 1))
-    segments = (place_in_row >= 20).astype(np.int32)
-    return place((tokens, place_in_row - 20 * segments, segments), mesh, TOKENS)
+    index = np.tile(np.arange(LENGTH, dtype=np.int32), (ROWS, 1))
+    segments = (index >= 20).astype(np.int32)
+    return place((tokens, index - 20 * segments, segments), mesh, TOKENS)
 
 
-def hidden_states(mesh, section=SMALL):
-    with jax.set_mesh(mesh):
-        run = jax.jit(lambda *arrays: make(section)(*arrays))
-        return run(*tokens_on(mesh))
+@pytest.fixture(scope="module")
+def initial(make_mesh):
+    """Parameters of the untied model on one device, as NumPy arrays; the tied model has all but the last of them."""
+    with jax.set_mesh(make_mesh()):
+        return jax.device_get(jax.jit(partial(make_params, UNTIED))())
 
 
-@pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2), (1, 1, 2)], ids=str)
-def test_sharded_is_the_same_as_on_one_device(make_mesh, sizes):
-    alone = hidden_states(make_mesh())
-    spread = hidden_states(make_mesh(*sizes))
-    assert spread.dtype == jnp.float32
-    np.testing.assert_allclose(spread, alone, atol=2e-5)
+@pytest.fixture(scope="module")
+def place_params(initial):
+    """place_params(mesh, section): the initial parameters of a model, sharded over `mesh`."""
+
+    arrays = dict(jax.tree_util.tree_leaves_with_path(initial))
+
+    def place_initial(mesh, section=SMALL):
+        like = abstract(jax.eval_shape(partial(make_params, section)), mesh)
+        return jax.tree_util.tree_map_with_path(lambda path, x: jax.device_put(arrays[path], x.sharding), like)
+
+    return place_initial
 
 
-def test_bfloat16_follows_float32(make_mesh):
-    narrow = replace(SMALL, dtype="bfloat16", tied=False)
-    wide = replace(narrow, dtype="float32")
-    out, reference = (hidden_states(make_mesh(1, 2, 2), section) for section in (narrow, wide))
-    assert out.dtype == jnp.bfloat16
-    error = np.asarray(out, np.float32) - np.asarray(reference)
-    assert 0 < np.linalg.norm(error) / np.linalg.norm(reference) < 0.03
+@pytest.fixture(scope="module")
+def run_model(place_params):
+    """run_model(mesh, section): hidden states and logits."""
+
+    def run(mesh, section=SMALL):
+        with jax.set_mesh(mesh):
+
+            @jax.jit
+            def both(params, arrays):
+                model = merge(section, params)
+                return model(*arrays), model.logits(*arrays)
+
+            return both(place_params(mesh, section), place_tokens(mesh))
+
+    return run
 
 
-def test_the_loss_at_a_token_has_no_gradient_beyond_it_nor_in_another_document(make_mesh):
+@pytest.fixture(scope="module")
+def hidden_states(run_model, make_mesh):
+    """Hidden states computed on one device, the same for the tied and the untied model."""
+    return np.asarray(run_model(make_mesh())[0])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "section"),
+    [
+        pytest.param((1, 8, 1), SMALL, id="context"),
+        pytest.param((1, 1, 2), SMALL, id="tensor"),
+        pytest.param((2, 2, 2), SMALL, id="all"),
+        pytest.param((2, 2, 2), UNTIED, id="all-untied"),
+    ],
+)
+def test_hidden_states_and_logits_do_not_depend_on_the_mesh(
+    initial, run_model, hidden_states, make_mesh, sizes, section
+):
+    hidden, logits = run_model(make_mesh(*sizes), section)
+    assert hidden.dtype == logits.dtype == jnp.float32
+    np.testing.assert_allclose(hidden, hidden_states, atol=2e-5)
+    table = initial["embedding" if section.tied else "unembedding"][...]
+    assert table.shape == (PADDED, section.dim)
+    chex.assert_shape(logits, (ROWS, LENGTH, VOCABULARY))
+    expected = np.asarray(hidden, np.float64) @ table.astype(np.float64).T
+    np.testing.assert_allclose(logits, expected[..., :VOCABULARY], atol=1e-6)
+
+
+def test_bfloat16_follows_float32(run_model, hidden_states, make_mesh):
+    hidden, logits = run_model(make_mesh(1, 2, 2), replace(UNTIED, dtype="bfloat16"))
+    assert (hidden.dtype, logits.dtype) == (jnp.bfloat16, jnp.float32)
+    error = np.asarray(hidden, np.float32) - hidden_states
+    assert 0 < np.linalg.norm(error) / np.linalg.norm(hidden_states) < 0.03
+
+
+def test_the_loss_at_a_token_has_gradients_only_at_earlier_tokens_of_its_document(make_mesh, place_params):
     mesh = make_mesh(context=4)
     with jax.set_mesh(mesh):
-        model, arrays = jax.jit(make)(), tokens_on(mesh)
-        # What the embedding yields is what a gradient can be taken by: each token gets its own row of the table.
-        own = place(np.arange(LENGTH, dtype=np.int32)[None] + np.zeros((ROWS, 1), np.int32), mesh, TOKENS)
-        graphdef, params = nnx.split(model)
+        params, (targets, positions, segments) = place_params(mesh), place_tokens(mesh)
+        # Token i is id i, so that row i of the embedding's gradient is the gradient at token i.
+        ids = place(np.tile(np.arange(LENGTH, dtype=np.int32), (ROWS, 1)), mesh, TOKENS)
 
         def loss(params, chosen):
-            model = nnx.merge(graphdef, params)
-            weights = place_one(mesh, chosen)
-            return cross_entropy(
-                model(own, *arrays[1:]), jax.lax.stop_gradient(model.output()), arrays[0], weights, 257
-            )
-
-        def place_one(mesh, chosen):
+            model = merge(SMALL, params)
             weights = jax.nn.one_hot(chosen, LENGTH, dtype=jnp.float32)[None, :] * jnp.ones((ROWS, 1))
-            return jax.reshard(weights, TOKENS)
+            table = jax.lax.stop_gradient(model.output_table())
+            weights = jax.reshard(weights, TOKENS)
+            return cross_entropy(model(ids, positions, segments), table, targets, weights, VOCABULARY)
 
         gradient = jax.jit(jax.grad(loss))
         for chosen in (0, 7, 19, 25):
@@ -84,126 +142,131 @@ def test_the_loss_at_a_token_has_no_gradient_beyond_it_nor_in_another_document(m
             assert not by_token[chosen + 1 :].any()
 
 
-def test_parameters_lie_in_pieces_and_do_not_depend_on_the_mesh(make_mesh):
-    states: list[Any] = []
-    for mesh in (make_mesh(), make_mesh(2, 2, 2)):
-        with jax.set_mesh(mesh):
-            states.append(jax.jit(lambda: nnx.state(make()))())
-    jax.tree.map(np.testing.assert_array_equal, *map(jax.device_get, states))
-    attention_part = states[1]["layers"]["attention"]
-    assert attention_part["query"][...].sharding.spec == P(None, FSDP, TENSOR, None)
-    assert attention_part["output"][...].sharding.spec == P(None, TENSOR, None, FSDP)
-    embedding = states[1]["embedding"][...]
-    assert embedding.shape == (384, 32)
+def test_parameters_are_sharded_and_do_not_depend_on_the_mesh(make_mesh, initial):
+    with jax.set_mesh(make_mesh(2, 2, 2)):
+        params: Any = jax.jit(partial(make_params, UNTIED))()
+    chex.assert_trees_all_equal(jax.device_get(params), initial)
+    assert params["layers"]["attention"]["query"][...].sharding.spec == P(None, FSDP, TENSOR, None)
+    assert params["layers"]["attention"]["output"][...].sharding.spec == P(None, TENSOR, None, FSDP)
+    embedding = params["embedding"][...]
+    chex.assert_shape(embedding, (PADDED, 32))
     assert {shard.data.shape for shard in embedding.addressable_shards} == {(192, 8)}
 
 
-def test_seed_and_tying_change_the_parameters(make_mesh):
-    untied = replace(SMALL, tied=False)
+def test_the_seed_changes_the_parameters_and_tying_their_number(make_mesh, initial):
     with jax.set_mesh(make_mesh()):
-        one, other, more = (nnx.state(model) for model in (make(), make(seed=1), make(untied)))
-        assert not jax.tree.all(jax.tree.map(np.array_equal, one, other))
-    assert count_parameters(more) == count_parameters(one) + 384 * 32
+        other = jax.device_get(jax.jit(partial(make_params, UNTIED, seed=1))())
+        tied = jax.eval_shape(make_params)
+    drawn = zip(*map(jax.tree.leaves, (initial, other)), strict=True)
+    assert all(np.array_equal(a, b) == (a == 1).all() for a, b in drawn)  # norm scales are 1
+    assert count_parameters(initial) == count_parameters(tied) + PADDED * 32
     layer = 32 * 8 * (4 + 2 + 2 + 4) + 3 * 32 * 64 + 2 * 32
-    assert count_parameters(one) == 2 * layer + 32 + 384 * 32
+    assert count_parameters(tied) == 2 * layer + 32 + PADDED * 32
 
 
 @pytest.mark.parametrize("graph", [True, False])
-def test_works_in_both_modes_of_nnx(make_mesh, monkeypatch, graph):
+def test_works_in_both_modes_of_nnx(make_mesh, place_params, hidden_states, graph):
     before = flax.config.nnx_graph_mode
     flax.config.update("nnx_graph_mode", graph)
     try:
         mesh = make_mesh(context=2)
         with jax.set_mesh(mesh):
-            graphdef, params = nnx.split(make())
-            out = jax.jit(lambda params, arrays: nnx.merge(graphdef, params)(*arrays))(params, tokens_on(mesh))
+            graphdef, _ = nnx.split(nnx.eval_shape(make))
+            run = jax.jit(lambda params, arrays: nnx.merge(graphdef, params)(*arrays))
+            hidden = run(place_params(mesh), place_tokens(mesh))
     finally:
         flax.config.update("nnx_graph_mode", before)
-    np.testing.assert_allclose(out, hidden_states(make_mesh()), atol=2e-5)
+    np.testing.assert_allclose(hidden, hidden_states, atol=2e-5)
 
 
-def loss_of(section, params, arrays):
-    """A model's mean loss, given its parameters, of predicting each token from itself."""
-    model = nnx.merge(nnx.graphdef(nnx.eval_shape(lambda: make(section))), params)
-    hidden = model(*arrays)
+def mean_loss(section, params, arrays):
+    """Mean loss of predicting each token from itself."""
+    model = merge(section, params)
     weights = jnp.full(arrays[0].shape, 1 / arrays[0].size, jnp.float32, out_sharding=TOKENS)
-    return cross_entropy(hidden, model.output(), arrays[0], weights, VOCABULARY)
+    return cross_entropy(model(*arrays), model.output_table(), arrays[0], weights, VOCABULARY)
+
+
+def shapes(mesh, section=SMALL, batch=(ROWS, LENGTH)):
+    """Abstract parameters and token arrays, the arguments of `mean_loss`; call it under the mesh."""
+    ids = jax.ShapeDtypeStruct(batch, jnp.int32, sharding=jax.NamedSharding(mesh, TOKENS))
+    return jax.eval_shape(partial(make_params, section)), [ids] * 3
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("remat", ["on", "offload"])
-def test_computing_layers_again_changes_no_gradient(make_mesh, monkeypatch, dtype, remat):
-    monkeypatch.setattr(transformer, "CHUNK", 5)  # three chunks of a device's 16 tokens, and a rest
+def test_rematerialization_changes_no_gradient(make_mesh, place_params, monkeypatch, dtype):
+    monkeypatch.setattr(parallel, "CHUNK", 5)  # three chunks of a device's 16 tokens, and a remainder
+    results = {}
     with jax.set_mesh(mesh := make_mesh(data=2, context=2, tensor=2)):
-        params, arrays = jax.jit(lambda: nnx.state(make(), nnx.Param))(), tokens_on(mesh)
-        kept, again = (
-            jax.jit(jax.value_and_grad(partial(loss_of, replace(SMALL, dtype=dtype, remat=each))))(params, arrays)
-            for each in ("off", remat)
-        )
-    scale = max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(kept[1]))
+        params, arrays = place_params(mesh), place_tokens(mesh)
+        for remat in ("off", "on", "offload"):
+            loss = partial(mean_loss, replace(SMALL, dtype=dtype, remat=remat))
+            results[remat] = jax.device_get(jax.jit(jax.value_and_grad(loss))(params, arrays))
+    scale = max(float(np.max(np.abs(leaf))) for leaf in jax.tree.leaves(results["off"][1]))
     rounding = {"float32": 1e-6, "bfloat16": 2e-2}[dtype]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=rounding * scale, rtol=rounding), kept, again)
+    for remat in ("on", "offload"):
+        chex.assert_trees_all_close(results["off"], results[remat], atol=rounding * scale, rtol=rounding)
 
 
 @pytest.mark.parametrize("remat", ["off", "on", "offload"])
-def test_a_layer_turns_its_kv_twice(make_mesh, remat):
+def test_a_layer_rotates_its_kv_twice(make_mesh, remat):
     with jax.set_mesh(mesh := make_mesh(context=4)):
-        params, arrays = nnx.state(make(), nnx.Param), tokens_on(mesh)
         unit = (ROWS, SMALL.kv_heads, LENGTH // 4, SMALL.head_dim), "float32"
-        sent = permuted(jax.grad(partial(loss_of, replace(SMALL, remat=remat))), params, arrays)
-    # A layer's K and V: three hops forward, three backward, and three of their gradients.
+        sent = permuted(jax.grad(partial(mean_loss, replace(SMALL, remat=remat))), *shapes(mesh))
+    # K and V of each layer: three hops forward, three backward, and three of their gradients.
     assert sent[unit] == SMALL.layers * 2 * (3 + 3 + 3)
 
 
-def test_layers_computed_again_keep_their_input_and_attentions_result_alone(make_mesh):
+def temporaries(mesh, section, batch) -> int:
+    """Temporary bytes per device of the gradient of `mean_loss`, by the compiler's plan; call it under the mesh."""
+    plan = jax.jit(jax.grad(partial(mean_loss, section))).lower(*shapes(mesh, section, batch)).compile()
+    analysis = plan.memory_analysis()
+    assert analysis is not None
+    return analysis.temp_size_in_bytes
+
+
+def test_a_rematerialized_layer_saves_only_its_input_and_the_result_of_attention(make_mesh):
     length, wide = 4096, replace(SMALL, feed_forward=256)
 
-    def temporaries(section: config.Model, layers: int) -> int:
-        section = replace(section, layers=layers)
-        gradient = jax.jit(jax.grad(partial(loss_of, section)))
-        params = jax.eval_shape(lambda: nnx.state(make(section), nnx.Param))
-        found: Any = gradient.lower(params, arrays).compile().memory_analysis()
-        return found.temp_size_in_bytes
+    def bytes_per_layer(section: config.Model) -> float:
+        deep, shallow = (temporaries(mesh, replace(section, layers=layers), (1, length)) for layers in (12, 4))
+        return (deep - shallow) / 8
 
     with jax.set_mesh(mesh := make_mesh()):
-        sharding = jax.NamedSharding(mesh, TOKENS)
-        arrays = [jax.ShapeDtypeStruct((1, length), jnp.int32, sharding=sharding)] * 3
-        again, kept = ((temporaries(c, 12) - temporaries(c, 4)) / 8 for c in (replace(wide, remat="on"), wide))
-    kept_alone = 4 * length * (wide.dim + wide.heads * wide.head_dim + wide.heads)
+        on, off = (bytes_per_layer(replace(wide, remat=remat)) for remat in ("on", "off"))
+    saved = 4 * length * (wide.dim + wide.heads * wide.head_dim + wide.heads)
     weights = 4 * (wide.dim * wide.head_dim * (2 * wide.heads + 2 * wide.kv_heads) + 3 * wide.dim * wide.feed_forward)
-    assert again < 1.05 * kept_alone + 2 * weights
-    assert kept > 3 * kept_alone
+    assert on < 1.05 * saved + 2 * weights
+    assert off > 3 * saved
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_no_device_holds_more_whole_weights_than_one_layers(make_mesh, dtype):
+def test_a_device_holds_gathered_weights_of_one_layer_only(make_mesh, dtype):
     section = replace(SMALL, layers=12, dim=256, feed_forward=1024, dtype=dtype)
     with jax.set_mesh(mesh := make_mesh(context=8)):
-        params = jax.eval_shape(lambda: nnx.state(make(section), nnx.Param))
-        arrays = [jax.ShapeDtypeStruct((1, 64), jnp.int32, sharding=jax.NamedSharding(mesh, TOKENS))] * 3
-        found: Any = jax.jit(jax.grad(partial(loss_of, section))).lower(params, arrays).compile().memory_analysis()
+        size = temporaries(mesh, section, (1, 64))
     layer = 4 * 3 * section.dim * section.feed_forward
-    pieces = 12 * layer / 8
-    assert found.temp_size_in_bytes < 4 * layer + 3 * pieces < 12 * layer
+    shards = 12 * layer / 8
+    assert size < 4 * layer + 3 * shards < 12 * layer
 
 
 def test_the_program_does_not_grow_with_depth(make_mesh):
     with jax.set_mesh(mesh := make_mesh(context=2)):
-        arrays = tokens_on(mesh)
 
         def size(layers: int) -> int:
             section = replace(SMALL, layers=layers)
-            params = jax.eval_shape(lambda: nnx.state(make(section), nnx.Param))
-            return len(jax.jit(jax.grad(partial(loss_of, section))).lower(params, arrays).as_text())
+            return len(jax.jit(jax.grad(partial(mean_loss, section))).lower(*shapes(mesh, section)).as_text())
 
         assert size(16) < 1.02 * size(2)
 
 
-def test_the_tables_gradient_is_summed_in_float32(make_mesh):
-    """A token that comes 4,096 times: in bfloat16 its gradient would stop to grow at 256."""
+def test_the_gradient_of_the_embedding_is_summed_in_float32(make_mesh):
+    """A token that occurs 4,096 times: in bfloat16 its gradient would not grow beyond 256."""
     with jax.set_mesh(mesh := make_mesh(data=2, context=2, tensor=2)):
         table = place(np.ones((128, 32), np.float32), mesh, P(TENSOR, FSDP))
         tokens = place(np.full((4, 1024), 70, np.int32), mesh, TOKENS)
-        gradient = jax.jit(jax.grad(lambda t: jnp.sum(transformer.embed(tokens, t, "bfloat16").astype(jnp.float32))))
-        found = np.asarray(gradient(table))
-    np.testing.assert_array_equal(found, 4096.0 * (np.arange(128) == 70)[:, None] * np.ones((1, 32)))
+
+        def total(table):
+            return jnp.sum(parallel.embed(tokens, table, "bfloat16").astype(jnp.float32))
+
+        gradient = np.asarray(jax.jit(jax.grad(total))(table))
+    np.testing.assert_array_equal(gradient, 4096.0 * (np.arange(128) == 70)[:, None] * np.ones((1, 32)))

@@ -1,4 +1,4 @@
-"""Frames to tokens and back, from real files that PyAV writes here."""
+"""Video files written by PyAV are encoded to tokens and decoded to frames."""
 
 import importlib
 import io
@@ -17,10 +17,12 @@ SIZE = (16, 24)
 
 
 def film(frames: int, size: tuple[int, int] = (64, 96), seed: int = 0) -> bytes:
-    """An mp4: a bright square wanders over a background that is coloured by `seed`."""
+    """Returns an mp4 of a bright square that moves over a background, whose color depends on `seed`."""
     height, width = size
-    with tempfile.TemporaryDirectory() as folder:  # on disk, so that the file's index can be moved to its beginning
-        path = Path(folder) / "film.mp4"
+    with (
+        tempfile.TemporaryDirectory() as directory
+    ):  # on disk, because faststart moves the index to the beginning of the file
+        path = Path(directory) / "film.mp4"
         with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
             stream = container.add_stream("mpeg4", rate=25)
             stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
@@ -34,20 +36,20 @@ def film(frames: int, size: tuple[int, int] = (64, 96), seed: int = 0) -> bytes:
 
 
 def codebook(codes: int) -> np.ndarray:
-    """Patches of one grey each."""
-    grey = np.linspace(0, 1, codes, dtype=np.float32)
-    return np.broadcast_to(grey[:, None, None, None], (codes, PATCH, PATCH, 3)).copy()
+    """Returns uniform gray patches."""
+    gray = np.linspace(0, 1, codes, dtype=np.float32)
+    return np.broadcast_to(gray[:, None, None, None], (codes, PATCH, PATCH, 3)).copy()
 
 
 def test_frames_are_read_and_scaled():
-    parts = list(read_frames(film(70), SIZE))
-    assert [part.shape for part in parts] == [(64, *SIZE, 3), (6, *SIZE, 3)]
-    assert parts[0].dtype == np.uint8
-    first = parts[0][0].mean(-1)
+    chunks = list(read_frames(film(70), SIZE))
+    assert [chunk.shape for chunk in chunks] == [(64, *SIZE, 3), (6, *SIZE, 3)]
+    assert chunks[0].dtype == np.uint8
+    first = chunks[0][0].mean(-1)
     assert first[4:8, :4].mean() > 180 > 130 > first[12:].mean()  # the square, scaled by four
 
 
-def test_tokens_are_patches_line_by_line_and_give_the_frames_back():
+def test_tokens_are_patches_row_by_row_and_decode_to_the_frames():
     tokenizer = VideoTokenizer(codebook(256), SIZE)
     assert isinstance(tokenizer, Tokenizer)
     assert (tokenizer.size, tokenizer.boundary, tokenizer.unit) == (257, 256, 24)
@@ -59,34 +61,34 @@ def test_tokens_are_patches_line_by_line_and_give_the_frames_back():
     assert tokenizer.byte_length(ids) == 0
 
 
-def test_a_video_becomes_its_frames_tokens():
+def test_a_video_is_encoded_as_the_tokens_of_its_frames():
     tokenizer, content = VideoTokenizer(codebook(256), SIZE), film(70)
     ids = tokenizer.encode(content)
     assert ids.dtype == np.uint16
     assert ids.size == 70 * tokenizer.unit
     original = np.concatenate(list(read_frames(content, SIZE))).astype(float).mean(-1)
-    rebuilt = tokenizer.frames(ids).astype(float)[..., 0]
+    decoded = tokenizer.frames(ids).astype(float)[..., 0]
     flat = original.reshape(70, 4, PATCH, 6, PATCH).mean((2, 4)).repeat(PATCH, 1).repeat(PATCH, 2)
-    assert np.abs(rebuilt - flat).mean() < 3  # each patch has its own mean
+    assert np.abs(decoded - flat).mean() < 3  # the nearest gray is the mean of the patch
 
 
 @pytest.mark.parametrize("content", [b"", b"no video" * 100, film(30)[:400]])
-def test_what_is_no_video_is_refused(content: bytes):
-    with pytest.raises(ValueError, match=r"not a video that PyAV can read \(.*\): convert it"):
+def test_an_invalid_video_raises(content: bytes):
+    with pytest.raises(ValueError, match=r"PyAV cannot read this video \(.*\); convert it"):
         list(read_frames(content, SIZE))
 
 
-def test_a_film_that_is_cut_off_is_read_as_far_as_it_goes_with_a_warning(caplog: pytest.LogCaptureFixture):
+def test_a_truncated_video_is_read_to_its_end_with_a_warning(caplog: pytest.LogCaptureFixture):
     whole = film(70)
     with caplog.at_level(logging.WARNING):
         assert sum(map(len, read_frames(whole, SIZE))) == 70
         assert not caplog.records
-        found = sum(map(len, read_frames(whole[: len(whole) * 7 // 10], SIZE)))
-    assert 30 < found < 70
-    assert f"a video promises 70 frames, but {found} can be read" in caplog.text
+        count = sum(map(len, read_frames(whole[: len(whole) * 7 // 10], SIZE)))
+    assert 30 < count < 70
+    assert f"a video declares 70 frames, but only {count} can be read" in caplog.text
 
 
-def test_sound_alone_is_no_video():
+def test_audio_without_video_raises():
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
         stream = container.add_stream("aac", rate=44100)
@@ -94,11 +96,11 @@ def test_sound_alone_is_no_video():
         frame.sample_rate = 44100
         container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
-    with pytest.raises(ValueError, match="no picture in it, only sound"):
+    with pytest.raises(ValueError, match="no video stream, only audio"):
         list(read_frames(file.getvalue(), SIZE))
 
 
-def test_without_the_library_the_cure_is_named(monkeypatch: pytest.MonkeyPatch):
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch):
     def missing(name: str):
         raise ImportError(name)
 
@@ -107,40 +109,40 @@ def test_without_the_library_the_cure_is_named(monkeypatch: pytest.MonkeyPatch):
         list(read_frames(b"", SIZE))
 
 
-def test_a_codebook_is_kept_in_files_and_read_again(tmp_path: Path):
-    look = np.random.default_rng(0).integers(0, 255, (3, *SIZE, 3), np.uint8)
-    tokenizer = VideoTokenizer(codebook(30), SIZE, look)
+def test_a_codebook_round_trips_through_its_files(tmp_path: Path):
+    preview = np.random.default_rng(0).integers(0, 255, (3, *SIZE, 3), np.uint8)
+    tokenizer = VideoTokenizer(codebook(30), SIZE, preview)
     for name, content in tokenizer.files.items():
         (tmp_path / name).write_bytes(content)
     again = load_tokenizer(str(tmp_path / "codebook.npy"), SIZE)
     assert isinstance(again, VideoTokenizer)
     assert again.fingerprint == tokenizer.fingerprint
-    assert np.array_equal(again.look, look)
-    assert again.rebuilt().shape == look.shape
+    assert np.array_equal(again.preview, preview)
+    assert again.reconstruct_preview().shape == preview.shape
     other = load_tokenizer(str(tmp_path / "codebook.npy"), (32, 48))
     assert other.fingerprint != tokenizer.fingerprint
     assert isinstance(other, VideoTokenizer)
-    assert len(other.look) == 0
+    assert len(other.preview) == 0
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "no array that can be read"),
-        (b"PK\x03\x04", "no array that can be read"),
-        (b"\x93NUMPY\x01\x00", "no array that can be read"),
-        (as_npy(np.zeros((3, 4, 4, 3))), r"holds float64 \[3, 4, 4, 3\]: a codebook is float32"),
-        (as_npy(np.zeros((0, 4, 4, 3), np.float32)), r"holds float32 \[0, 4, 4, 3\]"),
-        (as_npy(np.full((2, 4, 4, 3), np.nan, np.float32)), "codes that are not finite"),
+        (b"", "is not a readable .npy file"),
+        (b"PK\x03\x04", "is not a readable .npy file"),
+        (b"\x93NUMPY\x01\x00", "is not a readable .npy file"),
+        (as_npy(np.zeros((3, 4, 4, 3))), r"is float64 \[3, 4, 4, 3\], but must be float32"),
+        (as_npy(np.zeros((0, 4, 4, 3), np.float32)), r"is float32 \[0, 4, 4, 3\], but must"),
+        (as_npy(np.full((2, 4, 4, 3), np.nan, np.float32)), "has non-finite codes"),
     ],
 )
-def test_what_is_no_codebook_is_refused(tmp_path: Path, content: bytes, message: str):
+def test_an_invalid_codebook_raises(tmp_path: Path, content: bytes, message: str):
     (tmp_path / "codebook.npy").write_bytes(content)
     with pytest.raises(ValueError, match=message):
         load_tokenizer(str(tmp_path / "codebook.npy"), SIZE)
 
 
-def test_a_pickle_in_a_codebook_is_not_opened(tmp_path: Path):
+def test_a_pickle_in_a_codebook_is_not_loaded(tmp_path: Path):
     np.save(tmp_path / "codebook.npy", np.array([print], object), allow_pickle=True)
-    with pytest.raises(ValueError, match="no array that can be read"):
+    with pytest.raises(ValueError, match=r"is not a readable .npy file"):
         load_tokenizer(str(tmp_path / "codebook.npy"), SIZE)

@@ -1,4 +1,4 @@
-"""What a program sends from device to device, read from its jaxpr or from compiled HLO."""
+"""Transfers between devices, read from the jaxpr or the compiled HLO of a program."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -11,7 +11,7 @@ COLLECTIVES = {"ppermute", "all_gather", "all_gather_invariant", "all_to_all", "
 
 
 class Transfer(NamedTuple):
-    """One array that every device sends, `times` times (in a scan: once a turn); its shape is one device's."""
+    """An array that every device sends `times` times (in a scan: once per iteration). The shape is local."""
 
     primitive: str
     shape: tuple[int, ...]
@@ -20,22 +20,23 @@ class Transfer(NamedTuple):
 
     @property
     def total_bytes(self) -> int:
-        """Of all times together."""
+        """Bytes of all `times` sends."""
         aval = jax.ShapeDtypeStruct(self.shape, self.dtype)
         return self.times * aval.size * aval.dtype.itemsize
 
 
 def transfers(f: Callable, *args: Any) -> list[Transfer]:
-    """All that f(*args) sends; of sums over devices only those that are scattered. Nothing is run."""
+    """Returns the transfers of f(*args) without running it. Of reductions it counts only reduce-scatters."""
     return list(_walk(jax.make_jaxpr(f)(*args).jaxpr, 1))
 
 
 def permuted(f: Callable, *args: Any) -> dict[tuple[tuple[int, ...], str], int]:
-    """How often arrays of each (shape, dtype) are permuted by f(*args)."""
+    """Returns {(shape, dtype): how many times f(*args) permutes such an array}."""
     count: dict[tuple[tuple[int, ...], str], int] = {}
-    for each in transfers(f, *args):
-        if each.primitive == "ppermute":
-            count[each.shape, each.dtype] = count.get((each.shape, each.dtype), 0) + each.times
+    for transfer in transfers(f, *args):
+        if transfer.primitive == "ppermute":
+            key = transfer.shape, transfer.dtype
+            count[key] = count.get(key, 0) + transfer.times
     return count
 
 
@@ -43,25 +44,25 @@ def _walk(jaxpr: Jaxpr, times: int) -> Iterator[Transfer]:
     for eqn in jaxpr.eqns:
         name = eqn.primitive.name
         if name in COLLECTIVES:
-            avals: list[Any] = [each.aval for each in eqn.invars]
+            avals: list[Any] = [invar.aval for invar in eqn.invars]
             yield from (Transfer(name, aval.shape, str(aval.dtype), times) for aval in avals)
         inside = [inner for value in eqn.params.values() for inner in _jaxprs(value)]
-        turns = eqn.params["length"] if name == "scan" else 1
-        found = [each for inner in inside for each in _walk(inner, times * turns)]
-        assert not found or name not in ("while", "cond"), f"how often a {name} sends is not known"
+        iterations = eqn.params["length"] if name == "scan" else 1
+        found = [transfer for inner in inside for transfer in _walk(inner, times * iterations)]
+        assert not found or name not in ("while", "cond"), f"the number of sends in a {name} is unknown"
         yield from found
 
 
 def _jaxprs(value: Any) -> Iterator[Jaxpr]:
-    for each in value if isinstance(value, tuple | list) else (value,):
-        if isinstance(each, ClosedJaxpr):
-            yield each.jaxpr
-        elif isinstance(each, Jaxpr):
-            yield each
+    for item in value if isinstance(value, tuple | list) else (value,):
+        if isinstance(item, ClosedJaxpr):
+            yield item.jaxpr
+        elif isinstance(item, Jaxpr):
+            yield item
 
 
 def computations(hlo: str) -> dict[str, list[str]]:
-    """The lines of each computation of compiled HLO, in the order in which they are scheduled; the entry is ENTRY."""
+    """Returns the lines of each computation of compiled HLO, in scheduled order. The entry computation is ENTRY."""
     bodies: dict[str, list[str]] = {}
     name = ""
     for line in hlo.splitlines():
@@ -74,7 +75,7 @@ def computations(hlo: str) -> dict[str, list[str]]:
 
 
 def executed(hlo: str, instruction: str) -> int:
-    """How often a compiled program runs `instruction` (say collective-permute), loops counted turn by turn."""
+    """Counts the runs of `instruction` (e.g. collective-permute) in a compiled program, with every loop iteration."""
     bodies = computations(hlo)
 
     def count(name: str) -> int:
@@ -82,19 +83,22 @@ def executed(hlo: str, instruction: str) -> int:
         for line in bodies[name]:
             total += bool(re.search(rf" {instruction}(-start)?\(", line))
             for inner in re.findall(r"(?:body|to_apply|calls)=%?([\w.\-]+)", line):
-                turns = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
+                trip_count = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
                 inside = count(inner)
-                assert not inside or turns or " while(" not in line, "a loop that sends, but nobody knows how often"
-                total += inside * (int(turns[1]) if turns else 1)
+                assert not inside or trip_count or " while(" not in line, "a loop that sends, of unknown trip count"
+                total += inside * (int(trip_count[1]) if trip_count else 1)
         return total
 
     return count("ENTRY")
 
 
 def exposed(hlo: str) -> tuple[int, list[str]]:
-    """How many permutes a schedule has, and those that span no loop, which a hop's attention is: one loop, of a turn at
-    most, with all its tiles inside. A permute that is not asynchronous spans nothing."""
-    sends, bare = 0, []
+    """Returns the number of permutes in a schedule, and the exposed ones: those that span no loop.
+
+    The attention of a hop is one loop of at most one iteration with all tiles inside. A synchronous permute spans
+    nothing.
+    """
+    sends, exposed_sends = 0, []
     for body in computations(hlo).values():
         open_since: dict[str, int] = {}
         loops = 0
@@ -109,5 +113,5 @@ def exposed(hlo: str) -> tuple[int, list[str]]:
             else:
                 sends += 1
                 if sent[3] is None or loops == open_since.pop(sent[4]):
-                    bare.append(f"{sent[1]} {sent[2]}")
-    return sends, bare
+                    exposed_sends.append(f"{sent[1]} {sent[2]}")
+    return sends, exposed_sends

@@ -1,5 +1,8 @@
-"""How fast attention is, and what memory it takes, beside what else there is: measured, told, kept."""
+"""Benchmarks of attention: time and temporary memory, compared with dense attention and PyPI ringattention.
 
-from ringattn.benchmark.run import benchmark
+.. include:: README.md
+"""
+
+from ringattn.benchmark.measure import benchmark
 
 __all__ = ["benchmark"]

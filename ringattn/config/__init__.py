@@ -1,22 +1,23 @@
-"""A run's config: frozen sections, read from a file, overridden on the command line, saved. Knows no arrays."""
+"""Configs: frozen sections, read from a file and overridden on the command line."""
 
 from ringattn.config.benchmark import Benchmark, Subject, parse_subject
-from ringattn.config.checks import nearest_multiples
+from ringattn.config.checks import nearest_multiples, option
+from ringattn.config.command_line import Options, parse, parse_with, reported_errors
 from ringattn.config.evaluation import Evaluation
-from ringattn.config.reading import load, parse, read, reported_errors, save, summary
+from ringattn.config.files import load, read, summary, to_json
 from ringattn.config.sections import (
     Attention,
     Checkpoint,
     Config,
     Data,
-    Evaluate,
     Log,
     Mesh,
     Model,
     Optimizer,
     Train,
+    Validation,
 )
-from ringattn.config.stages import Stage, flag, said_of
+from ringattn.config.stages import Stage, flag, stage_errors
 from ringattn.config.tasks import LOSSES, RETRIEVAL, TASK
 
 __all__ = [
@@ -28,23 +29,26 @@ __all__ = [
     "Checkpoint",
     "Config",
     "Data",
-    "Evaluate",
     "Evaluation",
     "Log",
     "Mesh",
     "Model",
     "Optimizer",
+    "Options",
     "Stage",
     "Subject",
     "Train",
+    "Validation",
     "flag",
     "load",
     "nearest_multiples",
+    "option",
     "parse",
     "parse_subject",
+    "parse_with",
     "read",
     "reported_errors",
-    "said_of",
-    "save",
+    "stage_errors",
     "summary",
+    "to_json",
 ]

@@ -1,28 +1,69 @@
-"""What a section's `__post_init__` is made of: checks of types and ranges whose messages name the field and a cure."""
+"""Config sections and their validation. Messages name the field, its value, the rule and a fix."""
 
 import dataclasses
 import difflib
+import functools
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, TypeVar, Union, dataclass_transform, get_args, get_origin
 
+Kind = TypeVar("Kind")
 UNIONS = (UnionType, Union)
-"""`int | None`, and `Literal[...] | None`, which Python makes of another type."""
-WHOLE = ("Config", "Benchmark", "Evaluation")
-"""What is no section of something else: a user writes its own fields bare."""
+"""Origins of `int | None` and `Literal[...] | None`, which Python represents by different types."""
+PREFIXES: dict[type, str] = {}
+"""Prefix of each section's fields in messages: 'model.' for Model, '' for a top-level config."""
+_OPTIONS: ContextVar[Mapping[str, str] | None] = ContextVar("options", default=None)
 
 
-def prefix(section: type) -> str:
-    """How a user writes the section in front of a field: 'model.'; nothing for the fields of a whole config."""
-    return "" if section.__name__ in WHOLE else f"{section.__name__.lower()}."
+@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(dataclasses.field,))
+def section(prefix: str = "") -> Callable[[type[Kind]], type[Kind]]:
+    """Makes a class a frozen, keyword-only dataclass whose fields have `prefix` in messages: 'model.heads'.
+
+    The constructor raises ValueError for an unknown field and suggests the nearest one. Python's TypeError would not
+    name the section as a user writes it.
+    """
+
+    def decorate(kind: type[Kind]) -> type[Kind]:
+        kind = dataclasses.dataclass(frozen=True, kw_only=True)(kind)
+        names, init = [field.name for field in dataclasses.fields(kind)], kind.__init__  # pyright: ignore
+
+        @functools.wraps(init)
+        def checked(self: Any, *args: Any, **values: Any) -> None:
+            for name in values:
+                if name not in names:
+                    raise ValueError(unknown(prefix + name, [prefix + valid for valid in names]))
+            init(self, *args, **values)
+
+        kind.__init__ = checked
+        PREFIXES[kind] = prefix
+        return kind
+
+    return decorate
+
+
+def option(field: str) -> str:
+    """Returns the option name of a field for messages: 'train.steps', or 'stages.2.steps' inside `renamed`."""
+    return (_OPTIONS.get() or {}).get(field, field)
+
+
+@contextmanager
+def renamed(options: Mapping[str, str]) -> Iterator[None]:
+    """Renames options in messages inside the context: {'train.steps': 'stages.2.steps'}."""
+    token = _OPTIONS.set(options)
+    try:
+        yield
+    finally:
+        _OPTIONS.reset(token)
 
 
 def require(holds: bool, section: Any, name: str, rule: str) -> None:
-    """Raises ValueError ('model.heads=6 must be <rule>') unless `holds`."""
+    """Raises ValueError('model.heads=6 must be <rule>') unless `holds`."""
     if not holds:
-        raise ValueError(f"{prefix(type(section))}{name}={vars(section)[name]!r} must be {rule}")
+        raise ValueError(f"{option(PREFIXES[type(section)] + name)}={vars(section)[name]!r} must be {rule}")
 
 
 def at_least(low: int, section: Any, *names: str) -> None:
@@ -31,28 +72,34 @@ def at_least(low: int, section: Any, *names: str) -> None:
 
 
 def check_types(section: Any) -> None:
-    """Raises ValueError for a value that is not of its field's type; an int in a float field becomes a float."""
-    for each in dataclasses.fields(section):
-        value = vars(section)[each.name]
-        require(fits(value, each.type), section, each.name, described(each.type))
-        if each.type is float:
-            object.__setattr__(section, each.name, float(value))
+    """Raises ValueError for a value of the wrong type. Converts ints in float fields to float."""
+    for field in dataclasses.fields(section):
+        value = vars(section)[field.name]
+        require(fits(value, field.type), section, field.name, described(field.type))
+        if field.type is float:
+            object.__setattr__(section, field.name, float(value))
 
 
-def check_folder_name(section: Any, name: str) -> None:
-    plain = re.fullmatch(r"\w[\w.+=-]*", vars(section)[name]) is not None
-    require(plain, section, name, "a plain folder name: letters, digits and . _ + = -, such as 'run-2'")
+def check_directory_name(section: Any, name: str) -> None:
+    valid = re.fullmatch(r"\w[\w.+=-]*", vars(section)[name]) is not None
+    require(valid, section, name, "a plain directory name: letters, digits and . _ + = -, such as 'run-2'")
+
+
+def check_distinct(section: Any, *names: str) -> None:
+    for name in names:
+        values = vars(section)[name]
+        require(len(set(values)) == len(values), section, name, "free of duplicates")
 
 
 def fits(value: Any, kind: Any) -> bool:
-    """Whether a field of type `kind` takes `value`: exactly that type (True is no int), but an int for a float.
+    """Returns True if a field of type `kind` accepts `value`.
 
-    A tuple[kind, ...] takes one value or more.
+    Types must match exactly (True is not an int), except that float fields accept ints. Tuples must not be empty.
     """
     if get_origin(kind) in UNIONS:
         return any(fits(value, part) for part in get_args(kind))
     if get_origin(kind) is tuple:
-        return type(value) is tuple and bool(value) and all(fits(each, get_args(kind)[0]) for each in value)
+        return type(value) is tuple and bool(value) and all(fits(item, get_args(kind)[0]) for item in value)
     if get_origin(kind) is Literal:
         return isinstance(value, str) and value in get_args(kind)
     if kind is float:
@@ -61,7 +108,7 @@ def fits(value: Any, kind: Any) -> bool:
 
 
 def described(kind: Any) -> str:
-    """A field's type in a user's words: 'an integer or None'."""
+    """Describes a field's type for messages: 'an integer or None'."""
     if get_origin(kind) in UNIONS:
         return " or ".join(described(part) for part in get_args(kind))
     if get_origin(kind) is Literal:
@@ -75,12 +122,12 @@ def described(kind: Any) -> str:
 
 
 def unknown(name: str, valid: Iterable[str]) -> str:
-    """The message for a field that does not exist, with the nearest one that does."""
+    """Returns the message for an unknown name, with the nearest valid one."""
     near = difflib.get_close_matches(name, valid, n=1)
-    return f"unknown {name!r}: " + (f"did you mean {near[0]!r}?" if near else "--help lists all fields")
+    return f"unknown {name!r}: " + (f"did you mean {near[0]!r}?" if near else "--help lists all options")
 
 
 def nearest_multiples(value: int, unit: int) -> str:
-    """The positive multiples of `unit` below and above `value`, in words: '8 or 12'."""
+    """Returns the positive multiples of `unit` nearest to `value` as text: '8 or 12'."""
     below = value // unit * unit
     return f"{below} or {below + unit}" if below > 0 else f"{unit}"

@@ -1,52 +1,61 @@
-"""What an evaluation asks of which runs: tasks, lengths, depths; it checks itself. Knows no arrays."""
+"""Config of an evaluation: runs, tasks, lengths and depths."""
 
-from dataclasses import dataclass, field
+from dataclasses import field
 
-from ringattn.config.checks import at_least, check_folder_name, check_types, require, unknown
-from ringattn.config.sections import Layout, Mesh, Strategy
+from ringattn.config.checks import (
+    at_least,
+    check_directory_name,
+    check_distinct,
+    check_types,
+    require,
+    section,
+    unknown,
+)
+from ringattn.config.choices import Layout, Strategy
+from ringattn.config.sections import Mesh
 from ringattn.config.tasks import LOSSES, RETRIEVAL
 
 
-@dataclass(frozen=True, kw_only=True)
+@section()
 class Evaluation:
     name: str = "evaluation"
-    """Name of the evaluation: its folder inside `evaluations/` of each run's own."""
+    """Name of the evaluation and of its directory in each run's `evaluations/`."""
     runs: tuple[str, ...] = ("runs/quickstart",)
-    """Folders of runs, of each the newest checkpoint, or of checkpoints, such as runs/quickstart/checkpoints/400."""
+    """Run directories (evaluates the newest checkpoint) or checkpoints, such as runs/quickstart/checkpoints/400."""
     tasks: tuple[str, ...] = ("loss_by_position", "loss_by_context")
-    """Losses (loss_by_position, loss_by_context, loss_by_kind) and retrieval (passkey, needle, multi_key, multi_value,
-    multi_query, variables, common_words, frequent_words, lines, where_person, where_thing)."""
+    """Losses (loss_by_position, loss_by_context, loss_by_kind) and retrieval tasks (passkey, needle, multi_key,
+    multi_value, multi_query, variables, common_words, frequent_words, lines, where_person, where_thing)."""
     lengths: tuple[int, ...] = (256, 512, 1024, 2048)
-    """Tokens in a row."""
+    """Row lengths in tokens. Each task runs at each length."""
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
-    """Where in a row what is asked for lies, from 0 (its beginning) to 1 (its end), for tasks that hide it there."""
+    """Positions of the needle in the row, from 0 (start) to 1 (end), for tasks with a needle."""
     samples: int = 32
-    """Rows of each task, length and depth, as far as there is text for them."""
+    """Number of rows per task, length and depth; fewer if the text is too short."""
     batch_size: int = 8
-    """Rows that are computed at a time, over all devices."""
+    """Global batch size: rows per batch."""
     longer: bool = False
-    """Whether rows may be longer than those that a run was trained on."""
+    """Allow rows longer than a run's training rows."""
     seed: int = 0
-    """Seed of the tasks, and of which text is taken."""
+    """Seed of the generated tasks and of the text selection."""
     path: str | None = None
-    """Text for the losses, as data.path; None: what each run held out."""
+    """Text for the losses, as in data.path of a training config. None: the held-out text of each run."""
     layout: Layout = "zigzag"
-    """Order in which a row's tokens lie over the ring."""
+    """Order in which a row's tokens are sharded, as in attention.layout of a training config."""
     strategy: Strategy = "ring"
-    """How queries meet all keys, as attention.strategy."""
+    """Communication strategy, as in attention.strategy of a training config."""
     mesh: Mesh = field(default_factory=Mesh)
 
     def __post_init__(self) -> None:
         check_types(self)
-        check_folder_name(self, "name")
+        check_directory_name(self, "name")
         object.__setattr__(self, "depths", tuple(map(float, self.depths)))
         for task in self.tasks:
             if task not in LOSSES + RETRIEVAL:
-                raise ValueError(f"tasks: {unknown(task, LOSSES + RETRIEVAL)} They are {', '.join(LOSSES + RETRIEVAL)}")
-        for name in ("runs", "tasks", "lengths", "depths"):
-            require(len(set(vars(self)[name])) == len(vars(self)[name]), self, name, "different from one another")
+                valid = ", ".join(LOSSES + RETRIEVAL)
+                raise ValueError(f"tasks: {unknown(task, LOSSES + RETRIEVAL)} (valid: {valid})")
+        check_distinct(self, "runs", "tasks", "lengths", "depths")
         require(min(self.lengths) >= 2, self, "lengths", "at least 2 each")
         require(all(0 <= depth <= 1 for depth in self.depths), self, "depths", "between 0 and 1 each")
         at_least(1, self, "samples", "batch_size")
         at_least(0, self, "seed")
-        require(self.path != "", self, "path", "a file, a folder, a glob or 'stdlib', or None")
+        require(self.path != "", self, "path", "a file, a directory, a glob or 'stdlib', or None")

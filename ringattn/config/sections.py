@@ -1,164 +1,177 @@
-"""What a run is: frozen sections that check themselves, each field with its type, default and meaning."""
+"""Sections of a training config. They validate their values; `--help` shows the fields' docstrings."""
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
-from typing import Literal
 
-from ringattn.config.checks import at_least, check_folder_name, check_types, nearest_multiples, require
-from ringattn.config.stages import Stage, changed, said_of
+from ringattn.config.checks import (
+    at_least,
+    check_directory_name,
+    check_types,
+    nearest_multiples,
+    option,
+    require,
+    section,
+)
+from ringattn.config.choices import Dtype, Layout, Remat, Resume, RopeScaling, Strategy
+from ringattn.config.stages import Stage, stage_errors, with_values
 from ringattn.config.tasks import TASK, check_task
 
-Layout = Literal["contiguous", "striped", "zigzag"]
-Strategy = Literal["ring", "gather", "ulysses", "usp", "auto"]
 
-
-@dataclass(frozen=True, kw_only=True)
+@section("model.")
 class Model:
     layers: int = 4
     """Number of transformer layers."""
     dim: int = 256
-    """Width of the residual stream (E)."""
+    """Model dimension (E), the width of the residual stream."""
     heads: int = 8
-    """Query heads (H)."""
+    """Number of query heads (H); must be a multiple of kv_heads."""
     kv_heads: int = 4
-    """Key/value heads (G); heads must be a multiple."""
+    """Number of key/value heads (G)."""
     head_dim: int = 32
-    """Width of a head (D), even."""
+    """Head dimension (D); must be even."""
     feed_forward: int = 768
-    """Inner width of the SwiGLU feed-forward (F)."""
+    """Hidden dimension of the SwiGLU feed-forward layer (F)."""
     vocabulary: int | None = None
-    """Ids in the tables; None: as many as the tokenizer has."""
+    """Vocabulary size (V). None: that of the tokenizer."""
     rope_theta: float = 10_000.0
-    """Base of the rotary position embedding."""
-    rope_scaling: Literal["none", "linear", "ntk", "yarn", "llama3"] = "none"
-    """How the turning is slowed for rows longer than a model was trained on."""
+    """RoPE base frequency."""
+    rope_scaling: RopeScaling = "none"
+    """RoPE scaling method for contexts beyond the training length."""
     rope_factor: float = 1.0
-    """How many times longer the rows become by rope_scaling."""
+    """Ratio of context length to training length, for rope_scaling."""
     rope_original: int = 8192
-    """Length of the rows that the model was trained on before, for rope_scaling yarn and llama3."""
+    """Original training length in tokens, for rope_scaling yarn and llama3."""
     tied: bool = True
-    """Whether the output projection is the embedding's transpose."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the computation; parameters, softmax and loss are always float32."""
-    remat: Literal["off", "on", "offload"] = "off"
-    """What a layer keeps for the backward pass: all; its input and attention's result; these in host memory."""
+    """Tie the output projection to the token embedding."""
+    dtype: Dtype = "float32"
+    """Compute dtype. Parameters, softmax and loss are always float32."""
+    remat: Remat = "off"
+    """Rematerialization. off: save all activations; on: save only each layer's input and attention output; offload:
+    save these in host memory."""
 
     def __post_init__(self) -> None:
         check_types(self)
         at_least(1, self, "layers", "dim", "heads", "kv_heads", "head_dim", "feed_forward", "rope_original")
         require(self.vocabulary is None or self.vocabulary >= 1, self, "vocabulary", "at least 1, or None")
-        multiple = f"a multiple of model.kv_heads={self.kv_heads}: use {nearest_multiples(self.heads, self.kv_heads)}"
+        multiple = f"a multiple of model.kv_heads={self.kv_heads}; use {nearest_multiples(self.heads, self.kv_heads)}"
         require(self.heads % self.kv_heads == 0, self, "heads", multiple)
-        even = f"even, for rotary positions turn pairs: use {nearest_multiples(self.head_dim, 2)}"
+        even = f"even, because RoPE rotates pairs of dimensions; use {nearest_multiples(self.head_dim, 2)}"
         require(self.head_dim % 2 == 0, self, "head_dim", even)
-        require(self.rope_theta > 1, self, "rope_theta", "positive, and more than 1, such as 10000")
-        scaled = "more than 1 with rope_scaling, such as 4: how many times longer the rows become"
+        require(self.rope_theta > 1, self, "rope_theta", "more than 1, such as 10000")
+        ratio = "more than 1 with rope_scaling (context length / training length), such as 4"
         if self.rope_scaling == "none":
-            scaled = "1.0 without rope_scaling: set model.rope_scaling to 'linear', 'ntk', 'yarn' or 'llama3'"
-        require((self.rope_factor > 1) == (self.rope_scaling != "none"), self, "rope_factor", scaled)
+            ratio = (
+                f"1.0 without rope_scaling; set {option('model.rope_scaling')} to 'linear', 'ntk', 'yarn' or 'llama3'"
+            )
+        require((self.rope_factor > 1) == (self.rope_scaling != "none"), self, "rope_factor", ratio)
 
 
-@dataclass(frozen=True, kw_only=True)
+@section("data.")
 class Data:
     path: str | tuple[str, ...] = "stdlib"
-    """What to train on: a file, a folder, a glob, token shards, 'stdlib' (Python's own source), a retrieval task
-    ('task:needle', a document a row, or 'task:needle:128', of so many tokens); or several."""
+    """Training data: a file, a directory, a glob, token shards, 'stdlib' (the source of Python's standard library) or
+    a retrieval task: 'task:needle' (one document per row) or 'task:needle:128' (128 tokens per document). Supports
+    several values."""
     mixture: tuple[float, ...] | None = None
-    """For several paths, how many rows come from each, in proportion (7 3); None: every row of each once an epoch."""
+    """Proportions in which rows are drawn from several paths, such as 7 3. None: every row once per epoch."""
     tokenizer: str = "bytes"
-    """'bytes', 'dna', 'video' (learns a codebook), or the path of a tokenizer.json or a codebook.npy."""
+    """'bytes', 'dna', 'video' (learns a codebook), or the path of a tokenizer.json or codebook.npy."""
     seq_len: int = 2048
-    """Tokens in a row (L)."""
+    """Tokens per row (L)."""
     overlap: int = 0
-    """Tokens that a document longer than a row repeats in its next row, as context without weight in the loss."""
+    """Number of tokens that each further row of a document repeats from the preceding row, masked out of the loss."""
     frame_size: tuple[int, ...] = (32, 48)
-    """Height and width to which frames of video are scaled; multiples of 4, for patches of 4 x 4 are tokens."""
+    """Height and width to which video frames are resized; multiples of 4, because a token is a 4 x 4 patch."""
     validation: float = 0.05
-    """Share of the documents that is held out for validation; of a single document its end."""
+    """Fraction of documents held out for validation; of a single document, the end is held out."""
 
     def __post_init__(self) -> None:
         check_types(self)
-        if len(self.paths) == 1:  # so that a path is the same, however it was given
+        if len(self.paths) == 1:  # so that configs with path="a" and path=("a",) compare equal
             object.__setattr__(self, "path", self.paths[0])
-        require(all(self.paths), self, "path", "a file, a folder, a glob or 'stdlib'")
+        rule = "a file, a directory, a glob, token shards, 'stdlib' or a task, such as 'task:needle'"
+        require(all(self.paths), self, "path", rule)
         for path in self.paths:
             if path.startswith(TASK):
                 check_task(path, self.seq_len)
         if self.mixture is not None:
-            shares = f"one positive share for each of the {len(self.paths)} of data.path, or None"
+            proportions = f"one positive number per path of data.path ({len(self.paths)}), or None"
             object.__setattr__(self, "mixture", tuple(map(float, self.mixture)))
-            require(len(self.mixture) == len(self.paths) and min(self.mixture) > 0, self, "mixture", shares)
-        require(bool(self.tokenizer), self, "tokenizer", "'bytes', 'dna', 'video' or the path of a tokenizer.json")
+            require(len(self.mixture) == len(self.paths) and min(self.mixture) > 0, self, "mixture", proportions)
+        rule = "'bytes', 'dna', 'video' or the path of a tokenizer.json or codebook.npy"
+        require(bool(self.tokenizer), self, "tokenizer", rule)
         at_least(1, self, "seq_len")
         at_least(0, self, "overlap")
-        require(self.overlap < self.seq_len, self, "overlap", f"less than data.seq_len={self.seq_len}")
-        sides = "a height and a width, each a multiple of 4, such as 32 48"
-        right = len(self.frame_size) == 2 and all(side > 0 and side % 4 == 0 for side in self.frame_size)
-        require(right, self, "frame_size", sides)
+        require(self.overlap < self.seq_len, self, "overlap", f"less than {option('data.seq_len')}={self.seq_len}")
+        rule = "a height and a width, each a multiple of 4, such as 32 48"
+        valid = len(self.frame_size) == 2 and all(side > 0 and side % 4 == 0 for side in self.frame_size)
+        require(valid, self, "frame_size", rule)
         require(0 < self.validation < 1, self, "validation", "between 0 and 1, such as 0.05")
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """`path`, however many there are."""
+        """`path` as a tuple, even for a single path."""
         return (self.path,) if isinstance(self.path, str) else self.path
 
 
-@dataclass(frozen=True, kw_only=True)
+@section("mesh.")
 class Mesh:
     data: int = 1
-    """Devices over which the rows of a batch are spread; -1: what the other axes leave."""
+    """Number of devices over which the batch is sharded; -1: the remaining devices."""
     context_outer: int = 1
-    """Rings that share each row: a ring of rings, or of exchanges (strategy usp); -1: what the other axes leave."""
+    """Number of groups of `context` devices over which each row is sharded: the outer ring of a nested ring, or the
+    ring of strategy usp; -1: the remaining devices."""
     context: int = -1
-    """Devices in the ring, over which each row is spread; -1: what the other axes leave."""
+    """Number of devices over which each row is sharded, per group if context_outer > 1; -1: the remaining devices."""
     tensor: int = 1
-    """Devices over which heads and feed-forward are spread; -1: what the other axes leave."""
+    """Number of devices over which heads, feed-forward and vocabulary are sharded; -1: the remaining devices."""
     simulate: int = 0
-    """Run on this many simulated CPU devices; 0: on the devices there are."""
+    """Number of simulated CPU devices. 0: use the real devices."""
 
     def __post_init__(self) -> None:
         check_types(self)
         sizes = {name: size for name, size in vars(self).items() if name != "simulate"}
         for name, size in sizes.items():
-            require(size >= 1 or size == -1, self, name, "at least 1, or -1 for what the other axes leave")
-        rest = [name for name, size in sizes.items() if size == -1]
-        if len(rest) > 1:
-            both = " and ".join(f"mesh.{name}=-1" for name in rest)
-            raise ValueError(f"{both}: only one axis can take what the others leave; set --mesh.{rest[0]} 1")
+            require(size >= 1 or size == -1, self, name, "at least 1, or -1 for the remaining devices")
+        inferred = [option(f"mesh.{name}") for name, size in sizes.items() if size == -1]
+        if len(inferred) > 1:
+            values = " and ".join(f"{name}=-1" for name in inferred)
+            raise ValueError(f"{values}: only one axis can take the remaining devices; use --{inferred[0]} 1")
         at_least(0, self, "simulate")
 
 
-@dataclass(frozen=True, kw_only=True)
+@section("attention.")
 class Attention:
     layout: Layout = "zigzag"
-    """Order in which a row's tokens lie over the ring; zigzag and striped balance causal work."""
+    """Order in which a row's tokens are sharded. zigzag and striped balance causal attention."""
     strategy: Strategy = "ring"
-    """How queries meet all keys: K/V go round, or are gathered, or heads exchanged for sequence (usp: exchanged over
-    mesh.context, round mesh.context_outer); auto: by cost."""
+    """Communication strategy. ring: K/V rotate; gather: K/V are all-gathered; ulysses: all-to-all between sequence and
+    heads; usp: ulysses over mesh.context, ring over mesh.context_outer; auto: the one with the lowest estimated
+    cost."""
     window: int | None = None
-    """How many tokens back a token sees (None: all of its document)."""
+    """Sliding window: number of preceding tokens a token attends to, besides itself. None: no window."""
 
     def __post_init__(self) -> None:
         check_types(self)
         require(self.window is None or self.window >= 0, self, "window", "at least 0, or None for no window")
 
 
-@dataclass(frozen=True, kw_only=True)
+@section("optimizer.")
 class Optimizer:
     learning_rate: float = 3e-3
-    """Peak of the schedule: linear warm-up, then cosine."""
+    """Peak learning rate, after linear warmup and before cosine decay."""
     warmup_steps: int = 20
-    """Steps of linear warm-up; a run of fewer steps ends within it."""
+    """Number of warmup steps. A run with fewer steps ends during warmup."""
     final_fraction: float = 0.1
-    """Learning rate at the last step, as a fraction of the peak."""
+    """Final learning rate as a fraction of the peak."""
     weight_decay: float = 0.1
-    """AdamW's decoupled weight decay, on matrices only."""
+    """AdamW weight decay, applied to matrices only."""
     beta1: float = 0.9
-    """AdamW's decay of the first moment."""
+    """AdamW decay rate of the first moment."""
     beta2: float = 0.95
-    """AdamW's decay of the second moment."""
+    """AdamW decay rate of the second moment."""
     clip_norm: float = 1.0
-    """Gradients are scaled down to at most this global norm."""
+    """Maximum global gradient norm; larger gradients are scaled down to it."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -170,118 +183,118 @@ class Optimizer:
         require(self.clip_norm > 0, self, "clip_norm", "positive, such as 1.0")
 
 
-@dataclass(frozen=True, kw_only=True)
+@section("train.")
 class Train:
     steps: int = 200
-    """Optimizer updates."""
+    """Number of optimizer updates."""
     batch_size: int = 4
-    """Rows per update, over all devices."""
+    """Global batch size: rows per update."""
     accumulate: int = 1
-    """Parts a batch is computed in, one after another; batch_size must be a multiple."""
+    """Number of microbatches per update (gradient accumulation); must divide batch_size."""
     seed: int = 0
-    """Seed of initialisation and of the order of documents."""
+    """Seed of the initialization and of the data order."""
 
     def __post_init__(self) -> None:
         check_types(self)
         at_least(1, self, "steps", "batch_size", "accumulate")
         at_least(0, self, "seed")
-        multiple = f"a multiple of train.accumulate={self.accumulate}: use "
+        multiple = f"a multiple of train.accumulate={self.accumulate}; use "
         multiple += nearest_multiples(self.batch_size, self.accumulate)
         require(self.batch_size % self.accumulate == 0, self, "batch_size", multiple)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Evaluate:
+@section("validation.")
+class Validation:
     every: int = 50
-    """Steps between validations; one more comes after the last step."""
+    """Steps between validations. The last step of each stage is always validated."""
     batches: int = 4
-    """Batches of held-out rows per validation."""
+    """Number of held-out batches per validation."""
 
     def __post_init__(self) -> None:
         check_types(self)
         at_least(1, self, "every", "batches")
 
 
-@dataclass(frozen=True, kw_only=True)
+@section("checkpoint.")
 class Checkpoint:
     every: int = 50
-    """Steps between checkpoints; one more is written after the last step."""
+    """Steps between checkpoints. The last step of each stage is always saved."""
     keep: int = 2
-    """How many of the newest checkpoints are kept."""
+    """Number of most recent checkpoints to keep."""
 
     def __post_init__(self) -> None:
         check_types(self)
         at_least(1, self, "every", "keep")
 
 
-@dataclass(frozen=True, kw_only=True)
+@section("log.")
 class Log:
     every: int = 10
-    """Steps between rows of metrics.jsonl."""
+    """Steps between logged metrics."""
     directory: str = "runs"
-    """Folder that holds the run's own folder."""
+    """Parent of the run directory."""
     tensorboard: bool = False
-    """Whether TensorBoard may watch, too: event files in the run's folder."""
+    """Also log to TensorBoard (event files in the run directory)."""
     wandb: bool = False
-    """Whether Weights & Biases may watch, too: offline in the run's folder, unless WANDB_MODE=online."""
+    """Also log to Weights & Biases, offline unless WANDB_MODE=online."""
 
     def __post_init__(self) -> None:
         check_types(self)
         at_least(1, self, "every")
-        require(bool(self.directory), self, "directory", "a folder, such as 'runs'")
+        require(bool(self.directory), self, "directory", "a directory, such as 'runs'")
 
 
-@dataclass(frozen=True, kw_only=True)
+@section()
 class Config:
     name: str = "run"
-    """Name of the run: its folder inside log.directory."""
-    resume: Literal["never", "auto", "must"] = "auto"
-    """Whether a run whose folder holds a checkpoint goes on from it."""
+    """Name of the run and of its run directory."""
+    resume: Resume = "auto"
+    """Resume from the newest checkpoint. auto: if one exists; must: fail if none exists; never: fail if one exists."""
     profile: str | None = None
-    """Steps of this start, START:STOP counted from 1, of which a trace is made (None: of none)."""
+    """Steps to profile, as START:STOP (inclusive), counted from 1 at this launch. None: no profile."""
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
     mesh: Mesh = field(default_factory=Mesh)
     attention: Attention = field(default_factory=Attention)
     optimizer: Optimizer = field(default_factory=Optimizer)
     train: Train = field(default_factory=Train)
-    evaluate: Evaluate = field(default_factory=Evaluate)
+    validation: Validation = field(default_factory=Validation)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     log: Log = field(default_factory=Log)
     stages: tuple[Stage, ...] = (Stage(),)
-    """Parts of the training, one after another, each with its own steps; by default one, as the sections say."""
+    """Training stages, in order. Default: one stage with the values of the sections."""
 
     def __post_init__(self) -> None:
         check_types(self)
-        check_folder_name(self, "name")
+        check_directory_name(self, "name")
         if self.profile is not None:
-            steps = [int(number) for number in self.profile.split(":") if number.isdecimal()]
-            whole = self.profile == ":".join(map(str, steps)) and len(steps) == 2 and 1 <= steps[0] <= steps[1]
-            require(whole, self, "profile", "START:STOP, the first and the last step to trace, such as '10:12'")
+            steps = [int(bound) for bound in self.profile.split(":") if bound.isdecimal()]
+            valid = self.profile == ":".join(map(str, steps)) and len(steps) == 2 and 1 <= steps[0] <= steps[1]
+            require(valid, self, "profile", "START:STOP, the first and last step to profile, such as '10:12'")
         if self.stages != (Stage(),):
             for number in range(1, len(self.stages) + 1):
-                with said_of(self.stages, number):
+                with stage_errors(self.stages, number):
                     self.stage(number)
             lengths = {self.stage(number).data.seq_len for number in range(1, len(self.stages) + 1)}
             for path in self.data.paths:
                 if path.startswith(TASK) and path.count(":") == 1 and len(lengths) > 1:
-                    cure = f"say how long its documents are, as in {path}:{min(lengths)}"
-                    raise ValueError(f"data.path={path!r} with rows of several lengths: {cure}")
+                    rule = "must specify a document length, because the stages differ in seq_len"
+                    raise ValueError(f"data.path={path!r} {rule}; use {path}:{min(lengths)}")
 
     def stage(self, number: int) -> "Config":
-        """Stage `number`, counted from 1, as a config of its own, which has this stage alone."""
-        return changed(self, {"stages": (Stage(),)} | self.stages[number - 1].own())
+        """Returns stage `number` (from 1) as a config with a single stage."""
+        return with_values(self, {"stages": (Stage(),)} | self.stages[number - 1].overrides())
 
     def steps_before(self, number: int) -> int:
-        """Updates that come before stage `number`; those of the whole run, if `number` is one past the last."""
-        return sum(self.stage(each).train.steps for each in range(1, number))
+        """Returns the number of updates before stage `number`, which may be one past the last stage."""
+        return sum(self.stage(earlier).train.steps for earlier in range(1, number))
 
     def stage_after(self, step: int) -> int:
-        """The stage of the update that follows the first `step` of all; the last stage, if there is none left."""
+        """Returns the number of the stage of the next update after `step`; the last stage if none remains."""
         ends = [self.steps_before(number + 1) for number in range(1, len(self.stages) + 1)]
         return next((number for number, end in enumerate(ends, 1) if end > step), len(ends))
 
     @property
-    def folder(self) -> Path:
-        """The run's own folder."""
+    def run_directory(self) -> Path:
+        """Run directory, inside log.directory."""
         return Path(self.log.directory) / self.name

@@ -1,15 +1,14 @@
-"""Stages of a run: what each changes of the sections, and the names by which a user knows it. Knows no arrays."""
+"""Training stages: section values that a stage overrides, and the options that set them."""
 
 import dataclasses
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
-from ringattn.config.checks import check_types
+from ringattn.config.checks import check_types, renamed, section
+from ringattn.config.choices import RopeScaling
 
-Whole = TypeVar("Whole")
+AnyConfig = TypeVar("AnyConfig")
 REPLACES = {
     "steps": "train.steps",
     "seq_len": "data.seq_len",
@@ -22,65 +21,66 @@ REPLACES = {
     "context_outer": "mesh.context_outer",
     "context": "mesh.context",
 }
-"""Each field of a stage, and the section's field in whose place it stands."""
+"""Fields of a stage, and the section fields that they override."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@section("stage.")
 class Stage:
     steps: int | None = None
-    """Optimizer updates of the stage; None, here as below: as the config's section says."""
+    """Number of optimizer updates in this stage. None: the value of train.steps."""
     seq_len: int | None = None
-    """Tokens in a row (L)."""
+    """Tokens per row (L). None: the value of data.seq_len."""
     batch_size: int | None = None
-    """Rows per update, over all devices."""
+    """Global batch size: rows per update. None: the value of train.batch_size."""
     learning_rate: float | None = None
-    """Peak of the stage's schedule: each stage warms up, and falls along a cosine, anew."""
+    """Peak learning rate; each stage has its own warmup and cosine decay. None: the value of
+    optimizer.learning_rate."""
     rope_theta: float | None = None
-    """Base of the rotary position embedding."""
-    rope_scaling: Literal["none", "linear", "ntk", "yarn", "llama3"] | None = None
-    """How the turning is slowed for rows longer than the model was trained on."""
+    """RoPE base frequency. None: the value of model.rope_theta."""
+    rope_scaling: RopeScaling | None = None
+    """RoPE scaling method for contexts beyond the training length. None: the value of model.rope_scaling."""
     rope_factor: float | None = None
-    """How many times longer the rows become by rope_scaling."""
+    """Ratio of context length to training length, for rope_scaling. None: the value of model.rope_factor."""
     data: int | None = None
-    """Devices over which the rows of a batch are spread; -1: what the other axes leave."""
+    """Size of mesh axis data; -1: the remaining devices. None: the value of mesh.data."""
     context_outer: int | None = None
-    """Rings that share each row; -1: what the other axes leave."""
+    """Size of mesh axis context_outer; -1: the remaining devices. None: the value of mesh.context_outer."""
     context: int | None = None
-    """Devices in the ring, over which each row is spread; -1: what the other axes leave."""
+    """Size of mesh axis context; -1: the remaining devices. None: the value of mesh.context."""
 
     def __post_init__(self) -> None:
-        check_types(self)  # the sections that come of it check the rest
+        check_types(self)  # the sections check the values when `Config.stage` applies them
 
-    def own(self) -> dict[str, Any]:
-        """What the stage says itself, under the names of the sections: {'train.steps': 30}."""
-        return {name: vars(self)[each] for each, name in REPLACES.items() if vars(self)[each] is not None}
+    def overrides(self) -> dict[str, Any]:
+        """Returns the overridden section fields and their values: {'train.steps': 30}."""
+        return {name: vars(self)[key] for key, name in REPLACES.items() if vars(self)[key] is not None}
 
 
-def changed(config: Whole, values: Mapping[str, Any]) -> Whole:
-    """`config`, a dataclass, with other values, named as a user names them: {'name': 'x', 'train.steps': 30}."""
-    own = {name: value for name, value in values.items() if "." not in name}
+def with_values(config: AnyConfig, values: Mapping[str, Any]) -> AnyConfig:
+    """Returns a copy of dataclass `config` with `values` by field name: {'name': 'x', 'train.steps': 30}."""
+    top = {name: value for name, value in values.items() if "." not in name}
     inner: dict[str, dict[str, Any]] = {}
     for name, value in values.items():
-        section, dot, each = name.partition(".")
+        section_name, dot, field = name.partition(".")
         if dot:
-            inner.setdefault(section, {})[each] = value
-    sections = {name: dataclasses.replace(vars(config)[name], **each) for name, each in inner.items()}
-    return dataclasses.replace(config, **own, **sections)  # pyright: ignore[reportArgumentType]
+            inner.setdefault(section_name, {})[field] = value
+    sections = {name: dataclasses.replace(vars(config)[name], **fields) for name, fields in inner.items()}
+    return dataclasses.replace(config, **top, **sections)  # pyright: ignore[reportArgumentType]
 
 
 def flag(stages: tuple[Stage, ...], number: int, name: str) -> str:
-    """Where stage `number` (from 1) has its value of 'train.steps' from: that, or 'stages.2.steps'."""
-    each = {name: each for each, name in REPLACES.items()}
-    return f"stages.{number}.{each[name]}" if name in stages[number - 1].own() else name
+    """Returns the option for `name` in stage `number`: 'train.steps', or 'stages.2.steps' if overridden."""
+    field = {name: field for field, name in REPLACES.items()}
+    return f"stages.{number}.{field[name]}" if name in stages[number - 1].overrides() else name
 
 
 @contextmanager
-def said_of(stages: tuple[Stage, ...], number: int) -> Iterator[None]:
-    """A ValueError of stage `number`'s own config says which stage it is, and names fields as the whole config does."""
-    try:
-        yield
-    except ValueError as error:
-        message = str(error)
-        for name in stages[number - 1].own():
-            message = re.sub(rf"(?<![\w.]){re.escape(name)}\b", flag(stages, number, name), message)
-        raise ValueError(f"stage {number}: {message}" if len(stages) > 1 else message) from error
+def stage_errors(stages: tuple[Stage, ...], number: int) -> Iterator[None]:
+    """Prefixes ValueErrors with the stage number, and makes `option` return the options of that stage."""
+    with renamed({name: flag(stages, number, name) for name in REPLACES.values()}):
+        try:
+            yield
+        except ValueError as error:
+            if len(stages) == 1:
+                raise
+            raise ValueError(f"stage {number}: {error}") from error

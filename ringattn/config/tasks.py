@@ -1,9 +1,9 @@
-"""What a model can be asked, by name: losses on text, and retrieval, of which `ringattn.data.tasks` says what it is."""
+"""Names of the evaluation tasks: losses on text, and the retrieval tasks of `ringattn.data.tasks`."""
 
-from ringattn.config.checks import unknown
+from ringattn.config.checks import option, unknown
 
 LOSSES = ("loss_by_position", "loss_by_context", "loss_by_kind")
-"""By position in a row; of the same tokens by the length of what comes before; by kind of document."""
+"""Loss by position in the row, by context length for the same tokens, and by kind of document."""
 RETRIEVAL = (
     "passkey",
     "needle",
@@ -18,14 +18,15 @@ RETRIEVAL = (
     "where_thing",
 )
 TASK = "task:"
-"""What a data.path begins with that is no file, but a retrieval task."""
+"""Prefix of a data.path that names a retrieval task instead of a file."""
 
 
 def check_task(path: str, seq_len: int) -> None:
-    """Raises ValueError unless `path` is 'task:NAME' or 'task:NAME:LENGTH', and documents of that length fill rows."""
+    """Raises ValueError unless `path` is 'task:NAME', or 'task:NAME:LENGTH' with a LENGTH that divides seq_len."""
     _, task, *length = path.split(":")
     if task not in RETRIEVAL:
-        raise ValueError(f"data.path: {unknown(TASK + task, [TASK + each for each in RETRIEVAL])}")
+        raise ValueError(f"data.path: {unknown(TASK + task, [TASK + name for name in RETRIEVAL])}")
     if length and not (len(length) == 1 and length[0].isdecimal() and int(length[0]) and seq_len % int(length[0]) == 0):
-        cure = f"use a length that divides data.seq_len={seq_len}, such as {TASK}{task}:{seq_len // 2}"
-        raise ValueError(f"data.path={path!r} must be {TASK}{task} or {TASK}{task}:LENGTH: {cure}")
+        example = f"{TASK}{task}:{seq_len // 2}"
+        fix = f"use a length that divides {option('data.seq_len')}={seq_len}, such as {example}"
+        raise ValueError(f"data.path={path!r} must be {TASK}{task} or {TASK}{task}:LENGTH; {fix}")

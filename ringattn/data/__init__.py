@@ -1,31 +1,34 @@
-"""Data to batches: read documents, tokenise, pack into rows, deal out by (seed, step)."""
+"""Data pipeline: reads documents, tokenizes them, packs them into rows and makes batches.
+
+.. include:: README.md
+"""
 
 from ringattn.data.corpus import Corpus
-from ringattn.data.loader import Loader, deal, fingerprint, load, prefetch
+from ringattn.data.dataset import Splits, find_tokenizer, load_tokenizer, read, read_all
+from ringattn.data.loader import Loader, fingerprint, load, make_loaders, prefetch
 from ringattn.data.packing import Batch, PackedRows
 from ringattn.data.prepare import prepare
-from ringattn.data.reading import Sides, find_tokenizer, load_tokenizer, read, read_all
-from ringattn.data.tasks import DEEP, Question, check_room, check_tokenizer, question
+from ringattn.data.tasks import DEPTH_TASKS, Question, check_fits, check_tokenizer, question
 from ringattn.data.tokenizer import Tokenizer
 from ringattn.data.video import VideoTokenizer
 
 __all__ = [
-    "DEEP",
+    "DEPTH_TASKS",
     "Batch",
     "Corpus",
     "Loader",
     "PackedRows",
     "Question",
-    "Sides",
+    "Splits",
     "Tokenizer",
     "VideoTokenizer",
-    "check_room",
+    "check_fits",
     "check_tokenizer",
-    "deal",
     "find_tokenizer",
     "fingerprint",
     "load",
     "load_tokenizer",
+    "make_loaders",
     "prefetch",
     "prepare",
     "question",

@@ -1,55 +1,58 @@
-"""The codebook of video: learned by k-means from patches of the training frames, the same for the same videos."""
+"""Codebook of the video tokenizer, learned with deterministic k-means from patches of the training frames."""
 
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from ringattn.data.corpus import held_out, held_units, named
+from ringattn.data.corpus import errors_naming, held_out_digests, held_out_units
 from ringattn.data.formats import Document
 from ringattn.data.video import PATCH, VideoTokenizer, nearest, patches, read_frames
 
 CODES = 512
-_SAMPLE, _ITERATIONS = 16_384, 20  # patches from which the codebook is learned, and rounds of k-means
-_LOOK, _APART = 4, 8  # held-out frames to look at, and how many frames lie from one to the next
+_SAMPLE, _ITERATIONS = 16_384, 20  # k-means: number of sampled patches and of iterations
+_PREVIEW_FRAMES, _PREVIEW_STRIDE = 4, 8  # held-out frames to show, and the stride between them
 
 
 def learn(
-    sources: Sequence[Callable[[], Iterator[Document]]], frame_size: tuple[int, ...], share: float
+    sources: Sequence[Callable[[], Iterator[Document]]], frame_size: tuple[int, ...], fraction: float
 ) -> VideoTokenizer:
-    """The tokenizer for the videos that each of `sources` reads; `share` of each is held out and not learned from.
+    """Learns the tokenizer from the videos of all `sources`, each a function that yields documents.
 
-    What is held out is what `corpus.split` holds out: some of several videos, the end of a single one. Raises
-    ValueError that names a video which cannot be read.
+    The codebook is learned without the held-out `fraction` of each source. As in `corpus.split`, this is a subset of
+    several videos, or the end of a single video. Raises ValueError, naming the video, if it cannot be read.
     """
-    sample, look = Sample(), np.zeros((0, *frame_size, 3), np.uint8)
+    sample, preview = Sample(), np.zeros((0, *frame_size, 3), np.uint8)
     for read in sources:
         digests = [document.digest for document in read()]
-        held = held_out(digests, share)
+        held_out = held_out_digests(digests, fraction)
         for document, digest in zip(read(), digests, strict=True):
-            at, begin = 0, _begin_of_held(document, frame_size, share) if len(digests) == 1 else None
+            offset, start = 0, _held_out_start(document, frame_size, fraction) if len(digests) == 1 else None
             for frames in _frames(document, frame_size):
-                known = (
-                    (0 if digest in held else len(frames)) if begin is None else min(max(begin - at, 0), len(frames))
-                )
-                sample.add(frames[:known])
-                later = at + np.arange(known, len(frames)) - (begin or 0)
-                look = np.concatenate([look, frames[known:][later % _APART == 0]])[:_LOOK]
-                at += len(frames)
-    return VideoTokenizer(sample.codebook(), frame_size, look)
+                if start is None:
+                    training = 0 if digest in held_out else len(frames)
+                else:
+                    training = min(max(start - offset, 0), len(frames))
+                sample.add(frames[:training])
+                indices = offset + np.arange(training, len(frames)) - (start or 0)
+                shown = frames[training:][indices % _PREVIEW_STRIDE == 0]
+                preview = np.concatenate([preview, shown])[:_PREVIEW_FRAMES]
+                offset += len(frames)
+    return VideoTokenizer(sample.codebook(), frame_size, preview)
 
 
-def _begin_of_held(document: Document, frame_size: tuple[int, ...], share: float) -> int:
+def _held_out_start(document: Document, frame_size: tuple[int, ...], fraction: float) -> int:
+    """Returns the index of the first held-out frame of a single video."""
     count = sum(map(len, _frames(document, frame_size)))
-    return count - held_units(count, share, document.name)
+    return count - held_out_units(count, fraction, document.name)
 
 
 def _frames(document: Document, frame_size: tuple[int, ...]) -> Iterator[np.ndarray]:
-    with named(document):
+    with errors_naming(document):
         yield from read_frames(document.content, frame_size)
 
 
 class Sample:
-    """A fair draw of all patches that come by, of limited size, and the same for the same patches."""
+    """A uniform random sample of at most 16,384 of the added patches; the same patches give the same sample."""
 
     def __init__(self):
         self._bits = np.random.PCG64(0)
@@ -57,40 +60,42 @@ class Sample:
 
     def add(self, frames: np.ndarray) -> None:
         points = patches(frames)
-        # The patches of the smallest keys stay. Raw bits, which no version of NumPy makes anew.
+        # Keep the patches with the smallest random keys. random_raw is stable across NumPy versions.
         keys = np.concatenate([self._keys, np.atleast_1d(self._bits.random_raw(len(points)))])
         order = np.argsort(keys, kind="stable")[:_SAMPLE]
         self._keys, self._points = keys[order], np.concatenate([self._points, points])[order]
 
     def codebook(self) -> np.ndarray:
-        """k-means (Lloyd 1982, doi:10.1109/TIT.1982.1056489): [codes, PATCH, PATCH, 3], fewer codes of few patches.
+        """Runs k-means (Lloyd 1982, doi:10.1109/TIT.1982.1056489) and returns codes [codes, PATCH, PATCH, 3].
 
-        A code that no patch is nearest to stays where it is.
+        Fewer than CODES distinct patches give fewer codes. A code without assigned patches keeps its value.
         """
-        points, codes = self._points, self._spread()
+        points, codes = self._points, self._initial_codes()
         for _ in range(_ITERATIONS):
-            chosen = nearest(points, codes)
-            counts = np.bincount(chosen, minlength=len(codes))
-            used, order = np.flatnonzero(counts), np.argsort(chosen, kind="stable")
+            assigned = nearest(points, codes)
+            counts = np.bincount(assigned, minlength=len(codes))
+            used, order = np.flatnonzero(counts), np.argsort(assigned, kind="stable")
             codes[used] = np.add.reduceat(points[order], (np.cumsum(counts) - counts)[used]) / counts[used, None]
         return codes.reshape(-1, PATCH, PATCH, 3)
 
-    def _spread(self) -> np.ndarray:
-        """Where k-means begins: k-means++ (Arthur and Vassilvitskii 2007), patches drawn by their squared distance
-        from those drawn before."""
+    def _initial_codes(self) -> np.ndarray:
+        """Returns the k-means++ initialization (Arthur and Vassilvitskii 2007).
+
+        Each code is a patch, drawn with probability proportional to its squared distance to the nearest previous code.
+        """
         points, codes = self._points, []
-        draws = (self._bits.random_raw(CODES) >> 11) * 2.0**-53  # from 0 to 1
+        draws = (self._bits.random_raw(CODES) >> 11) * 2.0**-53  # uniform in [0, 1)
         squares = np.square(points).sum(1)
-        left = np.full(len(points), np.inf, np.float32)
+        distances = np.full(len(points), np.inf, np.float32)
         for draw in draws:
             if codes:
-                sums = np.cumsum(left, dtype=np.float64)
+                sums = np.cumsum(distances, dtype=np.float64)
                 if sums[-1] <= 0:
                     break
                 codes.append(points[min(int(np.searchsorted(sums, draw * sums[-1], side="right")), len(points) - 1)])
             else:
                 codes.append(points[int(draw * len(points))])
             distance = squares - points @ (2 * codes[-1]) + squares.dtype.type(np.square(codes[-1]).sum())
-            # What is left of a patch that is a code already is rounding.
-            left = np.minimum(left, np.where(distance < 1e-4, np.float32(0), distance))
+            # Rounding gives patches equal to a code a small distance. Without the threshold they could be drawn again.
+            distances = np.minimum(distances, np.where(distance < 1e-4, np.float32(0), distance))
         return np.stack(codes)

@@ -1,4 +1,4 @@
-"""Bases as tokens: A, C, G, T, and N for a base that is not known."""
+"""Tokenizer for DNA: A, C, G, T, and N for an unknown base."""
 
 import hashlib
 
@@ -9,45 +9,48 @@ from ringattn.data.tokenizer import check_ids
 
 LETTERS = b"ACGTN"
 AMBIGUOUS = b"RYSWKMBDHVN"
-"""IUPAC's codes for "one of these": all become N (Cornish-Bowden 1985, doi:10.1093/nar/13.9.3021)."""
-_BAD = 255
+"""IUPAC codes for ambiguous bases; all are encoded as N (Cornish-Bowden 1985, doi:10.1093/nar/13.9.3021)."""
+_INVALID = 255
 
 
 def _table() -> np.ndarray:
-    table = np.full(256, _BAD, np.uint8)
-    for letters, first in ((LETTERS, 0), (AMBIGUOUS, LETTERS.index(b"N"))):
-        for number, letter in enumerate(letters):
-            table[[letter, ord(chr(letter).lower())]] = first if letters is AMBIGUOUS else number
+    table = np.full(256, _INVALID, np.uint8)
+    ids = dict.fromkeys(AMBIGUOUS, LETTERS.index(b"N")) | {letter: index for index, letter in enumerate(LETTERS)}
+    for letter, index in ids.items():
+        table[[letter, ord(chr(letter).lower())]] = index
     return table
 
 
 class DnaTokenizer:
-    """Every base is a token. Capitals and small letters are one; N is read, but never learned."""
+    """One token per base, in upper or lower case. Targets N are masked out of the loss."""
 
     name = "dna"
     size = len(LETTERS) + 1
     boundary = len(LETTERS)
-    unlearned = LETTERS.index(b"N")
+    ignored_id = LETTERS.index(b"N")
     unit = 1
     fingerprint = hashlib.sha256(b"dna:" + LETTERS).hexdigest()
     files: dict[str, bytes] = {}  # noqa: RUF012
     _ids = _table()
 
     def encode(self, document: bytes) -> np.ndarray:
-        """Ids [bases] uint8. Raises ValueError that names the first letter that stands for no base, and its place."""
+        """Returns ids [bases] uint8. Raises ValueError with the first invalid letter and its position."""
         ids = self._ids[np.frombuffer(document, np.uint8)]
-        bad = np.flatnonzero(ids == _BAD)
-        if bad.size:
-            letter = chr(document[bad[0]])
-            cure = "write U as T" if letter in "Uu" else "bases are A C G T, and IUPAC's codes for unknown ones"
-            raise ValueError(f"{letter!r} at place {bad[0] + 1} is no base: {cure}")
+        invalid = np.flatnonzero(ids == _INVALID)
+        if invalid.size:
+            letter = chr(document[invalid[0]])
+            fix = "write U as T" if letter in "Uu" else "use A, C, G, T, or an IUPAC code for an ambiguous base"
+            raise ValueError(f"{letter!r} at position {invalid[0] + 1} is not a base; {fix}")
         return ids
 
     def decode(self, ids: ArrayLike) -> str:
-        """The letters of `ids` (any shape, read in order), without boundaries; ValueError for an id of no letter."""
+        """Returns the letters of `ids` (any shape, flattened), without boundaries.
+
+        Raises ValueError for an id outside the vocabulary.
+        """
         checked = check_ids(ids, self.size)
         return np.frombuffer(LETTERS, np.uint8)[checked[checked != self.boundary]].tobytes().decode()
 
     def byte_length(self, ids: ArrayLike) -> int:
-        """0: a base is no byte of text, so that its loss is given in nats alone."""
+        """Returns 0, because bases are not bytes of text. The loss is reported only in nats."""
         return 0

@@ -1,10 +1,9 @@
-"""What a file holds: one text, or many documents (JSONL, Parquet, FASTA), read one after another, never all at once."""
+"""File formats: plain text, one document per file, and JSONL, Parquet and FASTA, many documents read one at a time."""
 
 import gzip
 import hashlib
 import importlib
 import json
-import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -13,41 +12,44 @@ from typing import IO, Any, NamedTuple
 
 FASTA = (".fa", ".fasta", ".fna", ".ffn")
 JSONL = (".jsonl", ".ndjson")
-"""These, as FASTA, plain or gzip."""
+"""Suffixes of JSONL files. JSONL and FASTA files can be compressed, with the additional suffix .gz."""
 VIDEO = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg")
-"""Files of a folder or a glob that are taken for video; a file that is named may be called anything."""
+"""Suffixes of videos in directories and globs. A video passed as a file can have any suffix."""
 
 BGZF_END = bytes.fromhex("1f8b08040000000000ff0600424302001b0003000000000000000000")
-"""The empty member that ends a file written by bgzip, whose first member has the same subfield BC."""
+"""The empty gzip member that ends a file written by bgzip. The first member of such a file has the subfield BC."""
 
-_CUT = "ends in the middle of its gzip data: it was cut off, so get it again"
-_KEYS = 'a string under "text", or strings under "prompt" and "completion"'
+_RECORD = 'with a string under "text", or strings under "prompt" and "completion"'
 
 
 class Document(NamedTuple):
+    """A document before tokenization."""
+
     name: str
-    """Where it was read: a path, with the line's number for JSONL, the row's for Parquet, the record for FASTA."""
+    """Path of its file, with the line of JSONL, the row of Parquet or the record of FASTA."""
     content: bytes
-    """Text (as a rule UTF-8), bases in capitals, or a video file as it is."""
+    """Text (usually UTF-8), bases in upper case, or a video file."""
     prompt: int = 0
-    """How many bytes at its beginning are given: they are read, but not learned."""
-    read: int = 0
-    """How many bytes of the file were read for it."""
+    """Number of bytes at the start that form a prompt, which is masked out of the loss."""
+    bytes_read: int = 0
+    """Number of bytes read from the file for this document."""
+    file: Path | None = None
+    """The file, if it contains many documents."""
 
     @property
     def kind(self) -> str:
-        """What it is one of: its file's ending ('.py') or, where a file holds many documents, its file's name."""
-        file = Path(re.sub(r"(?<=\w)(:\d+|: record .*)$", "", self.name))
-        return file.name if reader(file) else file.suffix or file.parent.name
+        """The suffix of its file ('.py'), or the name of a file with many documents. Losses are reported per kind."""
+        path = Path(self.name)
+        return self.file.name if self.file else path.suffix or path.parent.name
 
     @property
     def digest(self) -> bytes:
-        """32 bytes that stand for the content."""
+        """SHA-256 of the content, 32 bytes."""
         return hashlib.sha256(self.content).digest()
 
 
-def reader(file: Path) -> Callable[[Path], Iterator[Document]] | None:
-    """What reads the documents of a file of that name; None if the file is taken for plain text."""
+def reader_for(file: Path) -> Callable[[Path], Iterator[Document]] | None:
+    """Returns the reader of documents for the file's suffix; None for plain text."""
     suffixes = [suffix.lower() for suffix in file.suffixes[-2:]]
     if suffixes[-1:] == [".gz"]:
         suffixes.pop()
@@ -59,24 +61,30 @@ def reader(file: Path) -> Callable[[Path], Iterator[Document]] | None:
 
 
 @contextmanager
-def _opened(file: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
-    """The content of a file, plain or gzip, and the file as it lies; ValueError if its gzip data are not whole."""
-    packed = file.suffix.lower() == ".gz"
+def _open(file: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
+    """Opens a plain or gzip file; yields its uncompressed content and the raw file.
+
+    Raises ValueError for corrupt or truncated gzip data.
+    """
+    compressed = file.suffix.lower() == ".gz"
     try:
-        with file.open("rb") as raw, gzip.GzipFile(fileobj=raw) if packed else raw as content:
-            if packed:
+        with file.open("rb") as raw, gzip.GzipFile(fileobj=raw) if compressed else raw as content:
+            if compressed:
                 _check_end(raw)
             yield content, raw  # pyright: ignore[reportReturnType]
     except EOFError as error:
-        raise ValueError(f"{file} {_CUT}") from error
+        raise ValueError(f"{file} has truncated gzip data; copy or download it again") from error
     except (gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{file} is not good gzip data ({error}): get it again") from error
+        raise ValueError(f"{file} has corrupt gzip data ({error}); copy or download it again") from error
 
 
 def _check_end(raw: IO[bytes]) -> None:
-    """Raises EOFError if bgzip wrote the file, and its last member is not there: a cut between members is no error."""
-    begin = raw.read(16)
-    if begin[:4] == BGZF_END[:4] and begin[12:14] == b"BC":
+    """Raises EOFError if a file written by bgzip lacks its last member.
+
+    The gzip module accepts a file that was truncated between two members.
+    """
+    header = raw.read(16)
+    if header[:4] == BGZF_END[:4] and header[12:14] == b"BC":
         raw.seek(0, 2)
         raw.seek(max(raw.tell() - len(BGZF_END), 0))
         if raw.read() != BGZF_END:
@@ -85,103 +93,101 @@ def _check_end(raw: IO[bytes]) -> None:
 
 
 def read_jsonl(file: Path) -> Iterator[Document]:
-    """A document a line, plain or gzip. Raises ValueError that names file and line."""
-    with _opened(file) as (lines, raw):
-        before = 0
-        for number, line in enumerate(lines, start=1):
+    """Yields a document per line of a plain or gzip file. Raises ValueError with the file and line."""
+    with _open(file) as (lines, raw):
+        previous = 0
+        for line_number, line in enumerate(lines, start=1):
             if line.strip():
-                yield _from_json(f"{file}:{number}", line, raw.tell() - before)
-                before = raw.tell()
+                yield _from_json(file, line_number, line, raw.tell() - previous)
+                previous = raw.tell()
 
 
-def _from_json(name: str, line: bytes, read: int) -> Document:
+def _from_json(file: Path, line_number: int, line: bytes, bytes_read: int) -> Document:
+    rule = f"each line must be a JSON object {_RECORD}"
     try:
         record = json.loads(line)
-        if not isinstance(record, dict):
-            raise TypeError(f"it is a {type(record).__name__}")
-        return _from_record(name, record, read)
-    # Not JSON, no such key, not a string, half a surrogate pair, or nested without end.
-    except (ValueError, TypeError, LookupError, RecursionError) as error:
-        cure = f"each line must be a JSON object with {_KEYS}"
-        raise ValueError(f"{name}: {type(error).__name__}: {error}: {cure}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}:{line_number}: not valid JSON ({error}); {rule}") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{file}:{line_number}: {record!r:.40} is not an object; {rule}")
+    return _from_record(file, line_number, record, bytes_read, rule)
 
 
-def _from_record(name: str, record: dict[str, Any], read: int) -> Document:
-    if "text" in record and ("prompt" in record or "completion" in record):
-        raise KeyError("both text and prompt or completion")
-    parts = [record["text"]] if "text" in record else [record["prompt"], record["completion"]]
-    if "prompt" not in record and "completion" in record:
-        raise KeyError("prompt")
-    for part in parts:
-        if not isinstance(part, str):
-            raise TypeError(f"{part!r:.40} is no string")
-    *prompt, text = (part.encode("utf-8") for part in parts)
-    return Document(name, b"".join([*prompt, text]), sum(map(len, prompt)), read)
+def _from_record(file: Path, index: int, record: dict[str, Any], bytes_read: int, rule: str) -> Document:
+    """Returns the document of line or row `index`. Raises ValueError that names it and ends with `rule`."""
+    name, pair = f"{file}:{index}", [key for key in ("prompt", "completion") if key in record]
+    if "text" in record and pair:
+        raise ValueError(f'{name}: "text" and "{pair[0]}" cannot be combined; {rule}')
+    texts = []
+    for key in ("prompt", "completion") if pair else ("text",):
+        if key not in record:
+            raise ValueError(f'{name}: "{key}" is missing; {rule}')
+        if not isinstance(record[key], str):
+            raise ValueError(f'{name}: "{key}" is {record[key]!r:.40}, not a string; {rule}')
+        try:
+            texts.append(record[key].encode())
+        except UnicodeEncodeError as error:  # JSON allows half of a surrogate pair
+            raise ValueError(f'{name}: "{key}" is not valid Unicode ({error.reason}); {rule}') from error
+    return Document(name, b"".join(texts), sum(map(len, texts[:-1])), bytes_read, file)
 
 
 def read_parquet(file: Path) -> Iterator[Document]:
-    """A document a row, under the columns that JSONL has as keys; some hundred rows are in memory at a time.
+    """Yields a document per row. The columns have the names of the JSONL keys. Reads 256 rows at a time.
 
-    Raises ValueError if pyarrow is missing, if the file is no Parquet or lacks the columns, or for a row without text.
+    Raises ValueError if pyarrow is missing, the file is damaged, columns are missing, or a row has no text.
     """
     try:
         arrow, parquet = importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
     except ImportError as error:
-        raise ValueError(f"{file} needs the library pyarrow: pip install 'ringattn[parquet]'") from error
+        raise ValueError(f"{file} requires the package pyarrow; run pip install 'ringattn[parquet]'") from error
+    rule = f"each row must be a record {_RECORD}"
     try:
         with parquet.ParquetFile(file) as rows:
             columns = [name for name in ("text", "prompt", "completion") if name in rows.schema_arrow.names]
             if columns not in (["text"], ["prompt", "completion"]):
-                found = ", ".join(rows.schema_arrow.names)
-                raise ValueError(f"{file} has the columns {found}: it must have {_KEYS}")
-            number, read = 0, file.stat().st_size // max(rows.metadata.num_rows, 1)
+                raise ValueError(f"{file} has the columns {', '.join(rows.schema_arrow.names)}; {rule}")
+            index, bytes_read = 0, file.stat().st_size // max(rows.metadata.num_rows, 1)
             for batch in rows.iter_batches(batch_size=256, columns=columns):
                 for record in batch.to_pylist():
-                    yield _from_row(f"{file}:{number}", record, read)
-                    number += 1
+                    yield _from_record(file, index, record, bytes_read, rule)
+                    index += 1
     except arrow.ArrowException as error:
-        raise ValueError(f"{file} is no Parquet file that can be read ({error}): write it again") from error
-    except OSError as error:  # pyarrow says so of damaged pages, too
-        raise ValueError(f"{file} cannot be read ({error}): check its permissions, or write it again") from error
-
-
-def _from_row(name: str, record: dict[str, Any], read: int) -> Document:
-    try:
-        return _from_record(name, record, read)
-    except TypeError as error:
-        raise ValueError(f"{name}: {error}: each row must have {_KEYS}") from error
+        raise ValueError(f"{file} is not a readable Parquet file ({error}); write it again") from error
+    except OSError as error:  # pyarrow also raises OSError for damaged pages
+        raise ValueError(f"{file} cannot be read ({error}); check its permissions, or write it again") from error
 
 
 def read_fasta(file: Path) -> Iterator[Document]:
-    """A document a record of a FASTA file, plain or gzip: its bases in capitals, without the ends of lines.
+    """Yields a document per record of a plain or gzip FASTA file: bases in upper case, without line breaks.
 
-    Raises ValueError that names the file, and the record, if a record has no bases, if the file does not begin with
-    a record's header, or if its gzip data are damaged or end too early.
+    Raises ValueError for a record without bases, for a file that does not start with the header of a record, and for
+    corrupt or truncated gzip data.
     """
-    with _opened(file) as (lines, raw):
+    with _open(file) as (lines, raw):
         yield from _records(file, lines, raw)
 
 
 def _records(file: Path, lines: Iterable[bytes], raw: IO[bytes]) -> Iterator[Document]:
-    name, parts, begin = "", [], 0
+    name, sequence, start = "", [], 0
 
     def record() -> Document:
-        if not any(parts):
-            raise ValueError(f"{name} has no sequence: add its bases, or remove the record")
-        return Document(name, b"".join(parts).upper(), read=raw.tell() - begin)
+        if not any(sequence):
+            raise ValueError(f"{name} has no sequence; add its bases, or remove the record")
+        return Document(name, b"".join(sequence).upper(), bytes_read=raw.tell() - start, file=file)
 
-    for number, line in enumerate(lines, start=1):
+    for line_number, line in enumerate(lines, start=1):
         if line.startswith(b">"):
             if name:
                 yield record()
-                begin = raw.tell()
+                start = raw.tell()
             title = line[1:].split()
-            name = f"{file}: record {title[0].decode(errors='replace') if title else f'of line {number}'}"
-            parts = []
+            name = f"{file}: record {title[0].decode(errors='replace') if title else f'at line {line_number}'}"
+            sequence = []
         elif name:
-            parts.append(line.strip())
+            sequence.append(line.strip())
         elif line.strip():
-            raise ValueError(f"{file}: line {number} comes before any header, so it is no FASTA: begin with '>name'")
+            problem = f"{file}: line {line_number} precedes the first header, so the file is not FASTA"
+            raise ValueError(f"{problem}; start each record with a line '>name'")
     if not name:
-        raise ValueError(f"{file} holds no record: a FASTA file has '>name' and, below it, the bases")
+        raise ValueError(f"{file} has no record; add a line '>name', followed by lines of bases")
     yield record()

@@ -1,23 +1,24 @@
-"""Text to hide something in, without a download: sentences and words of the Python manual that comes with Python."""
+"""Haystack text for retrieval tasks, without a download: sentences and words from the manual included in Python."""
 
 import re
 from functools import cache
 from random import Random
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
-"""What Mohtashami and Jaggi (arXiv 2305.16300) repeat around a passkey."""
+"""Filler text that Mohtashami and Jaggi (arXiv 2305.16300) repeat around a passkey."""
 
 
 @cache
 def sentences() -> tuple[str, ...]:
-    """Plain sentences without a digit, some 500; other versions of Python have some others."""
-    found = re.split(r"(?<=[.!?]) (?=[A-Z])", _manual())
-    return tuple(dict.fromkeys(each for each in found if re.fullmatch(r"[A-Z][A-Za-z ,;'-]{20,160}\.", each)))
+    """Returns about 500 plain sentences without digits. They depend on the version of Python."""
+    candidates = re.split(r"(?<=[.!?]) (?=[A-Z])", _manual())
+    plain = re.compile(r"[A-Z][A-Za-z ,;'-]{20,160}\.")
+    return tuple(dict.fromkeys(sentence for sentence in candidates if plain.fullmatch(sentence)))
 
 
 @cache
 def words() -> tuple[str, ...]:
-    """Small words of 4 to 9 letters, some 2,000."""
+    """Returns about 2,000 lowercase words of 4 to 9 letters."""
     return tuple(sorted(set(re.findall(r"\b[a-z]{4,9}\b", _manual()))))
 
 
@@ -29,30 +30,30 @@ def _manual() -> str:
 
 
 def prose(random: Random, count: int) -> list[str]:
-    """`count` words of sentences in a random order; none comes twice before all have come once."""
-    found: list[str] = []
-    while len(found) < count:
-        some = random.sample(sentences(), min((count - len(found)) // 5 + 1, len(sentences())))
-        found += " ".join(some).split()
-    return found[:count]
+    """Returns `count` words of sentences in random order. Sentences repeat if `count` is large."""
+    drawn: list[str] = []
+    while len(drawn) < count:
+        sample = random.sample(sentences(), min((count - len(drawn)) // 5 + 1, len(sentences())))
+        drawn += " ".join(sample).split()
+    return drawn[:count]
 
 
 def noise(count: int) -> list[str]:
-    """`count` words of NOISE, again and again."""
-    known = NOISE.split()
-    return [known[number % len(known)] for number in range(count)]
+    """Returns `count` words of NOISE, repeated cyclically."""
+    repeated = NOISE.split()
+    return [repeated[index % len(repeated)] for index in range(count)]
 
 
 def names(random: Random, count: int) -> list[str]:
-    """`count` different words, or pairs of words where there are not as many."""
+    """Returns `count` distinct words, or pairs of words if `count` exceeds half of all words."""
     if count <= len(words()) // 2:
         return random.sample(words(), count)
-    found: dict[str, None] = {}
-    while len(found) < count:
-        found["-".join(random.choices(words(), k=2))] = None
-    return list(found)
+    pairs: dict[str, None] = {}
+    while len(pairs) < count:
+        pairs["-".join(random.choices(words(), k=2))] = None
+    return list(pairs)
 
 
 def numbers(random: Random, count: int, digits: int) -> list[str]:
-    """`count` different numbers of so many digits, the first of them no zero."""
+    """Returns `count` distinct numbers of `digits` digits, without leading zeros."""
     return list(map(str, random.sample(range(10 ** (digits - 1), 10**digits), count)))

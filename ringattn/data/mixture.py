@@ -1,4 +1,4 @@
-"""Rows from several sources in fixed proportions. Which source a row comes from needs none of the rows before it."""
+"""Mixes rows of several sources in fixed proportions. The source of a row does not depend on the preceding rows."""
 
 from fractions import Fraction
 from functools import lru_cache
@@ -6,47 +6,50 @@ from math import gcd, lcm
 
 import numpy as np
 
-_LONGEST = 100_000  # rows in a cycle
-_APART = 2**31  # keeps these draws apart from those that order documents and rows
+_MAX_CYCLE = 100_000  # rows
+_STREAM = 2**31  # part of the seed, so that the draws are independent of those that shuffle documents and rows
 
 
-def counts_of(shares: tuple[float, ...]) -> tuple[int, ...]:
-    """The smallest whole numbers in the proportions of `shares` (each positive): (0.7, 0.3) gives (7, 3).
+def integer_counts(proportions: tuple[float, ...]) -> tuple[int, ...]:
+    """Returns the smallest integers with the ratio of `proportions` (all positive): (0.7, 0.3) gives (7, 3).
 
-    Shares are taken as fractions of a denominator of at most 1,000. Raises ValueError if the numbers add up to more
-    than 100,000, or one is 0.
+    Proportions are rounded to fractions with denominators of at most 1,000. Raises ValueError if the integers sum to
+    more than 100,000, or one is 0.
     """
-    fractions = [Fraction(share).limit_denominator(1000) for share in shares]
-    whole = [int(part * lcm(*(each.denominator for each in fractions))) for part in fractions]
-    counts = tuple(count // gcd(*whole) for count in whole) if any(whole) else (0,)
-    if not all(counts) or sum(counts) > _LONGEST:
-        raise ValueError(f"data.mixture={shares} has no small whole numbers: use some, such as 7 3 for 70% and 30%")
+    fractions = [Fraction(proportion).limit_denominator(1000) for proportion in proportions]
+    integers = [int(fraction * lcm(*(other.denominator for other in fractions))) for fraction in fractions]
+    counts = tuple(integer // gcd(*integers) for integer in integers) if any(integers) else (0,)
+    if not all(counts) or sum(counts) > _MAX_CYCLE:
+        fix = "use integers, such as 7 3 for 70% and 30%"
+        raise ValueError(f"data.mixture={proportions} must be a ratio of small integers; {fix}")
     return counts
 
 
 class Mixture:
-    """Deals rows in cycles of `sum(counts)` rows, in each of which source s has exactly `counts[s]`, in an order
-    drawn from (seed, cycle, stage)."""
+    """Assigns rows to sources in cycles of `sum(counts)` rows.
+
+    Each cycle has exactly `counts[s]` rows of source s, in an order drawn from (seed, cycle, stage).
+    """
 
     def __init__(self, counts: tuple[int, ...], seed: int, stage: int = 0):
         self._counts, self._seed, self._stage = np.array(counts, np.int64), seed, stage
-        self._cycle = lru_cache(maxsize=2)(self._deal)
+        self._cycle = lru_cache(maxsize=2)(self._draw)
 
-    def places(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """For each of `rows` ([B], from 0): the source it comes from, and which row of that source it is, from 0."""
-        cycles, at = np.divmod(rows, self._counts.sum())
-        sources, numbers = np.empty_like(rows), np.empty_like(rows)
+    def locate(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the source of each row in `rows` ([B], from 0), and the index of the row within that source."""
+        cycles, offsets = np.divmod(rows, self._counts.sum())
+        sources, indices = np.empty_like(rows), np.empty_like(rows)
         for cycle in np.unique(cycles):
-            here = cycles == cycle
+            in_cycle = cycles == cycle
             order, rank = self._cycle(int(cycle))
-            sources[here], numbers[here] = order[at[here]], rank[at[here]]
-        return sources, cycles * self._counts[sources] + numbers
+            sources[in_cycle], indices[in_cycle] = order[offsets[in_cycle]], rank[offsets[in_cycle]]
+        return sources, cycles * self._counts[sources] + indices
 
-    def _deal(self, cycle: int) -> tuple[np.ndarray, np.ndarray]:
-        """The cycle's sources in order, and how many rows of the same source come before each in the cycle."""
+    def _draw(self, cycle: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the source of each row of the cycle, and the number of earlier rows of that source in the cycle."""
         order = np.repeat(np.arange(len(self._counts)), self._counts)
         if len(self._counts) > 1:
-            bits = np.random.PCG64([self._seed, cycle, _APART, self._stage])
+            bits = np.random.PCG64([self._seed, cycle, _STREAM, self._stage])
             order = order[np.argsort(np.atleast_1d(bits.random_raw(order.size)), kind="stable")]
         rank = np.empty_like(order)
         for source, count in enumerate(self._counts):

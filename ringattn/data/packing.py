@@ -1,8 +1,8 @@
-"""Documents laid end to end and cut into rows. Any row is computed without the rows before it.
+"""Packing: documents are concatenated and cut into rows. A row does not depend on the preceding rows.
 
-An epoch's stream is the corpus's pieces in that epoch's order; a whole document is `boundary t1 ... tn`. Row i is the
-stream's window of L tokens at i * L. Every token's target is the next one of its own document, which for the last
-token is a boundary.
+The stream of an epoch concatenates the pieces of the corpus in the order of that epoch. A whole document is `boundary
+t1 ... tn`. Row i is the L tokens of the stream that start at i * L. The target of a token is the next token of its
+document; the target of the last token is a boundary.
 """
 
 from typing import NamedTuple
@@ -13,54 +13,54 @@ from ringattn.data.corpus import Corpus
 
 
 class Batch(NamedTuple):
-    """Rows of packed documents, each array [B, L]."""
+    """Rows of packed documents, each array [B, L]. A segment is the part of a document that a row contains."""
 
     tokens: np.ndarray
     """int32."""
     targets: np.ndarray
-    """int32: the token that follows in the document."""
+    """int32: the next token of the document."""
     positions: np.ndarray
-    """int32: place in the piece of a document that lies in this row, from 0."""
+    """int32: position within the segment, from 0."""
     segment_ids: np.ndarray
-    """int32: number of that piece in this row, from 0."""
+    """int32: index of the segment within the row, from 0."""
     weights: np.ndarray
-    """float32: each token's weight in the loss: 1, or 0 where the target is given and not to be learned."""
+    """float32: loss weight of each target; 0 in masked prefixes and for ignored ids, otherwise 1."""
 
 
 class PackedRows:
-    """The rows of `corpus` when its pieces come in `order` ([pieces], a permutation); `seq_len` tokens each.
+    """Rows of `seq_len` tokens from the pieces of `corpus` in `order` ([pieces], a permutation).
 
-    What the end leaves, fewer than `seq_len` tokens, makes no row.
+    The last tokens of the stream, fewer than `seq_len`, are dropped.
     """
 
     def __init__(self, corpus: Corpus, seq_len: int, order: np.ndarray):
-        self._tokens, self._unlearned = corpus.tokens, corpus.unlearned
+        self._tokens, self._ignored_id = corpus.tokens, corpus.ignored_id
         self._seq_len = seq_len
-        self._sources, self._contexts = corpus.starts[order], corpus.contexts[order]
-        # Where each piece begins in the stream, and where the last one ends.
+        self._starts, self._masked_prefixes = corpus.starts[order], corpus.masked_prefixes[order]
+        # Offset of each piece in the stream, then the length of the stream.
         self._bounds = np.concatenate([np.zeros(1, np.int64), np.cumsum(corpus.lengths[order])])
 
     def __len__(self) -> int:
         return int(self._bounds[-1]) // self._seq_len
 
-    def rows(self, numbers: np.ndarray) -> Batch:
-        """The rows `numbers` ([B], from 0) as a batch. Raises IndexError if there is no such row."""
-        if np.any((numbers < 0) | (numbers >= len(self))):
-            raise IndexError(f"rows {numbers} of {len(self)}")
-        first = numbers[:, None] * self._seq_len
-        places = first + np.arange(self._seq_len)
-        pieces = np.searchsorted(self._bounds, places, side="right") - 1
-        begins = self._bounds[pieces]
-        within = places - begins
-        sources = within + self._sources[pieces]
-        targets = self._tokens[sources + 1].astype(np.int32)
-        learned = within >= self._contexts[pieces]
-        if self._unlearned is not None:
-            learned &= targets != self._unlearned
+    def rows(self, indices: np.ndarray) -> Batch:
+        """Returns the rows with `indices` ([B], from 0) as a batch. Raises IndexError for an index out of range."""
+        if np.any((indices < 0) | (indices >= len(self))):
+            raise IndexError(f"row indices {indices} are out of range for {len(self)} rows")
+        row_starts = indices[:, None] * self._seq_len
+        offsets = row_starts + np.arange(self._seq_len)
+        pieces = np.searchsorted(self._bounds, offsets, side="right") - 1
+        piece_starts = self._bounds[pieces]
+        within_piece = offsets - piece_starts
+        token_indices = within_piece + self._starts[pieces]
+        targets = self._tokens[token_indices + 1].astype(np.int32)
+        unmasked = within_piece >= self._masked_prefixes[pieces]
+        if self._ignored_id is not None:
+            unmasked &= targets != self._ignored_id
         return Batch(
-            tokens=self._tokens[sources].astype(np.int32),
+            tokens=self._tokens[token_indices].astype(np.int32),
             targets=targets,
-            positions=(places - np.maximum(begins, first)).astype(np.int32),
+            positions=(offsets - np.maximum(piece_starts, row_starts)).astype(np.int32),
             segment_ids=(pieces - pieces[:, :1]).astype(np.int32),
-            weights=learned.astype(np.float32),
+            weights=unmasked.astype(np.float32),
         )

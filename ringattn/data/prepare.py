@@ -1,94 +1,81 @@
-"""Writes token shards from what data.path names, with a progress bar."""
+"""Tokenizes the documents of data.path and writes token shards, with a progress bar."""
 
 import time
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
 from ringattn.config import Data
 from ringattn.data.corpus import encode
-from ringattn.data.reading import find_tokenizer
+from ringattn.data.dataset import find_tokenizer
 from ringattn.data.shards import are_shards, open_shards, write_shards
-from ringattn.data.sources import read_documents, size_of
+from ringattn.data.sources import read_documents, total_bytes
+from ringattn.runs.progress import Display
 
-_EVERY = 5.0  # seconds between the lines where there is no terminal
+_INTERVAL = 5.0  # seconds between progress lines if the output is not a terminal
 
 
-class Bar:
-    """A live bar on a terminal, plain lines elsewhere."""
+class _Progress:
+    """Reports bytes read and tokens written, as a progress bar on a terminal, otherwise as a line every few seconds."""
 
-    def __init__(self, total: int | None):
-        self._console = Console(highlight=False, soft_wrap=True)
-        columns = (BarColumn(), DownloadColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-        self._live = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
-        self._task = self._live.add_task("", total=total)
-        self._total, self._read, self._tokens = total, 0, 0
-        self._began = self._said = time.monotonic()
+    def __init__(self, display: Display, total: int | None):
+        self._display, self._total = display, total
+        self._read, self._tokens = 0, 0
+        self._started = self._printed = time.monotonic()
 
-    def __enter__(self) -> "Bar":
-        self._live.start()
-        return self
+    def add(self, bytes_read: int, tokens: int) -> None:
+        self._read, self._tokens = self._read + bytes_read, self._tokens + tokens
+        self._display.update(self._read, self._speed())
+        if not self._display.is_terminal and time.monotonic() - self._printed > _INTERVAL:
+            self._printed = time.monotonic()
+            self._display.print(self.summary(self._total))
 
-    def __exit__(self, *_: object) -> None:
-        self._live.stop()
-
-    def add(self, read: int, tokens: int) -> None:
-        """So many bytes more were read, and tokens written."""
-        self._read, self._tokens = self._read + read, self._tokens + tokens
-        self._live.update(self._task, completed=self._read, description=self._speed())
-        if not self._console.is_terminal and time.monotonic() - self._said > _EVERY:
-            self._said = time.monotonic()
-            share = "" if not self._total else f" of {self._total / 1e6:,.1f}"
-            self.say(f"{self._read / 1e6:,.1f}{share} MB read, {self._speed()}")
-
-    def say(self, text: str) -> None:
-        self._console.print(text, markup=False)
+    def summary(self, total: int | None = None) -> str:
+        of_total = f" of {total / 1e6:,.1f}" if total else ""
+        return f"{self._read / 1e6:,.1f}{of_total} MB read, {self._speed()}"
 
     def _speed(self) -> str:
-        seconds = max(time.monotonic() - self._began, 1e-9)
-        return f"{self._tokens:,} tokens, {self._tokens / seconds:,.0f} a second"
-
-    def result(self) -> str:
-        return f"{self._read / 1e6:,.1f} MB read, {self._speed()}"
+        seconds = max(time.monotonic() - self._started, 1e-9)
+        return f"{self._tokens:,} tokens, {self._tokens / seconds:,.0f} per second"
 
 
 def prepare(data: Data, output: str) -> None:
-    """Writes shards of all that `data.path` names to the new folder `output`; says so if they are there already.
+    """Writes shards of the documents of `data.path` to the new directory `output`, or verifies existing shards.
 
-    Raises ValueError if `output` holds something else, if the data cannot be read, or if it cannot write.
+    Raises ValueError if `output` exists with other content, if the data cannot be read, or if writing fails.
     """
     if isinstance(data.path, tuple):
-        each = "write each to a folder of its own, and train with --data.path FOLDER FOLDER"
-        raise ValueError(f"data.path={data.path} names several: {each}")
-    folder = Path(output).expanduser()
-    if not folder.name:
-        raise ValueError(f"--output {output!r} must name a folder to be written, such as --output shards")
+        fix = "write each path to its own directory, and train with --data.path DIRECTORY DIRECTORY"
+        raise ValueError(f"data.path={data.path} must be a single path; {fix}")
+    directory = Path(output).expanduser()
+    if not directory.name:
+        raise ValueError(f"--output {output!r} must name a directory, such as --output shards")
     if are_shards(data.path):
-        raise ValueError(f"data.path={data.path!r} holds shards already: give it to scripts/train.py as it is")
-    if folder.exists():
-        _check_same(folder, data)
-        print(f"nothing to do: {folder} is there already, and whole")
+        raise ValueError(f"data.path={data.path!r} already contains shards; pass it to scripts/train.py")
+    if directory.exists():
+        _check_same(directory, data)
+        print(f"nothing to do: {directory} already contains these shards, complete and unchanged")
         return
     source = Path(data.path).expanduser().resolve()
-    if source.is_dir() and folder.resolve().is_relative_to(source):
-        where = f"--output {folder} lies inside data.path={data.path!r}, whose text it would become"
-        raise ValueError(f"{where}: choose a folder beside it")
+    if source.is_dir() and directory.resolve().is_relative_to(source):
+        problem = f"--output {directory} is inside data.path={data.path!r}, which would then contain its own shards"
+        raise ValueError(f"{problem}; choose a directory outside it")
     tokenizer = find_tokenizer(data)
     video = tokenizer.name == "video"
-    with Bar(size_of(data.path, video)) as bar:
-        write_shards(folder, encode(read_documents(data.path, video), tokenizer), tokenizer, data, bar.add)
-        bar.say(f"{folder}: {bar.result()}")
+    total = total_bytes(data.path, video)
+    with Display(total, in_bytes=True, every_process=True) as display:
+        progress = _Progress(display, total)
+        write_shards(directory, encode(read_documents(data.path, video), tokenizer), tokenizer, data, progress.add)
+        display.print(f"{directory}: {progress.summary()}")
 
 
-def _check_same(folder: Path, data: Data) -> None:
-    cure = "choose another --output, or remove it"
-    if not are_shards(str(folder)):
-        raise ValueError(f"--output {folder} is there already, and holds no shards: {cure}")
-    shards = open_shards(folder)
+def _check_same(directory: Path, data: Data) -> None:
+    """Raises ValueError unless `directory` contains the shards that `data` would produce."""
+    fix = "choose another --output, or remove the directory"
+    if not are_shards(str(directory)):
+        raise ValueError(f"--output {directory} exists but contains no shards; {fix}")
+    shards = open_shards(directory)
     if shards.path != data.path:
-        raise ValueError(f"--output {folder} holds shards of {shards.path!r}: {cure}")
+        raise ValueError(f"--output {directory} contains shards of data.path={shards.path!r}; {fix}")
     shards.check(find_tokenizer(data, [shards]), data)
-    now = [document.digest for document in read_documents(shards.path, video=shards.tokenizer == "video")]
-    if now != shards.digests():
-        raise ValueError(f"{data.path!r} is not what {folder} was made from, it was changed since: {cure}")
+    digests = [document.digest for document in read_documents(shards.path, video=shards.tokenizer == "video")]
+    if digests != shards.digests():
+        raise ValueError(f"data.path={data.path!r} has changed since the shards in {directory} were written; {fix}")

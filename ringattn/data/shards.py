@@ -1,8 +1,8 @@
-"""Tokens in files: written once, checked when opened, then mapped into memory, never loaded as a whole.
+"""Token shards: files of tokens, written once, verified when opened, then memory-mapped instead of loaded.
 
-A folder holds index.json (what the shards are, with the length and the SHA-256 of every other file), shard-00000.bin
-and so on (tokens, little-endian, end to end as in a Corpus), documents.npy (each document's length, given targets
-and digest), and what the tokenizer needs. Shards end anywhere, also within a document.
+A directory of shards contains index.json (metadata, and the length and SHA-256 of every other file), shard-00000.bin
+and so on (the tokens of a Corpus, little-endian), documents.npy (the length, masked prefix and digest of each document)
+and the files of the tokenizer. A document can span several shards.
 """
 
 import hashlib
@@ -11,152 +11,161 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import Progress
 
 from ringattn.config import Data
-from ringattn.data.corpus import Corpus, Encoded, ShardedTokens
+from ringattn.data.corpus import Corpus, EncodedDocument, ShardedTokens
 from ringattn.data.tokenizer import Tokenizer
 from ringattn.data.video import as_npy, read_npy
+from ringattn.runs.progress import Display
 
 FORMAT = "ringattn shards 1"
 SHARD_TOKENS = 2**27
-_DOCUMENT = np.dtype([("length", "<i8"), ("given", "<i8"), ("digest", "u1", (32,))])
+_DOCUMENT = np.dtype([("length", "<i8"), ("given", "<i8"), ("digest", "u1", (32,))])  # given: masked prefix
 _TYPES = {"uint8": "u1", "uint16": "<u2", "int32": "<i4"}
-_PIECE = 2**24  # bytes that are hashed at a time
-_LARGE = 2**30  # bytes from which it is said that they are checked
+_CHUNK = 2**24  # bytes hashed at a time
+_LARGE = 2**30  # bytes; verification of larger shards shows its progress
+_FIX = "remove the directory and write it again with scripts/prepare.py"
 
-Told = Callable[[int, int], None]
-"""Is told how many bytes were read, and how many tokens written, since it was last told."""
+OnProgress = Callable[[int, int], None]
+"""Called with the number of bytes read and of tokens written since the last call."""
 
 
 @dataclass(frozen=True)
 class Shards:
-    """An opened folder of shards, whose files are whole."""
+    """An opened and verified directory of shards."""
 
-    folder: Path
+    directory: Path
     tokenizer: str
-    """The tokenizer's name."""
+    """Name of the tokenizer."""
     fingerprint: str
-    """The tokenizer's fingerprint."""
+    """Fingerprint of the tokenizer."""
     size: int
-    """Ids that it has; all tokens are below."""
+    """Vocabulary size of the tokenizer; all tokens are smaller."""
     validation: float | None
-    """The share that was held out when the codebook was learned; None if nothing was learned."""
+    """Fraction held out when the codebook was learned; None for tokenizers without a codebook."""
     path: str
-    """The data.path they were made from."""
+    """data.path of the source."""
     tokens: ShardedTokens
     documents: np.ndarray
-    """[documents] of _DOCUMENT."""
+    """[documents], of dtype _DOCUMENT."""
 
     def corpus(self, tokenizer: Tokenizer) -> Corpus:
         lengths = self.documents["length"].astype(np.int64)
-        contexts = self.documents["given"].astype(np.int64)
-        return Corpus(self.tokens, np.cumsum(lengths) - lengths, lengths, contexts, tokenizer.unlearned)
+        masked_prefixes = self.documents["given"].astype(np.int64)
+        return Corpus(self.tokens, np.cumsum(lengths) - lengths, lengths, masked_prefixes, tokenizer.ignored_id)
 
     def digests(self) -> list[bytes]:
         return [digest.tobytes() for digest in self.documents["digest"]]
 
     def check(self, tokenizer: Tokenizer, data: Data) -> None:
-        """Raises ValueError unless the shards are those that `tokenizer` makes."""
+        """Raises ValueError unless the shards were written with `tokenizer` and the held-out fraction of `data`."""
         if self.fingerprint == tokenizer.fingerprint and self.size != tokenizer.size:
-            raise ValueError(f"{self.folder} is said to hold {self.size} ids of {tokenizer.size}: {_CURE}")
+            sizes = f"lists a vocabulary of {self.size} ids, but its tokenizer has {tokenizer.size}"
+            raise ValueError(f"{self.directory / 'index.json'} {sizes}; {_FIX}")
         if self.fingerprint != tokenizer.fingerprint:
-            same = "another one of that kind: name the file that they were made with"
-            other = f"{self.tokenizer!r}: use --data.tokenizer {self.tokenizer}"
-            found = same if self.tokenizer == tokenizer.name else other
-            raise ValueError(f"data.tokenizer={data.tokenizer!r}, but {self.folder} holds tokens of {found}")
+            kind, value = repr(self.tokenizer), self.tokenizer
+            if self.tokenizer == tokenizer.name:
+                kind = f"another tokenizer of kind {kind}"
+            if self.tokenizer == "file":
+                value = str(self.directory / "tokenizer.json")
+            fix = f"use --data.tokenizer {value}"
+            if self.tokenizer == tokenizer.name == "video":
+                fix = f"use --data.tokenizer {self.directory / 'codebook.npy'} and the data.frame_size of the shards"
+            raise ValueError(f"data.tokenizer={data.tokenizer!r}, but {self.directory} has tokens of {kind}; {fix}")
         if self.validation not in (None, data.validation):
-            cure = f"use --data.validation {self.validation}, or write the shards anew"
             raise ValueError(
-                f"data.validation={data.validation}, but the codebook of {self.folder} was learned "
-                f"with {self.validation} held out: {cure}"
+                f"data.validation={data.validation} must be {self.validation}, the fraction held out when the codebook "
+                f"of {self.directory} was learned; use --data.validation {self.validation}, or write the shards again"
             )
 
 
 def are_shards(path: str) -> bool:
-    """Whether `path` is a folder of shards, whole or not."""
-    folder = Path(path).expanduser()
+    """Returns True if `path` is a directory of shards, even if incomplete."""
+    directory = Path(path).expanduser()
+    index = directory / "index.json"
     try:
-        if any((folder / name).is_file() for name in ("documents.npy", "shard-00000.bin")):
+        if any((directory / name).is_file() for name in ("documents.npy", "shard-00000.bin")):
             return True
-        return (folder / "index.json").is_file() and FORMAT.encode() in (folder / "index.json").read_bytes()[:200]
+        return index.is_file() and FORMAT.encode() in index.read_bytes()[:200]
     except OSError:
-        return False  # it is said where it is read as text
+        return False  # read_documents reports the error
 
 
 def write_shards(
-    folder: Path,
-    encoded: Iterable[Encoded],
+    directory: Path,
+    encoded: Iterable[EncodedDocument],
     tokenizer: Tokenizer,
     data: Data,
-    told: Told,
+    on_progress: OnProgress,
     shard_tokens: int = SHARD_TOKENS,
 ) -> None:
-    """Writes the documents to `folder`, which must not exist; it is there entirely or not at all.
+    """Writes the documents atomically to `directory`, which must not exist.
 
-    Raises ValueError as reading the documents does, and if it cannot write.
+    Raises ValueError if a document cannot be read or if writing fails.
     """
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))
     except OSError as error:
-        raise ValueError(f"cannot write to {folder} ({error.strerror}): choose another --output") from error
+        raise ValueError(f"cannot write to {directory} ({error.strerror}); choose another --output") from error
     try:
-        unfinished.chmod(0o755)
-        writer = _Writer(unfinished, shard_tokens)
+        temporary.chmod(0o755)
+        writer = _Writer(temporary, shard_tokens)
         for document in encoded:
             writer.add(document)
-            told(document.read, document.tokens.size)
+            on_progress(document.bytes_read, document.tokens.size)
         writer.finish(tokenizer, data)
-        os.rename(unfinished, folder)
+        os.rename(temporary, directory)
     except OSError as error:
-        raise ValueError(f"cannot write to {folder} ({error.strerror}): choose another --output") from error
+        raise ValueError(f"cannot write to {directory} ({error.strerror}); choose another --output") from error
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 class _Writer:
-    def __init__(self, folder: Path, shard_tokens: int):
-        self._folder, self._shard_tokens = folder, shard_tokens
+    """Writes each shard when it is full, then documents.npy, the files of the tokenizer and index.json."""
+
+    def __init__(self, directory: Path, shard_tokens: int):
+        self._directory, self._shard_tokens = directory, shard_tokens
         self._files: list[dict[str, Any]] = []
         self._documents: list[tuple[int, int, bytes]] = []
         self._pending: list[np.ndarray] = []
-        self._type, self._held = np.dtype(np.uint8), 0
+        self._type, self._pending_tokens = np.dtype(np.uint8), 0
 
-    def add(self, document: Encoded) -> None:
+    def add(self, document: EncodedDocument) -> None:
         self._type = document.tokens.dtype
-        self._documents.append((document.tokens.size, document.context, document.digest))
+        self._documents.append((document.tokens.size, document.masked_prefix, document.digest))
         self._pending.append(document.tokens)
-        self._held += document.tokens.size
-        if self._held > self._shard_tokens:
-            whole = np.concatenate(self._pending)
-            begins = range(0, self._held, self._shard_tokens)
-            for begin in begins[:-1]:
-                self._shard(whole[begin : begin + self._shard_tokens])
-            self._pending = [whole[begins[-1] :]]
-            self._held -= begins[-1]
+        self._pending_tokens += document.tokens.size
+        if self._pending_tokens > self._shard_tokens:
+            tokens = np.concatenate(self._pending)
+            starts = range(0, tokens.size, self._shard_tokens)
+            for start in starts[:-1]:
+                self._write_shard(tokens[start : start + self._shard_tokens])
+            self._pending = [tokens[starts[-1] :]]
+            self._pending_tokens -= starts[-1]
 
-    def _shard(self, tokens: np.ndarray) -> None:
+    def _write_shard(self, tokens: np.ndarray) -> None:
         name = f"shard-{sum(file['name'].startswith('shard') for file in self._files):05}.bin"
         self._write(name, tokens.astype(_TYPES[tokens.dtype.name]).tobytes(), tokens=tokens.size)
 
-    def _write(self, name: str, content: bytes, **more: int) -> None:
-        with (self._folder / name).open("wb") as file:
+    def _write(self, name: str, content: bytes, **counts: int) -> None:
+        with (self._directory / name).open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         entry = {"name": name, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-        self._files.append(entry | more)
+        self._files.append(entry | counts)
 
     def finish(self, tokenizer: Tokenizer, data: Data) -> None:
-        self._shard(np.concatenate([*self._pending, np.array([tokenizer.boundary], self._type)]))
+        self._write_shard(np.concatenate([*self._pending, np.array([tokenizer.boundary], self._type)]))
         documents = np.zeros(len(self._documents), _DOCUMENT)
         for name, values in zip(("length", "given"), list(zip(*self._documents, strict=True))[:2], strict=True):
             documents[name] = values
@@ -173,78 +182,86 @@ class _Writer:
             "path": data.path,
             "files": self._files,
         }
-        (self._folder / "index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        (self._directory / "index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def open_shards(folder: Path) -> Shards:
-    """Opens what `write_shards` wrote, after it has read all of it to compare lengths and SHA-256.
+def open_shards(directory: Path) -> Shards:
+    """Opens shards written by `write_shards`, after verifying the length and SHA-256 of every file.
 
-    Raises ValueError that names the file which is missing, was changed or cut off, or says what it must not.
+    Raises ValueError with the file that is missing, truncated, changed or invalid.
     """
-    path = folder / "index.json"
+    path = directory / "index.json"
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
         if index["format"] != FORMAT:
-            raise ValueError(f"its format is {index['format']!r}, not {FORMAT!r}")
-        kind, sizes = np.dtype(_TYPES[index["dtype"]]), int(index["tokenizer"]["size"])
+            raise ValueError(f"format={index['format']!r} must be {FORMAT!r}")
+        dtype, size = np.dtype(_TYPES[index["dtype"]]), int(index["tokenizer"]["size"])
         name, fingerprint = str(index["tokenizer"]["name"]), str(index["tokenizer"]["fingerprint"])
         validation = None if index["validation"] is None else float(index["validation"])
-        files, made_from = list(map(_entry, index["files"])), str(index["path"])
+        files, data_path = list(map(_entry, index["files"])), str(index["path"])
     except (OSError, ValueError, TypeError, LookupError, RecursionError, OverflowError) as error:
-        raise ValueError(f"{path} is no index of shards ({type(error).__name__}: {error}): {_CURE}") from error
-    _verify(folder, files)
+        raise ValueError(f"{path} is not a valid index ({type(error).__name__}: {error}); {_FIX}") from error
+    _verify(directory, files)
     shards = []
     for file in files:
         if "tokens" in file:
             tokens = None
-            if file["bytes"] == file["tokens"] * kind.itemsize > 0:
-                tokens = np.memmap(folder / file["name"], kind, "r")
-            if tokens is None or tokens.max() >= sizes or tokens.min() < 0:
-                raise ValueError(f"{folder / file['name']} holds other tokens than {path} says: {_CURE}")
+            if file["bytes"] == file["tokens"] * dtype.itemsize > 0:
+                tokens = np.memmap(directory / file["name"], dtype, "r")
+            if tokens is None or tokens.max() >= size or tokens.min() < 0:
+                raise ValueError(f"{directory / file['name']} does not contain the tokens listed in {path}; {_FIX}")
             shards.append(tokens)
-    documents = read_npy(folder / "documents.npy")
+    documents = read_npy(directory / "documents.npy")
     listed = {file["name"] for file in files} >= {"documents.npy"} and documents.dtype == _DOCUMENT
-    if not listed or documents.ndim != 1 or not shards or not _fit(documents, sum(part.size for part in shards)):
-        raise ValueError(f"{folder / 'documents.npy'} does not go with the shards beside it: {_CURE}")
+    total = sum(shard.size for shard in shards)
+    if not listed or documents.ndim != 1 or not shards or not _documents_fit(documents, total):
+        raise ValueError(f"{directory / 'documents.npy'} does not match the shards; {_FIX}")
     joined = hashlib.sha256("".join(file["sha256"] for file in files).encode()).hexdigest()
-    return Shards(folder, name, fingerprint, sizes, validation, made_from, ShardedTokens(shards, joined), documents)
-
-
-_CURE = "remove the folder and write it anew by scripts/prepare.py"
+    return Shards(directory, name, fingerprint, size, validation, data_path, ShardedTokens(shards, joined), documents)
 
 
 def _entry(file: Any) -> dict[str, Any]:
-    if not re.fullmatch(r"[\w-]+\.\w+", file["name"]):  # a name, not a path
-        raise ValueError(f"{file['name']!r} is no name of a file")
+    """Returns the validated index entry of a file. Raises exceptions that `open_shards` catches."""
+    if not re.fullmatch(r"[\w-]+\.\w+", file["name"]):  # a path could point outside the directory
+        raise ValueError(f"{file['name']!r} is not a plain file name")
     counts = {name: int(file[name]) for name in ("bytes", "tokens") if name in file}
     if not all(0 <= count < 2**63 for count in counts.values()):
-        raise ValueError(f"{file['name']!r} is said to have {counts}")
+        raise ValueError(f"{file['name']!r} has counts out of range: {counts}")
     return {"name": str(file["name"]), "sha256": str(file["sha256"]), "bytes": 0} | counts
 
 
-def _verify(folder: Path, files: list[dict[str, Any]]) -> None:
-    """Reads all files, with a bar on a terminal if there is much to read."""
-    total, console = sum(file["bytes"] for file in files), Console(highlight=False, soft_wrap=True)
-    if total >= _LARGE:
-        console.print(f"checking {total / 1e9:,.1f} GB of shards in {folder}", markup=False)
-    with Progress(console=console, transient=True, disable=total < _LARGE or not console.is_terminal) as bar:
-        task = bar.add_task("", total=total)
+def _verify(directory: Path, files: list[dict[str, Any]]) -> None:
+    """Verifies the length and SHA-256 of all files. Shows progress for large shards."""
+    total, done = sum(file["bytes"] for file in files), 0
+    large = total >= _LARGE
+    with Display(total, in_bytes=True, every_process=True) if large else nullcontext() as display:
+        if display:
+            display.print(f"verifying {total / 1e9:,.1f} GB of shards in {directory}")
         for file in files:
-            path, digest = folder / file["name"], hashlib.sha256()
-            try:
-                if path.stat().st_size != file["bytes"]:
-                    raise ValueError(f"{path} has {path.stat().st_size} bytes instead of {file['bytes']}: {_CURE}")
-                with path.open("rb") as stream:
-                    while piece := stream.read(_PIECE):
-                        digest.update(piece)
-                        bar.advance(task, len(piece))
-            except OSError as error:
-                raise ValueError(f"{path} cannot be read ({error.strerror}): put it back, or {_CURE}") from error
+            path, digest = directory / file["name"], hashlib.sha256()
+            for chunk in _chunks(path, file["bytes"]):
+                digest.update(chunk)
+                done += len(chunk)
+                if display:
+                    display.update(done)
             if digest.hexdigest() != file["sha256"]:
-                raise ValueError(f"{path} was changed since it was written: put it back, or {_CURE}")
+                raise ValueError(f"{path} has changed since it was written; restore it, or {_FIX}")
 
 
-def _fit(documents: np.ndarray, tokens: int) -> bool:
-    lengths, contexts = documents["length"], documents["given"]
-    inside = np.all((lengths >= 1) & (lengths <= tokens) & (contexts >= 0) & (contexts < lengths))
-    return bool(documents.size and inside and sum(map(int, lengths)) == tokens - 1)
+def _chunks(path: Path, size: int) -> Iterator[bytes]:
+    """Yields the content of a file in chunks. Raises ValueError unless it has `size` bytes."""
+    try:
+        if path.stat().st_size != size:
+            raise ValueError(f"{path} has {path.stat().st_size} bytes instead of {size}; {_FIX}")
+        with path.open("rb") as stream:
+            while chunk := stream.read(_CHUNK):
+                yield chunk
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}); restore it, or {_FIX}") from error
+
+
+def _documents_fit(documents: np.ndarray, tokens: int) -> bool:
+    """Returns True if the document lengths are valid and sum to `tokens`, including one final boundary."""
+    lengths, masked_prefixes = documents["length"], documents["given"]
+    valid = np.all((lengths >= 1) & (lengths <= tokens) & (masked_prefixes >= 0) & (masked_prefixes < lengths))
+    return bool(documents.size and valid and sum(map(int, lengths)) == tokens - 1)

@@ -1,4 +1,4 @@
-"""Where data comes from: a file, a folder, a glob, or Python's own standard library. A document is a name and bytes."""
+"""Sources of documents: a file, a directory, a glob, or Python's standard library."""
 
 import glob
 import logging
@@ -8,50 +8,49 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
-from ringattn.data.formats import VIDEO, Document, reader
+from ringattn.data.formats import VIDEO, Document, reader_for
 
 STDLIB = "stdlib"
-# Tests say little that is new; pydoc_data holds the topics, which are documents of their own; lib2to3 is gone in 3.13.
+# Excludes tests, which repeat much; pydoc_data, whose topics are added as documents; lib2to3, absent in Python 3.13.
 _NOT_STDLIB = frozenset({"test", "tests", "idle_test", "lib2to3", "pydoc_data", "site-packages", "dist-packages"})
 
 _log = logging.getLogger(__name__)
 
 
 def read_documents(path: str, video: bool = False) -> Iterator[Document]:
-    """The documents of `path`, in an order that depends on their names alone; empty ones are left out.
+    """Yields the non-empty documents of `path`, in an order that depends only on their names.
 
-    `path` is a file, a folder (with all that lies below it but hidden names and linked folders), a glob (`**`
-    spans folders; files only), or 'stdlib' (a folder of that name is './stdlib'). What .jsonl, .parquet and FASTA
-    files hold is said in `formats`; any other file is one document. Of a folder or a glob, files that are not text
-    (with `video`: not called like a video) are counted in a warning of the log.
+    `path` is a file, a directory (read recursively, without hidden names and symbolic links to directories), a glob
+    (`**` spans directories; matches files only), or 'stdlib' (use './stdlib' for a directory of that name). JSONL,
+    Parquet and FASTA files contain many documents, see `formats`; any other file is one document. In a directory or a
+    glob, files that are not text (with `video`: files without a video suffix) are skipped with a warning.
 
-    Raises ValueError, some of it only once the documents are read: if there is no such path, if it cannot be read, if
-    a named file is not text, if a document is bad (names it), or if nothing is left.
+    Raises ValueError, possibly during iteration, if `path` does not exist or cannot be read, if it is a file that is
+    not text, if a document is invalid, or if all documents are empty.
     """
-    found = False
+    empty = True
     try:
         for document in _standard_library() if path == STDLIB and not video else _read(path, video):
             if document.content:
-                found = True
+                empty = False
                 yield document
     except OSError as error:
-        place = f" {error.filename!r}" if error.filename is not None else ""
-        cure = "check its permissions, or name other text"
-        raise ValueError(f"data.path={path!r}: cannot read{place} ({error.strerror}): {cure}") from error
-    if not found:
-        raise ValueError(f"data.path={path!r} holds no {_kind(video)}: name a non-empty file, a folder or glob of them")
+        file = f" {error.filename!r}" if error.filename is not None else ""
+        fix = "check its permissions, or use another path"
+        raise ValueError(f"data.path={path!r}: cannot read{file} ({error.strerror}); {fix}") from error
+    if empty:
+        kind = "video" if video else "text"
+        raise ValueError(
+            f"data.path={path!r} has no {kind}; use a non-empty file, or a directory or glob that contains one"
+        )
 
 
-def size_of(path: str, video: bool = False) -> int | None:
-    """How many bytes `read_documents` will read, or None if that is not known beforehand."""
+def total_bytes(path: str, video: bool = False) -> int | None:
+    """Returns the number of bytes that `read_documents` reads, or None if unknown."""
     try:
         return None if path == STDLIB else sum(file.stat().st_size for file in _find(path, video))
     except OSError:
-        return None  # it is said where the file is read
-
-
-def _kind(video: bool) -> str:
-    return "video" if video else "text"
+        return None  # read_documents reports the error
 
 
 def _standard_library() -> Iterator[Document]:
@@ -60,51 +59,52 @@ def _standard_library() -> Iterator[Document]:
     root = Path(sysconfig.get_path("stdlib"))
     for file in _files(root, _NOT_STDLIB):
         if file.suffix == ".py":
-            yield _whole(file, f"{STDLIB}/{file.relative_to(root).as_posix()}", file.read_bytes())
+            yield _document(f"{STDLIB}/{file.relative_to(root).as_posix()}", file.read_bytes())
     for name, text in sorted(topics.items()):
-        yield Document(f"{STDLIB}/topics/{name}", text.encode(), read=len(text))
+        yield _document(f"{STDLIB}/topics/{name}", text.encode())
 
 
-def _whole(file: Path, name: str, content: bytes) -> Document:
-    return Document(name, content, read=len(content))
+def _document(name: str, content: bytes) -> Document:
+    return Document(name, content, bytes_read=len(content))
 
 
 def _find(path: str, video: bool) -> list[Path]:
-    """The files that `path` names, in order, whether or not they can serve."""
-    place = Path(os.path.expanduser(path))
-    if place.is_file():
-        return [place]
-    if path and place.is_dir():
-        found = _files(place)
-    elif any(sign in path for sign in "*?["):
-        matches = (Path(match) for match in glob.glob(str(place), recursive=True))
-        found = sorted((match for match in matches if not match.is_dir()), key=Path.as_posix)
+    """Returns the files of `path` in order, of any type."""
+    location = Path(os.path.expanduser(path))
+    if location.is_file():
+        return [location]
+    if path and location.is_dir():
+        files = _files(location)
+    elif any(char in path for char in "*?["):
+        matches = (Path(match) for match in glob.glob(str(location), recursive=True))
+        files = sorted((match for match in matches if not match.is_dir()), key=Path.as_posix)
     else:
-        cure = f"name a file, a folder, a glob or {STDLIB!r}; relative paths start at {os.getcwd()}"
-        raise ValueError(f"data.path={path!r} is neither a file nor a folder: {cure}")
-    if not found:
-        raise ValueError(f"data.path={path!r} finds no file: put {_kind(video)} files there, or name other text")
-    return found
+        fix = f"use a file, a directory, a glob or {STDLIB!r} (relative paths start at {os.getcwd()})"
+        raise ValueError(f"data.path={path!r} is neither a file nor a directory; {fix}")
+    if not files:
+        kind = "video" if video else "text"
+        raise ValueError(f"data.path={path!r} matches no file; add {kind} files, or use another path")
+    return files
 
 
 def _read(path: str, video: bool) -> Iterator[Document]:
     files, skipped = _find(path, video), 0
-    named = Path(os.path.expanduser(path)).is_file()
+    single = Path(os.path.expanduser(path)).is_file()
     for file in files:
-        if not named and not file.is_file():
+        if not single and not file.is_file():
             skipped += 1
         elif video:
-            if named or file.suffix.lower() in VIDEO:
-                yield _whole(file, str(file), file.read_bytes())
+            if single or file.suffix.lower() in VIDEO:
+                yield _document(str(file), file.read_bytes())
             else:
                 skipped += 1
-        elif (read := reader(file)) is not None:
+        elif (read := reader_for(file)) is not None:
             yield from read(file)
         elif (content := _text(file)) is not None:
-            yield _whole(file, str(file), content)
-        elif named:
-            cure = "use --data.tokenizer video" if file.suffix.lower() in VIDEO else "convert it to UTF-8"
-            raise ValueError(f"data.path={path!r} holds NUL bytes, so it is not plain text: {cure}")
+            yield _document(str(file), content)
+        elif single:
+            fix = "use --data.tokenizer video" if file.suffix.lower() in VIDEO else "convert it to UTF-8"
+            raise ValueError(f"data.path={path!r} contains NUL bytes, so it is not plain text; {fix}")
         else:
             skipped += 1
     if skipped:
@@ -112,14 +112,15 @@ def _read(path: str, video: bool) -> Iterator[Document]:
         _log.warning("data.path=%r: skipped %d of %d files that are not %s", path, skipped, len(files), kind)
 
 
-def _files(folder: Path, skipped: frozenset[str] = frozenset()) -> list[Path]:
-    found = []
-    for root, folders, names in os.walk(folder, onerror=_raise):
-        folders[:] = [name for name in folders if not name.startswith(".") and name not in skipped]
-        # A linked folder may lead back here, so it is not entered; it is listed, so that it counts as skipped.
-        linked = [name for name in folders if os.path.islink(os.path.join(root, name))]
-        found += [Path(root, name) for name in names + linked if not name.startswith(".")]
-    return sorted(found, key=Path.as_posix)
+def _files(directory: Path, excluded: frozenset[str] = frozenset()) -> list[Path]:
+    """Returns all files below `directory`, sorted, without hidden names and `excluded` directories."""
+    files = []
+    for root, directories, names in os.walk(directory, onerror=_raise):
+        directories[:] = [name for name in directories if not name.startswith(".") and name not in excluded]
+        # os.walk does not follow linked directories, which can form cycles. Listed as files, they count as skipped.
+        linked = [name for name in directories if os.path.islink(os.path.join(root, name))]
+        files += [Path(root, name) for name in names + linked if not name.startswith(".")]
+    return sorted(files, key=Path.as_posix)
 
 
 def _raise(error: OSError) -> NoReturn:
@@ -127,7 +128,7 @@ def _raise(error: OSError) -> NoReturn:
 
 
 def _text(file: Path) -> bytes | None:
-    """The file's content, or None if it is not text; a large binary file is not read to its end."""
+    """Returns the content of the file, or None if it is not text. Reads only the first 8 KiB of most binary files."""
     with file.open("rb") as stream:
         start = stream.read(8192)
         content = start if b"\0" in start else start + stream.read()

@@ -1,8 +1,8 @@
-"""Retrieval tasks: a long text, a question about something that is hidden in it, and the answer that follows.
+"""Retrieval tasks: a long text (the haystack) with inserted facts (the needles), a question about them, and the answer.
 
-What is hidden, how much of it, and how it is asked for follows the published definitions; the wording is short, so that
-a model whose tokens are bytes has room, and the haystack comes with Python. The answer is given and scored, so where a
-definition asks for a set, the question says in which order.
+Needles and questions follow the published definitions. The wording is shorter, so that a task fits in few byte tokens,
+and the haystack is text included in Python. The answer is scored with teacher forcing, not sampled, so the question
+fixes an order where a definition asks for a set.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ringattn.data.corpus import Encoded, shared
+from ringattn.data.corpus import EncodedDocument, common_prefix
 from ringattn.data.haystack import names, noise, numbers, prose
 from ringattn.data.tokenizer import Tokenizer
 
@@ -20,47 +20,48 @@ from ringattn.data.tokenizer import Tokenizer
 class Passage(NamedTuple):
     text: str
     question: str
-    """The text's continuation; it ends where the answer begins."""
+    """Appended to the text; ends where the first answer starts."""
     answers: tuple[str, ...]
-    """What follows, one after another."""
+    """Appended to the question, one after another."""
 
 
 Make = Callable[[Random, int, float], Passage]
-"""(random, units of haystack, depth of what is asked for, from 0 to 1) -> a passage; for equal `random` the same."""
+"""(random, units of haystack, depth of the queried needle from 0 to 1) -> passage; deterministic for equal `random`."""
 
 
-def _hidden(units: list[str], needles: list[tuple[float, str]], join: str = " ") -> str:
-    """The haystack's units with each needle after a share of them, its depth.
+def _hide(units: list[str], needles: list[tuple[float, str]], join: str = " ") -> str:
+    """Joins the units of the haystack, with each needle inserted at its depth, a fraction of the units.
 
-    Where units are words, it is moved to the end of a sentence if one is near: within 2 % of the haystack.
+    In prose, a needle moves to the end of the sentence if that is within 2% of the haystack.
     """
-    inserts = [(_place(units, round(depth * len(units)), join), needle) for depth, needle in needles]
-    parts = list(units)
-    # From the end, so that places hold, and those of one place stay in order.
-    for place, needle in sorted(inserts, key=lambda insert: insert[0])[::-1]:
-        parts.insert(place, needle)
-    return join.join(parts)
+    inserts = [(_insert_index(units, round(depth * len(units)), join), needle) for depth, needle in needles]
+    text = list(units)
+    # Insert from the end, so that earlier indices stay valid and needles with equal index keep their order.
+    for index, needle in sorted(inserts, key=lambda insert: insert[0])[::-1]:
+        text.insert(index, needle)
+    return join.join(text)
 
 
-def _place(units: list[str], place: int, join: str) -> int:
-    near = range(place, min(place + len(units) // 50, len(units)) + 1) if join == " " else ()
-    return next((end for end in near if end in (0, len(units)) or units[end - 1].endswith(".")), place)
+def _insert_index(units: list[str], index: int, join: str) -> int:
+    near = range(index, min(index + len(units) // 50, len(units)) + 1) if join == " " else ()
+    return next((end for end in near if end in (0, len(units)) or units[end - 1].endswith(".")), index)
 
 
 def _depths(random: Random, count: int) -> list[float]:
-    """From the beginning to the end."""
+    """Returns `count` random depths, sorted."""
     return sorted(random.random() for _ in range(count))
 
 
 def _listed(answers: list[str]) -> tuple[str, ...]:
-    return tuple(f" {each}" if number == 0 else f", {each}" for number, each in enumerate(answers))
+    """Returns the answers, each prefixed with its separator."""
+    return tuple(f" {answer}" if index == 0 else f", {answer}" for index, answer in enumerate(answers))
 
 
 def passkey(random: Random, units: int, depth: float) -> Passage:
-    """A number in repeated noise (Mohtashami and Jaggi, arXiv 2305.16300)."""
+    """A number in repeated filler text (Mohtashami and Jaggi, arXiv 2305.16300)."""
     (key,) = numbers(random, 1, 5)
     needle = f"The pass key is {key}. Remember it. {key} is the pass key."
-    return Passage(_hidden(noise(units), [(depth, needle)]), "\nThe pass key is", (f" {key}",))
+    return Passage(_hide(noise(units), [(depth, needle)]), "\nThe pass key is", (f" {key}",))
 
 
 def _magic(key: str, value: str) -> str:
@@ -68,99 +69,99 @@ def _magic(key: str, value: str) -> str:
 
 
 def needle(random: Random, units: int, depth: float) -> Passage:
-    """A needle in a haystack of prose (Kamradt 2023), as a number of seven digits (RULER, arXiv 2404.06654, S-NIAH)."""
+    """A seven-digit number in prose (needle in a haystack, Kamradt 2023; S-NIAH of RULER, arXiv 2404.06654)."""
     (key,), (value,) = names(random, 1), numbers(random, 1, 7)
-    text = _hidden(prose(random, units), [(depth, _magic(key, value))])
+    text = _hide(prose(random, units), [(depth, _magic(key, value))])
     return Passage(text, f"\nThe magic number of {key} is", (f" {value}",))
 
 
 def multi_key(random: Random, units: int, depth: float) -> Passage:
-    """Four needles, of which one is asked for (RULER, MK-NIAH)."""
+    """Four needles with different keys; the question asks for one (RULER, MK-NIAH)."""
     keys, values = names(random, 4), numbers(random, 4, 7)
-    places = [depth, *_depths(random, 3)]
-    needles = [(place, _magic(*pair)) for place, pair in zip(places, zip(keys, values, strict=True), strict=True)]
-    return Passage(_hidden(prose(random, units), needles), f"\nThe magic number of {keys[0]} is", (f" {values[0]}",))
+    depths = [depth, *_depths(random, 3)]
+    needles = [(depth, _magic(*pair)) for depth, pair in zip(depths, zip(keys, values, strict=True), strict=True)]
+    return Passage(_hide(prose(random, units), needles), f"\nThe magic number of {keys[0]} is", (f" {values[0]}",))
 
 
 def multi_value(random: Random, units: int, depth: float) -> Passage:
-    """Four values of one key, all of which are asked for, in the order in which they come (RULER, MV-NIAH)."""
+    """Four values of one key; the question asks for all, in order of appearance (RULER, MV-NIAH)."""
     (key,), values = names(random, 1), numbers(random, 4, 7)
-    needles = [(place, _magic(key, value)) for place, value in zip(_depths(random, 4), values, strict=True)]
+    needles = [(depth, _magic(key, value)) for depth, value in zip(_depths(random, 4), values, strict=True)]
     question = f"\nThe magic numbers of {key}, in order, are"
-    return Passage(_hidden(prose(random, units), needles), question, _listed(values))
+    return Passage(_hide(prose(random, units), needles), question, _listed(values))
 
 
 def multi_query(random: Random, units: int, depth: float) -> Passage:
-    """Four needles, all of which are asked for (RULER, MQ-NIAH)."""
+    """Four needles with different keys; the question asks for all (RULER, MQ-NIAH)."""
     keys, values = names(random, 4), numbers(random, 4, 7)
-    places = [random.random() for _ in keys]
-    needles = [(place, _magic(*pair)) for place, pair in zip(places, zip(keys, values, strict=True), strict=True)]
+    depths = [random.random() for _ in keys]
+    needles = [(depth, _magic(*pair)) for depth, pair in zip(depths, zip(keys, values, strict=True), strict=True)]
     question = f"\nThe magic numbers of {', '.join(keys[:-1])} and {keys[-1]} are"
-    return Passage(_hidden(prose(random, units), needles), question, _listed(values))
+    return Passage(_hide(prose(random, units), needles), question, _listed(values))
 
 
 def variables(random: Random, units: int, depth: float) -> Passage:
-    """Two chains of five variables; asked for are all that hold the first one's value (RULER, variable tracking)."""
+    """Two chains of five variables; the question asks for those with the value of the first chain (RULER, VT)."""
     letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-    found: dict[str, None] = {}
-    while len(found) < 10:
-        found["".join(random.choices(letters, k=5))] = None
-    asked, other = list(found)[:5], list(found)[5:]
+    drawn: dict[str, None] = {}
+    while len(drawn) < 10:
+        drawn["".join(random.choices(letters, k=5))] = None
+    asked, other = list(drawn)[:5], list(drawn)[5:]
     values = numbers(random, 2, 5)
     needles = []
     for chain, value in zip((asked, other), values, strict=True):
-        held = [value, *(f"VAR {name}" for name in chain[:-1])]
-        assignments = [f"VAR {name} = {each}." for name, each in zip(chain, held, strict=True)]
+        sources = [value, *(f"VAR {name}" for name in chain[:-1])]
+        assignments = [f"VAR {name} = {source}." for name, source in zip(chain, sources, strict=True)]
         needles += zip(_depths(random, 5), assignments, strict=True)
     question = f"\nThe variables that hold {values[0]}, in order, are"
-    return Passage(_hidden(noise(units), needles), question, _listed(asked))
+    return Passage(_hide(noise(units), needles), question, _listed(asked))
 
 
 COMMON = 10
-"""Words that common_words asks for."""
+"""Number of words in the answer of common_words."""
 
 
 def common_words(random: Random, units: int, depth: float) -> Passage:
-    """A list of words, of which ten come thirty times, the others three times at most (RULER, CWE).
+    """A list in which ten words occur thirty times each, the others at most three times (RULER, CWE).
 
-    Of a list shorter than 600 words the ten are a half.
+    With fewer than 520 other words, all words occur less often, so that the list fits in short rows.
     """
-    often = min(30, 4 + units // (2 * COMMON))
-    seldom = max(often // 10, 1)
+    common_repeats = min(30, 4 + units // (2 * COMMON))
+    other_repeats = max(common_repeats // 10, 1)
     others = max(units, COMMON)
-    found = names(random, COMMON + others)
-    common = found[:COMMON]
-    listed = common * often + found[COMMON:] * seldom
+    drawn = names(random, COMMON + others)
+    common = drawn[:COMMON]
+    listed = common * common_repeats + drawn[COMMON:] * other_repeats
     random.shuffle(listed)
-    text = " ".join(f"{number}. {word}" for number, word in enumerate(listed, 1))
+    text = " ".join(f"{index}. {word}" for index, word in enumerate(listed, 1))
     return Passage(text, f"\nThe {COMMON} most common words, sorted, are", _listed(sorted(common)))
 
 
 def frequent_words(random: Random, units: int, depth: float) -> Passage:
-    """Coined words whose frequencies fall as 1 / rank**2; the first three are asked for (RULER, FWE)."""
+    """Random words with frequencies proportional to 1 / rank**2; the question asks for the top three (RULER, FWE)."""
     total = 60 + units
-    share = 6 / np.pi**2
+    scale = 6 / np.pi**2  # normalizes the frequencies
     counts: list[int] = []
     while sum(counts) < total:
-        counts.append(max(int(total * share / (len(counts) + 1) ** 2), 1))
-    coined: dict[str, None] = {}
-    while len(coined) < len(counts):
-        coined["".join(random.choices("abcdefghijklmnopqrstuvwxyz", k=6))] = None
-    listed = [word for word, count in zip(coined, counts, strict=True) for _ in range(count)]
+        counts.append(max(int(total * scale / (len(counts) + 1) ** 2), 1))
+    drawn: dict[str, None] = {}
+    while len(drawn) < len(counts):
+        drawn["".join(random.choices("abcdefghijklmnopqrstuvwxyz", k=6))] = None
+    listed = [word for word, count in zip(drawn, counts, strict=True) for _ in range(count)]
     random.shuffle(listed)
     question = "\nThe three most frequent words, the most frequent first, are"
-    return Passage(" ".join(listed), question, _listed(list(coined)[:3]))
+    return Passage(" ".join(listed), question, _listed(list(drawn)[:3]))
 
 
 def lines(random: Random, units: int, depth: float) -> Passage:
-    """A register's content among many (LongChat's lines, Li et al. 2023; Ring Attention, arXiv 2310.01889)."""
-    found = dict.fromkeys("-".join(pair) for pair in zip(names(random, 1), names(random, 1), strict=True))
-    while len(found) < units + 1:
-        found["-".join(names(random, 2))] = None
-    values = [random.randrange(1, 50_000) for _ in found]
-    each = [f"line {name}: REGISTER_CONTENT is <{value}>" for name, value in zip(found, values, strict=True)]
-    text = _hidden(each[1:], [(depth, each[0])], join="\n")
-    return Passage(text, f"\nline {next(iter(found))}: REGISTER_CONTENT is", (f" <{values[0]}>",))
+    """The content of one of many registers (LongChat lines, Li et al. 2023; Ring Attention, arXiv 2310.01889)."""
+    drawn = dict.fromkeys("-".join(pair) for pair in zip(names(random, 1), names(random, 1), strict=True))
+    while len(drawn) < units + 1:
+        drawn["-".join(names(random, 2))] = None
+    values = [random.randrange(1, 50_000) for _ in drawn]
+    asked, *others = (f"line {name}: REGISTER_CONTENT is <{value}>" for name, value in zip(drawn, values, strict=True))
+    text = _hide(others, [(depth, asked)], join="\n")
+    return Passage(text, f"\nline {next(iter(drawn))}: REGISTER_CONTENT is", (f" <{values[0]}>",))
 
 
 PERSONS = ("Mary", "John", "Daniel", "Sandra")
@@ -173,21 +174,21 @@ def _moves(random: Random, count: int) -> list[tuple[str, str]]:
 
 
 def where_person(random: Random, units: int, depth: float) -> Passage:
-    """Where somebody went last, of eight moves (bAbI 1, arXiv 1502.05698, among distractors as in arXiv 2406.10149)."""
+    """A person's location after eight moves (bAbI 1, arXiv 1502.05698, with distractors as in arXiv 2406.10149)."""
     moves = _moves(random, 8)
     person = random.choice([person for person, _ in moves])
     facts = [f"{who} went to the {place}." for who, place in moves]
-    text = _hidden(prose(random, units), list(zip(_depths(random, 8), facts, strict=True)))
+    text = _hide(prose(random, units), list(zip(_depths(random, 8), facts, strict=True)))
     return Passage(text, f"\nWhere is {person}? In the", (f" {dict(moves)[person]}",))
 
 
 def where_thing(random: Random, units: int, depth: float) -> Passage:
-    """Where something is that somebody took along (bAbI 2: two supporting facts)."""
+    """The location of a thing that a person carries (bAbI 2: two supporting facts)."""
     person, thing = random.choice(PERSONS), random.choice(THINGS)
     moves = [*_moves(random, 3), (person, random.choice(PLACES)), *_moves(random, 3)]
     facts = [f"{who} went to the {place}." for who, place in moves]
     facts.insert(random.randrange(4), f"{person} took the {thing}.")
-    text = _hidden(prose(random, units), list(zip(_depths(random, 8), facts, strict=True)))
+    text = _hide(prose(random, units), list(zip(_depths(random, 8), facts, strict=True)))
     return Passage(text, f"\nWhere is the {thing}? In the", (f" {dict(moves)[person]}",))
 
 
@@ -207,82 +208,89 @@ TASKS: dict[str, Make] = {
         where_thing,
     )
 }
-DEEP = ("passkey", "needle", "multi_key", "lines")
-"""Those where what is asked for lies at a depth of choice."""
+DEPTH_TASKS = ("passkey", "needle", "multi_key", "lines")
+"""Tasks that insert the queried needle at a given depth."""
 
 
 class Question(NamedTuple):
-    """A row of a task."""
+    """A row of a task as tokens."""
 
     tokens: np.ndarray
-    """[L]: the boundary, then text, question and answers."""
-    ends: tuple[int, ...]
-    """Where the first answer begins, and where each of them ends: the first is tokens[ends[0] : ends[1]]."""
+    """[L]: the boundary, then filler, text, question and answers."""
+    answer_bounds: tuple[int, ...]
+    """Answer i is tokens[answer_bounds[i] : answer_bounds[i + 1]]."""
 
 
 def question(task: str, tokenizer: Tokenizer, length: int, depth: float, seed: str) -> Question:
-    """A row of `length` tokens, the same for the same `seed`, with as much haystack as there is room for.
+    """Returns a row of `length` tokens with as much haystack as fits. Deterministic for a given `seed`.
 
-    What is left of the room, a word's (a line's) or 2 % of a long row, is filled with the end of some prose. Raises
-    ValueError if the task does not fit at all.
+    The remaining tokens, less than one unit or at most 2% of the row, are filled with prose before the text. Raises
+    ValueError if the task does not fit even without a haystack.
     """
-
-    def attempt(units: int) -> tuple[Passage, np.ndarray]:
-        passage = TASKS[task](Random(f"{task} {seed}"), units, depth)
-        return passage, tokenizer.encode("".join([passage.text, passage.question, *passage.answers]).encode())
-
-    low, (passage, tokens) = 0, attempt(0)
-    if tokens.size >= length:
-        raise ValueError(f"the task {task} needs rows of more than {tokens.size} tokens, not of {length}: use longer")
-    high, beyond, per_unit = None, 0, 6.0
+    low, (passage, tokens) = 0, _attempt(task, tokenizer, 0, depth, seed)
+    _check_size(task, tokens.size, length)
+    # Bisect over the units of haystack. Tokens grow about linearly with units, so guess with `per_unit`.
+    high, too_long, per_unit = None, 0, 6.0
     while (high is None or high - low > 1) and length - 1 - tokens.size > length // 50:
-        # The haystack grows about evenly.
         guess = max(low + int((length - 1 - tokens.size) / per_unit), low + 1)
         guess = guess if high is None else min(guess, high - 1)
-        tried, its = attempt(guess)
-        if its.size < length:
-            per_unit = max((its.size - tokens.size) / (guess - low), 1.0) if high is None else per_unit
-            low, passage, tokens = guess, tried, its
+        candidate, candidate_tokens = _attempt(task, tokenizer, guess, depth, seed)
+        if candidate_tokens.size < length:
+            per_unit = max((candidate_tokens.size - tokens.size) / (guess - low), 1.0) if high is None else per_unit
+            low, passage, tokens = guess, candidate, candidate_tokens
         else:
-            high, beyond = guess, its.size
+            high, too_long = guess, candidate_tokens.size
         if high is not None:
-            per_unit = max((beyond - tokens.size) / (high - low), 1.0)
-    room = length - 1 - tokens.size
-    filler = tokenizer.encode((" ".join(prose(Random(seed), room + 1)) + "\n").encode())
-    filler = np.resize(filler[::-1], room)[::-1]  # its end
-    known = [passage.text + passage.question, *passage.answers[:-1]]
-    befores = ["".join(known[: number + 1]) for number in range(len(known))]
-    counts = [shared(tokenizer.encode(before.encode()), tokens) for before in befores] + [tokens.size]
-    if counts != sorted(set(counts)) or not counts[0]:
-        raise ValueError(f"the task {task} cannot be asked by this tokenizer: its tokens run from question to answer")
-    whole = np.concatenate([np.array([tokenizer.boundary], tokens.dtype), filler, tokens])
-    return Question(whole, tuple(1 + room + count for count in counts))
+            per_unit = max((too_long - tokens.size) / (high - low), 1.0)
+    filler_size = length - 1 - tokens.size
+    filler = tokenizer.encode((" ".join(prose(Random(seed), filler_size + 1)) + "\n").encode())
+    filler = np.resize(filler[::-1], filler_size)[::-1]  # the last tokens, which end with the newline
+    parts = [passage.text + passage.question, *passage.answers[:-1]]
+    prefixes = ["".join(parts[: index + 1]) for index in range(len(parts))]
+    bounds = [common_prefix(tokenizer.encode(prefix.encode()), tokens) for prefix in prefixes] + [tokens.size]
+    if bounds != sorted(set(bounds)) or not bounds[0]:
+        raise ValueError(
+            f"the task {task} does not work with this tokenizer, which merges question and answer into one token; "
+            "use data.tokenizer=bytes"
+        )
+    row = np.concatenate([np.array([tokenizer.boundary], tokens.dtype), filler, tokens])
+    return Question(row, tuple(1 + filler_size + bound for bound in bounds))
 
 
-def check_room(task: str, tokenizer: Tokenizer, length: int, seeds: Iterable[str]) -> None:
-    """Raises ValueError if a row of any of `seeds`, without any haystack, has no room in `length` tokens."""
-    sizes = []
-    for seed in seeds:
-        passage = TASKS[task](Random(f"{task} {seed}"), 0, 0.0)
-        sizes.append(tokenizer.encode("".join([passage.text, passage.question, *passage.answers]).encode()).size)
-    if max(sizes) >= length:
-        raise ValueError(f"the task {task} needs rows of more than {max(sizes)} tokens, not of {length}: use longer")
+def _attempt(task: str, tokenizer: Tokenizer, units: int, depth: float, seed: str) -> tuple[Passage, np.ndarray]:
+    """Returns a passage with `units` units of haystack, and its tokens without the boundary."""
+    passage = TASKS[task](Random(f"{task} {seed}"), units, depth)
+    return passage, tokenizer.encode("".join([passage.text, passage.question, *passage.answers]).encode())
 
 
-def questions(task: str, tokenizer: Tokenizer, length: int, count: int) -> Iterator[Encoded]:
-    """Documents of `length` tokens to train on, at random depths; all but the answers is given, and not learned.
+def _check_size(task: str, size: int, length: int) -> None:
+    if size >= length:
+        raise ValueError(f"the task {task} requires rows of more than {size} tokens, not {length}; use longer rows")
 
-    Raises ValueError as `check_tokenizer` and `question` do.
+
+def check_fits(task: str, tokenizer: Tokenizer, length: int, seeds: Iterable[str]) -> None:
+    """Raises ValueError unless the task fits in `length` tokens without a haystack for all `seeds`."""
+    _check_size(task, max(_attempt(task, tokenizer, 0, 0.0, seed)[1].size for seed in seeds), length)
+
+
+def questions(task: str, tokenizer: Tokenizer, length: int, count: int) -> Iterator[EncodedDocument]:
+    """Yields `count` training documents of `length` tokens at random depths. Masks all but the answers out of the loss.
+
+    Raises ValueError: see `check_tokenizer` and `question`.
     """
     check_tokenizer(task, tokenizer)
-    for number in range(count):
-        seed = f"train {number}"
-        depth = min(max(1.1 * Random(seed).random() - 0.05, 0.0), 1.0)  # beginning and end are no rarer than others
-        tokens, ends = question(task, tokenizer, length, depth, seed)
-        yield Encoded(tokens, ends[0] - 1, hashlib.sha256(tokens.tobytes()).digest(), 0, task)
+    for index in range(count):
+        seed = f"train {index}"
+        # Draw from a wider range and clip, so that the start and the end are as frequent as other depths.
+        depth = min(max(1.1 * Random(seed).random() - 0.05, 0.0), 1.0)
+        tokens, bounds = question(task, tokenizer, length, depth, seed)
+        yield EncodedDocument(tokens, bounds[0] - 1, hashlib.sha256(tokens.tobytes()).digest(), 0, task)
 
 
 def check_tokenizer(task: str, tokenizer: Tokenizer) -> None:
-    """Raises ValueError if the tokenizer is not for text."""
+    """Raises ValueError unless the tokenizer encodes text."""
     if tokenizer.name not in ("bytes", "file"):
-        raise ValueError(f"the task {task} is text, but the tokenizer is {tokenizer.name!r}: use one for text")
+        raise ValueError(
+            f"the task {task} is text, which the tokenizer {tokenizer.name!r} cannot encode; "
+            "use data.tokenizer=bytes or a tokenizer.json"
+        )

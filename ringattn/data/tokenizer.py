@@ -1,6 +1,6 @@
-"""Documents to token ids and back: bytes as they are, or the vocabulary of a local tokenizer.json.
+"""Tokenizers for text: bytes, or the vocabulary of a local tokenizer.json.
 
-One id, the *boundary*, opens every document. Encoding never yields it, whatever the text says.
+One id, the *boundary*, precedes every document. Encoding any text never yields it.
 """
 
 import hashlib
@@ -10,7 +10,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import ArrayLike
 
-# What the common families call the end of a text, the most specific name first.
+# End-of-text tokens of common model families, the most specific first.
 BOUNDARIES = (
     "<|endoftext|>",  # GPT-2, GPT-NeoX, Qwen, Phi, SmolLM
     "<|end_of_text|>",  # Llama 3
@@ -24,80 +24,80 @@ BOUNDARIES = (
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """What turns documents into ids and back."""
+    """Encodes documents to ids and decodes ids."""
 
     @property
     def name(self) -> str:
-        """Its kind: bytes, file, dna or video."""
+        """The kind of tokenizer: bytes, file, dna or video."""
         ...
 
     @property
     def size(self) -> int:
-        """How many ids there are, the boundary among them."""
+        """Vocabulary size, including the boundary."""
         ...
 
     @property
     def boundary(self) -> int:
-        """The id that opens a document."""
+        """The id that precedes a document."""
         ...
 
     @property
-    def unlearned(self) -> int | None:
-        """The id whose prediction has no weight in the loss, if there is one."""
+    def ignored_id(self) -> int | None:
+        """The id whose targets are masked out of the loss, if any."""
         ...
 
     @property
     def unit(self) -> int:
-        """A single document is cut, for validation, at a multiple of so many tokens."""
+        """A single document is split into training and validation at a multiple of this number of tokens."""
         ...
 
     @property
     def fingerprint(self) -> str:
-        """Hexadecimal digits that change with any document's ids."""
+        """Hexadecimal digest that differs between tokenizers that encode a document differently."""
         ...
 
     @property
     def files(self) -> dict[str, bytes]:
-        """Names and contents of the files that hold what it needs beyond this code; a run keeps them."""
+        """Names and contents of the files that the tokenizer is loaded from. A run directory stores copies."""
         ...
 
     def encode(self, document: bytes) -> np.ndarray:
-        """Ids [tokens], of an unsigned or signed integer type that holds the boundary, too; ValueError if it cannot."""
+        """Returns ids [tokens] of an integer dtype that fits all ids. Raises ValueError for an invalid document."""
         ...
 
     def decode(self, ids: ArrayLike) -> str:
-        """What `ids` (any shape) stand for, without boundaries; ValueError for an id outside the vocabulary."""
+        """Returns the text of `ids` (any shape), without boundaries. Raises ValueError for an invalid id."""
         ...
 
     def byte_length(self, ids: ArrayLike) -> int:
-        """How many bytes of text `ids` stand for, 0 if they stand for none; ValueError as `decode`."""
+        """Returns the number of bytes of text in `ids`; 0 if they are not text. Raises ValueError: see `decode`."""
         ...
 
 
 class ByteTokenizer:
-    """Every byte is a token; id 256 is the boundary."""
+    """One token per byte; id 256 is the boundary."""
 
     name = "bytes"
     size = 257
     boundary = 256
-    unlearned = None
+    ignored_id = None
     unit = 1
     fingerprint = hashlib.sha256(b"bytes").hexdigest()
     files: dict[str, bytes] = {}  # noqa: RUF012
 
     def encode(self, document: bytes) -> np.ndarray:
-        """Ids [bytes] uint16 of any bytes, text or not."""
+        """Returns ids [bytes] uint16. Any bytes are valid."""
         return np.frombuffer(document, np.uint8).astype(np.uint16)
 
     def decode(self, ids: ArrayLike) -> str:
-        """The text of `ids` (any shape, read in order), without boundaries; bytes that are not UTF-8 become U+FFFD.
+        """Returns the text of `ids` (any shape, flattened), without boundaries; invalid UTF-8 becomes U+FFFD.
 
         Raises ValueError for an id outside the vocabulary.
         """
         return self._bytes(ids).tobytes().decode("utf-8", errors="replace")
 
     def byte_length(self, ids: ArrayLike) -> int:
-        """How many bytes of text `ids` stand for; a boundary stands for none. Raises as `decode` does."""
+        """Returns the number of bytes in `ids`, without boundaries. Raises ValueError: see `decode`."""
         return self._bytes(ids).size
 
     def _bytes(self, ids: ArrayLike) -> np.ndarray:
@@ -106,72 +106,75 @@ class ByteTokenizer:
 
 
 class FileTokenizer:
-    """The vocabulary of a tokenizer.json, read by the library `tokenizers`.
+    """The vocabulary of a tokenizer.json, read with the package `tokenizers`.
 
-    The text alone is encoded: nothing is added, cut or padded, and a special token's name in it is plain text.
-    Raises ValueError if the library is missing, or if the file cannot be read, is no tokenizer.json or names no
-    special token for the end of a text.
+    Encodes without adding special tokens, truncation or padding. Names of special tokens in the text are encoded as
+    plain text. Raises ValueError if the package is missing, or if the file cannot be read, is not a tokenizer.json or
+    has no end-of-text token.
     """
 
     name = "file"
-    unlearned = None
+    ignored_id = None
     unit = 1
 
     def __init__(self, path: str):
         try:
             import tokenizers
         except ImportError as error:
-            cure = "pip install 'ringattn[tokenizers]', or use data.tokenizer=bytes"
-            raise ValueError(f"data.tokenizer={path!r} needs the library tokenizers: {cure}") from error
+            fix = "run pip install 'ringattn[tokenizers]', or use data.tokenizer=bytes"
+            raise ValueError(f"data.tokenizer={path!r} requires the package tokenizers; {fix}") from error
         try:
             content = Path(path).expanduser().read_bytes()
         except OSError as error:
-            cure = "name a readable tokenizer.json, or use 'bytes'"
-            raise ValueError(f"data.tokenizer={path!r} cannot be read ({error.strerror}): {cure}") from error
+            fix = "use a readable tokenizer.json, or 'bytes'"
+            raise ValueError(f"data.tokenizer={path!r} cannot be read ({error.strerror}); {fix}") from error
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
-        except Exception as error:  # the library raises nothing narrower
-            cure = "name a file written by the library tokenizers, or use 'bytes'"
-            raise ValueError(f"data.tokenizer={path!r} is not a valid tokenizer.json ({error}): {cure}") from error
-        # A file may ask for all three; each would change the text without a word.
+        except Exception as error:  # tokenizers raises bare Exception
+            fix = "use a file saved by the package tokenizers, or 'bytes'"
+            raise ValueError(f"data.tokenizer={path!r} is not a valid tokenizer.json ({error}); {fix}") from error
+        # The file can enable truncation, padding and special tokens in text, which would silently change documents.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
         self.size: int = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
         added = self._tokenizer.get_added_tokens_decoder().items()
-        special = {token.content: number for number, token in added if token.special}
-        known = [name for name in BOUNDARIES if name in special]
-        if not known:
+        special = {token.content: token_id for token_id, token in added if token.special}
+        boundaries = [name for name in BOUNDARIES if name in special]
+        if not boundaries:
             raise ValueError(
-                f"data.tokenizer={path!r} names no end of a text among its special tokens "
-                f"({', '.join(special) or 'it has none'}): add one of {', '.join(BOUNDARIES)} to its added_tokens"
+                f"data.tokenizer={path!r} has no end-of-text token among its special tokens "
+                f"({', '.join(special) or 'none'}); add one of {', '.join(BOUNDARIES)} to its added_tokens"
             )
-        self.boundary: int = special[known[0]]
+        self.boundary: int = special[boundaries[0]]
         self.fingerprint = hashlib.sha256(content).hexdigest()
         self.files = {"tokenizer.json": content}
 
     def encode(self, document: bytes) -> np.ndarray:
-        """Ids [tokens] of UTF-8 text, uint16 if the vocabulary fits, else int32. Raises UnicodeDecodeError."""
+        """Returns ids [tokens] of UTF-8 text, uint16 if the vocabulary fits, else int32. Raises UnicodeDecodeError."""
         text = document.decode("utf-8")
         ids = self._tokenizer.encode(text, add_special_tokens=False).ids
         return np.asarray(ids, np.uint16 if self.size <= 2**16 else np.int32)
 
     def decode(self, ids: ArrayLike) -> str:
-        """The text of `ids` (any shape, read in order), without special tokens.
+        """Returns the text of `ids` (any shape, flattened), without special tokens.
 
         Raises ValueError for an id outside the vocabulary.
         """
         return self._tokenizer.decode(check_ids(ids, self.size).tolist(), skip_special_tokens=True)
 
     def byte_length(self, ids: ArrayLike) -> int:
-        """How many bytes of text `ids` stand for, but for a character cut at either end. Raises as `decode` does."""
+        """Returns the number of bytes of text in `ids`, approximate if they start or end within a character.
+
+        Raises ValueError: see `decode`.
+        """
         return len(self.decode(ids).encode("utf-8"))
 
 
 def check_ids(ids: ArrayLike, size: int) -> np.ndarray:
-    """`ids` as a flat int64 array. Raises ValueError for one that is not in the vocabulary."""
+    """Returns `ids` as a flat int64 array. Raises ValueError for an id outside the vocabulary."""
     flat = np.asarray(ids, np.int64).reshape(-1)
     outside = flat[(flat < 0) | (flat >= size)]
     if outside.size:
-        raise ValueError(f"token id {outside[0]} is not in the vocabulary of {size}: ids run from 0 to {size - 1}")
+        raise ValueError(f"token id {outside[0]} must be from 0 to {size - 1}, for a vocabulary of {size}")
     return flat

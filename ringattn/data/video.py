@@ -1,6 +1,6 @@
-"""Video as tokens: frames are scaled, cut into patches, and each patch becomes the most similar one of a codebook.
+"""Video tokenizer: scales frames, cuts them into patches and encodes each patch as the nearest code of a codebook.
 
-The codebook is learned by k-means from patches of the training frames; "vector quantisation" in its oldest form.
+This is vector quantization. `codebook` learns the codes with k-means from patches of the training frames.
 """
 
 import hashlib
@@ -12,158 +12,155 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from einops import rearrange
 from numpy.typing import ArrayLike
 
 from ringattn.data.tokenizer import check_ids
 
 PATCH = 4
 """Width and height of a patch, in pixels."""
-_TOGETHER = 64  # frames in memory at a time
+_FRAMES = 64  # frames in memory at a time
 
 _log = logging.getLogger(__name__)
 
 
 class VideoTokenizer:
-    """Every patch of a frame is a token: frame after frame, and in a frame line by line.
+    """One token per patch: frame by frame, in raster order within a frame.
 
     Args:
-      codebook: [codes, PATCH, PATCH, 3] float32, red, green and blue from 0 to 1.
-      frame_size: height and width to which frames are scaled; multiples of PATCH.
-      look: [frames, height, width, 3] uint8, a few frames to show beside what tokens make of them.
+      codebook: [codes, PATCH, PATCH, 3] float32, RGB from 0 to 1.
+      frame_size: height and width of scaled frames; multiples of PATCH.
+      preview: [frames, height, width, 3] uint8, frames to plot next to their reconstruction.
     """
 
     name = "video"
-    unlearned = None
+    ignored_id = None
 
-    def __init__(self, codebook: np.ndarray, frame_size: tuple[int, ...], look: np.ndarray | None = None):
+    def __init__(self, codebook: np.ndarray, frame_size: tuple[int, ...], preview: np.ndarray | None = None):
         self._codebook, self._frame_size = codebook, frame_size
         self.size: int = len(codebook) + 1
         self.boundary: int = len(codebook)
         self.unit: int = frame_size[0] * frame_size[1] // PATCH**2
-        self.look = np.zeros((0, *frame_size, 3), np.uint8) if look is None else look
+        self.preview = np.zeros((0, *frame_size, 3), np.uint8) if preview is None else preview
         content = f"{frame_size}".encode() + np.ascontiguousarray(codebook, "<f4").tobytes()
         self.fingerprint: str = hashlib.sha256(content).hexdigest()
 
     @property
     def files(self) -> dict[str, bytes]:
-        return {"codebook.npy": as_npy(self._codebook), "frames.npy": as_npy(self.look)}
+        return {"codebook.npy": as_npy(self._codebook), "frames.npy": as_npy(self.preview)}
 
     def encode(self, document: bytes) -> np.ndarray:
-        """Ids [frames * unit] uint16 of a video file. Raises ValueError if it cannot be read."""
-        parts = [nearest(patches(frames), self._codebook) for frames in read_frames(document, self._frame_size)]
-        return np.concatenate(parts).astype(np.uint16 if self.size <= 2**16 else np.int32)
+        """Returns ids [frames * unit] of a video file. Raises ValueError if it cannot be read."""
+        ids = [nearest(patches(frames), self._codebook) for frames in read_frames(document, self._frame_size)]
+        return np.concatenate(ids).astype(np.uint16 if self.size <= 2**16 else np.int32)
 
     def frames(self, ids: ArrayLike) -> np.ndarray:
-        """The frames [n, height, width, 3] uint8 that whole frames of ids stand for; ValueError for other ids."""
-        checked = check_ids(ids, self.boundary).reshape(-1, self.unit)
-        height, width = (side // PATCH for side in self._frame_size)
-        tiles = self._codebook[checked].reshape(-1, height, width, PATCH, PATCH, 3)
-        pixels = tiles.transpose(0, 1, 3, 2, 4, 5).reshape(-1, *self._frame_size, 3)
+        """Returns the frames [n, height, width, 3] uint8 of `ids` [n * unit]. Raises ValueError for an invalid id."""
+        codes = self._codebook[check_ids(ids, self.boundary).reshape(-1, self.unit)]
+        pixels = rearrange(codes, "n (h w) p q c -> n (h p) (w q) c", h=self._frame_size[0] // PATCH)
         return np.clip(np.rint(pixels * 255), 0, 255).astype(np.uint8)
 
-    def rebuilt(self) -> np.ndarray:
-        """What tokens make of the frames to look at: of the same shape."""
-        return self.frames(nearest(patches(self.look), self._codebook))
+    def reconstruct_preview(self) -> np.ndarray:
+        """Encodes and decodes the preview frames; the result has the same shape."""
+        return self.frames(nearest(patches(self.preview), self._codebook))
 
     def decode(self, ids: ArrayLike) -> str:
-        """The codes as numbers, in lines of a patch row's length; ValueError for an id outside the vocabulary."""
+        """Returns the codes as numbers, one line per row of patches. Raises ValueError for an invalid id."""
         checked = check_ids(ids, self.size)
-        codes, across = checked[checked != self.boundary], self._frame_size[1] // PATCH
-        lines = (codes[at : at + across] for at in range(0, codes.size, across))
+        codes, columns = checked[checked != self.boundary], self._frame_size[1] // PATCH
+        lines = (codes[start : start + columns] for start in range(0, codes.size, columns))
         return "\n".join(" ".join(f"{code:3}" for code in line) for line in lines)
 
     def byte_length(self, ids: ArrayLike) -> int:
-        """0: a patch is no text, so that its loss is given in nats alone."""
+        """Returns 0, because patches are not bytes of text. The loss is reported only in nats."""
         return 0
 
 
 def read_frames(content: bytes, frame_size: tuple[int, ...]) -> Iterator[np.ndarray]:
-    """The frames of a video file, scaled: arrays [up to 64, height, width, 3] uint8.
+    """Yields the scaled frames of a video file in arrays [up to 64, height, width, 3] uint8.
 
-    Raises ValueError if PyAV is missing, or if the file cannot be read or holds no frame.
+    Raises ValueError if PyAV is missing, or if the file cannot be read or has no frame.
     """
     try:
         av = importlib.import_module("av")
     except ImportError as error:
-        raise ValueError("video needs the library PyAV: pip install 'ringattn[video]'") from error
+        raise ValueError("video requires the package PyAV; run pip install 'ringattn[video]'") from error
     height, width = frame_size
     pending: list[np.ndarray] = []
-    count = promised = 0
+    count = declared = 0
     try:
-        # No other file, and nothing on a network, is opened, whatever this one says.
+        # Without this whitelist a malicious file could open other files or network addresses.
         with av.open(io.BytesIO(content), options={"protocol_whitelist": "none"}) as container:
             if not container.streams.video:
-                raise ValueError("no picture in it, only sound or text: name a video")
-            promised = container.streams.video[0].frames
+                raise ValueError("no video stream, only audio or text; use a video")
+            declared = container.streams.video[0].frames
             for frame in container.decode(video=0):
                 pending.append(_upright(frame, height, width))
                 count += 1
-                if len(pending) == _TOGETHER:
+                if len(pending) == _FRAMES:
                     yield np.stack(pending)
                     pending = []
     except av.error.FFmpegError as error:
-        raise ValueError(f"not a video that PyAV can read ({error.strerror}): convert it, or get it again") from error
+        raise ValueError(f"PyAV cannot read this video ({error.strerror}); convert it, or copy it again") from error
     if pending:
         yield np.stack(pending)
     if not count:
-        raise ValueError("no frame in it: convert it, or get it again")
-    if count < promised:
-        _log.warning("a video promises %d frames, but %d can be read: it may be cut off", promised, count)
+        raise ValueError("the video has no frame; convert it, or copy it again")
+    if count < declared:
+        _log.warning("a video declares %d frames, but only %d can be read: it may be truncated", declared, count)
 
 
 def _upright(frame: Any, height: int, width: int) -> np.ndarray:
-    """[height, width, 3] uint8: the frame as players show it, turned as its file says (a phone's lies on its side)."""
-    turns = round(frame.rotation / 90) % 4  # counter-clockwise
-    coded = (width, height) if turns % 2 else (height, width)
-    return np.rot90(frame.to_ndarray(format="rgb24", height=coded[0], width=coded[1]), turns)
+    """Returns the scaled frame [height, width, 3] uint8, rotated by its metadata (phones record sideways)."""
+    turns = round(frame.rotation / 90) % 4  # quarter turns, counterclockwise
+    stored = (width, height) if turns % 2 else (height, width)
+    return np.rot90(frame.to_ndarray(format="rgb24", height=stored[0], width=stored[1]), turns)
 
 
 def patches(frames: np.ndarray) -> np.ndarray:
-    """[n, height, width, 3] uint8 -> [n * patches, PATCH * PATCH * 3] float32 from 0 to 1, line by line."""
-    count, height, width, _ = frames.shape
-    tiles = frames.reshape(count, height // PATCH, PATCH, width // PATCH, PATCH, 3).transpose(0, 1, 3, 2, 4, 5)
-    return tiles.reshape(-1, PATCH * PATCH * 3).astype(np.float32) / 255
+    """Cuts frames [n, height, width, 3] uint8 into patches [n * unit, PATCH * PATCH * 3] float32 from 0 to 1."""
+    flat = rearrange(frames, "n (h p) (w q) c -> (n h w) (p q c)", p=PATCH, q=PATCH)
+    return flat.astype(np.float32) / 255
 
 
 def nearest(points: np.ndarray, codebook: np.ndarray) -> np.ndarray:
-    """[n] the number of the code that is nearest to each of `points` [n, PATCH * PATCH * 3]."""
+    """Returns the indices [n] of the codes nearest to `points` [n, PATCH * PATCH * 3]."""
     codes = codebook.reshape(len(codebook), -1)
     half = 0.5 * np.square(codes).sum(1)
-    pieces = [points[at : at + 8192] for at in range(0, len(points), 8192)]  # so that distances stay small in memory
-    return np.concatenate([np.zeros(0, np.int64), *(np.argmin(half - piece @ codes.T, 1) for piece in pieces)])
+    chunks = [points[start : start + 8192] for start in range(0, len(points), 8192)]  # limits the distance matrix
+    return np.concatenate([np.zeros(0, np.int64), *(np.argmin(half - chunk @ codes.T, 1) for chunk in chunks)])
 
 
 def as_npy(array: np.ndarray) -> bytes:
+    """Returns the content of a .npy file."""
     file = io.BytesIO()
     np.save(file, array, allow_pickle=False)
     return file.getvalue()
 
 
 def read_npy(path: Path) -> np.ndarray:
-    """The array of a .npy file; nothing in it is executed. Raises ValueError that names the file."""
+    """Reads the array of a .npy file, without unpickling. Raises ValueError with the name of the file."""
     try:
         with path.open("rb") as file:
             return np.lib.format.read_array(file, allow_pickle=False)
     except (OSError, ValueError, EOFError, MemoryError, OverflowError, TypeError) as error:
-        raise ValueError(
-            f"{path} is no array that can be read ({error}): name a .npy file, or make it again"
-        ) from error
+        raise ValueError(f"{path} is not a readable .npy file ({error}); use another, or write it again") from error
 
 
 def load_video(path: str, frame_size: tuple[int, ...]) -> VideoTokenizer:
-    """The tokenizer whose codebook lies at `path`, and the frames to look at beside it if there are any.
+    """Loads the codebook at `path`, and the preview frames of frames.npy in the same directory, if it exists.
 
-    Raises ValueError if the file holds no codebook.
+    Raises ValueError if the file is not a codebook.
     """
-    place = Path(path).expanduser()
-    codebook = read_npy(place)
+    file = Path(path).expanduser()
+    codebook = read_npy(file)
     if codebook.shape[1:] != (PATCH, PATCH, 3) or codebook.dtype != np.float32 or not len(codebook):
-        found = f"{codebook.dtype} {list(codebook.shape)}"
-        raise ValueError(f"data.tokenizer={path!r} holds {found}: a codebook is float32 [codes, {PATCH}, {PATCH}, 3]")
+        content, rule = f"{codebook.dtype} {list(codebook.shape)}", f"float32 [codes, {PATCH}, {PATCH}, 3]"
+        raise ValueError(f"data.tokenizer={path!r} is {content}, but must be {rule}; use the codebook.npy of a run")
     if not np.isfinite(codebook).all():
-        raise ValueError(f"data.tokenizer={path!r} holds codes that are not finite: learn it again by 'video'")
-    look = place.with_name("frames.npy")
-    frames = read_npy(look) if look.is_file() else None
-    if frames is not None and (frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[1:] != (*frame_size, 3)):
-        frames = None  # of another size: the codebook serves all the same
-    return VideoTokenizer(codebook, frame_size, frames)
+        raise ValueError(f"data.tokenizer={path!r} has non-finite codes; learn a codebook with --data.tokenizer video")
+    file = file.with_name("frames.npy")
+    preview = read_npy(file) if file.is_file() else None
+    if preview is not None and (preview.dtype, preview.shape[1:]) != (np.uint8, (*frame_size, 3)):
+        preview = None  # frames of another size; the codebook is valid for any size
+    return VideoTokenizer(codebook, frame_size, preview)

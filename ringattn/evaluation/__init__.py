@@ -1,5 +1,8 @@
-"""Does a model use its context? Losses and retrieval, with numbers and pictures."""
+"""Evaluation of checkpoints: losses on text and retrieval tasks, reported as JSON, Markdown tables and plots.
 
-from ringattn.evaluation.run import evaluate
+.. include:: README.md
+"""
+
+from ringattn.evaluation.cells import evaluate
 
 __all__ = ["evaluate"]

@@ -1,22 +1,30 @@
-"""Losses on text: by position in a row, by how much context the same tokens have, by kind of document."""
+"""Losses on text: by position in the row, by length of the context of the same tokens, by kind of document."""
 
 import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from math import sqrt
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 
 from ringattn.config import Evaluation
 from ringattn.data import Batch, Corpus, PackedRows, Tokenizer
-from ringattn.evaluation.scoring import Score, in_batches, single
-from ringattn.training.score import Scores
+from ringattn.evaluation.batches import ScoreFn, as_batch, score_in_batches
+from ringattn.evaluation.results import Result
+from ringattn.model.scoring import Scores
 
-RANGES = 24
-"""At most so many ranges of positions; they grow, so that a logarithmic axis shows them evenly."""
+MAX_RANGES = 24
+"""Largest number of position ranges. Their lengths grow, so that they are evenly spaced on a logarithmic axis."""
+
+
+class Mean(TypedDict):
+    """A mean loss in nats per token."""
+
+    loss: float
+    error: float | None
+    """Standard error; None for a single document."""
 
 
 @dataclass(frozen=True)
@@ -25,49 +33,58 @@ class Text:
 
     corpora: list[Corpus]
     kinds: list[list[str]]
-    """Of each document of each corpus."""
+    """The kind of each document, per corpus."""
 
     @cached_property
     def fingerprint(self) -> str:
+        """Hexadecimal digest of all tokens and kinds."""
         parts = [corpus.fingerprint for corpus in self.corpora] + [repr(self.kinds)]
         return hashlib.sha256("/".join(parts).encode()).hexdigest()
 
     def windows(self, length: int, count: int, seed: int) -> list[tuple[Corpus, int, int]]:
-        """Up to `count` stretches of `length` tokens, each of one document: (corpus, document, where it begins).
+        """Up to `count` windows of `length` tokens, each within one document: (corpus, document, first token).
 
-        None overlaps another; drawn by `seed`. Raises ValueError if no document is as long.
+        Windows do not overlap; `seed` draws which are used. Raises ValueError if every document is shorter.
         """
-        found = []
-        for corpus in self.corpora:
-            for document in np.flatnonzero(corpus.lengths >= length):
-                found += [
-                    (corpus, int(document), begin) for begin in range(0, corpus.lengths[document] + 1 - length, length)
-                ]
-        if not found:
+        windows = [
+            (corpus, int(document), begin)
+            for corpus in self.corpora
+            for document in np.flatnonzero(corpus.lengths >= length)
+            for begin in range(0, corpus.lengths[document] + 1 - length, length)
+        ]
+        if not windows:
             longest = max(int(corpus.lengths.max()) for corpus in self.corpora)
-            cure = f"use --lengths of at most {longest}, or other text by --path"
-            raise ValueError(f"lengths: the text has no document of {length} tokens, the longest has {longest}: {cure}")
-        return [found[number] for number in _drawn(len(found), count, seed)]
+            fix = f"use --lengths of at most {longest}, or other text with --path"
+            raise ValueError(f"lengths: the text has no document of {length} tokens, the longest has {longest}; {fix}")
+        return [windows[number] for number in _draw(len(windows), count, seed)]
 
 
-def by_position(score: Score, tokenizer: Tokenizer, c: Evaluation, text: Text, length: int) -> dict[str, Any]:
-    """Loss over rows that are one document each, and in ranges of positions: does it keep falling?"""
+def by_position(score: ScoreFn, tokenizer: Tokenizer, c: Evaluation, text: Text, length: int) -> Result:
+    """Loss of rows of one document each, in total and per range of positions.
+
+    If the model uses its context, the loss falls with the position.
+    """
     windows = text.windows(length, c.samples, c.seed)
-    total, nats, weights, groups = Total(tokenizer), [], [], _documents(windows)
-    for batch, scores in in_batches(score, (_row(*each, length) for each in windows), c.batch_size):
+    total, nats, weights, documents = Total(tokenizer), [], [], _document_numbers(windows)
+    rows = (_row(*window, length) for window in windows)
+    for batch, scores in score_in_batches(score, rows, c.batch_size):
         total.add(batch, scores)
         nats.append(batch.weights * scores.nats)
         weights.append(batch.weights)
-    means, shares = total.means(), []
+    nats, weights = np.concatenate(nats), np.concatenate(weights)
+    ranges = []
     for first, last in _ranges(length):
-        sums, counts = (np.concatenate(each)[:, first : last + 1].sum(1, dtype=np.float64) for each in (nats, weights))
+        sums, counts = (array[:, first : last + 1].sum(1, dtype=np.float64) for array in (nats, weights))
         if counts.any():
-            shares.append({"first": first, "last": last} | _mean(sums, counts, groups))
-    return means | {"rows": len(windows), "documents": len(set(groups)), "by_position": shares}
+            ranges.append({"first": first, "last": last} | _mean_and_error(sums, counts, documents))
+    return total.means() | {"rows": len(windows), "documents": len(set(documents)), "by_position": ranges}
 
 
-def by_context(score: Score, tokenizer: Tokenizer, c: Evaluation, text: Text, length: int) -> dict[str, Any]:
-    """Loss of the same tokens, whatever the length: the last ones of rows that end where the longest rows end."""
+def by_context(score: ScoreFn, tokenizer: Tokenizer, c: Evaluation, text: Text, length: int) -> Result:
+    """Loss of the same tokens for every length: the last tokens of rows that all end where the longest ones end.
+
+    Only the context before them differs.
+    """
     longest, scored = max(c.lengths), min(c.lengths) // 2
     windows = text.windows(longest, c.samples, c.seed)
 
@@ -78,105 +95,116 @@ def by_context(score: Score, tokenizer: Tokenizer, c: Evaluation, text: Text, le
             yield row
 
     total, sums, counts = Total(tokenizer), [], []
-    for batch, scores in in_batches(score, rows(), c.batch_size):
+    for batch, scores in score_in_batches(score, rows(), c.batch_size):
         total.add(batch, scores)
         sums.append((batch.weights * scores.nats).sum(1, dtype=np.float64))
         counts.append(batch.weights.sum(1, dtype=np.float64))
-    groups = _documents(windows)
-    rows_of = {"row_nats": np.concatenate(sums).tolist(), "row_tokens": np.concatenate(counts).tolist()}
-    counted = {"rows": len(windows), "documents": len(set(groups)), "scored": scored}
-    return total.means() | counted | rows_of | {"row_documents": groups}
+    documents = _document_numbers(windows)
+    return total.means() | {
+        "rows": len(windows),
+        "documents": len(set(documents)),
+        "scored": scored,
+        "row_nats": np.concatenate(sums).tolist(),
+        "row_tokens": np.concatenate(counts).tolist(),
+        "row_documents": documents,
+    }
 
 
-def changes(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of by_context's results: each one's loss less that of the shortest rows, and the standard error over documents.
+def changes(results: list[Result]) -> list[Mean]:
+    """For each result of `by_context`, the loss minus that of the shortest rows, with its standard error.
 
-    The tokens are the same, so how hard they are cancels out, row by row: the change is known far better than the loss.
+    The error is that of paired differences: the tokens are the same, so their difficulty cancels, and the change is
+    known more precisely than either loss.
     """
-    shortest = np.array(min(results, key=lambda each: each["length"])["row_nats"])
+    shortest = np.array(min(results, key=lambda result: result["length"])["row_nats"])
     return [
-        _mean(np.array(each["row_nats"]) - shortest, np.array(each["row_tokens"]), each["row_documents"])
-        for each in results
+        _mean_and_error(
+            np.array(result["row_nats"]) - shortest, np.array(result["row_tokens"]), result["row_documents"]
+        )
+        for result in results
     ]
 
 
-def by_kind(score: Score, tokenizer: Tokenizer, c: Evaluation, text: Text, length: int) -> dict[str, Any]:
-    """Loss over packed rows of one kind of document after another; kinds of less than a row are named."""
-    found: dict[str, Total] = {}
+def by_kind(score: ScoreFn, tokenizer: Tokenizer, c: Evaluation, text: Text, length: int) -> Result:
+    """Loss of packed rows, each kind of document on its own; lists the kinds that do not fill one row."""
+    totals: dict[str, Total] = {}
     for corpus, kinds in zip(text.corpora, text.kinds, strict=True):
         for kind in sorted(set(kinds)):
-            chosen = corpus.take(np.array([each == kind for each in kinds]))
+            chosen = corpus.take(np.array([other == kind for other in kinds]))
             packed = PackedRows(chosen, length, np.arange(chosen.starts.size))
-            rows = (packed.rows(np.array([number])) for number in _drawn(len(packed), c.samples, c.seed))
-            total = found.setdefault(kind, Total(tokenizer))
-            for batch, scores in in_batches(score, rows, c.batch_size):
+            rows = (packed.rows(np.array([number])) for number in _draw(len(packed), c.samples, c.seed))
+            total = totals.setdefault(kind, Total(tokenizer))
+            for batch, scores in score_in_batches(score, rows, c.batch_size):
                 total.add(batch, scores)
     return {
-        "kinds": [{"kind": kind} | total.means() for kind, total in found.items() if total.weight],
-        "too_short": [kind for kind, total in found.items() if not total.weight],
+        "kinds": [{"kind": kind} | total.means() for kind, total in totals.items() if total.weight],
+        "too_short": [kind for kind, total in totals.items() if not total.weight],
     }
 
 
 class Total:
-    """Loss, accuracy and bits per byte of all tokens that were added."""
+    """Loss, accuracy and bits per byte of all tokens added so far."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
-        self._nats = self._right = self.weight = 0.0
+        self._nats = self._correct = self.weight = 0.0
         self._bytes = 0
 
     def add(self, batch: Batch, scores: Scores) -> None:
-        weights, right = batch.weights, scores.best == batch.targets
+        weights, correct = batch.weights, scores.predictions == batch.targets
         self._nats += float(np.sum(weights * scores.nats, dtype=np.float64))
-        self._right += float(np.sum(weights, where=right, dtype=np.float64))
+        self._correct += float(np.sum(weights, where=correct, dtype=np.float64))
         self.weight += float(np.sum(weights, dtype=np.float64))
         self._bytes += self._tokenizer.byte_length(batch.targets[weights > 0])
 
-    def means(self) -> dict[str, Any]:
-        """Raises ValueError if none of the tokens counts."""
+    def means(self) -> Result:
+        """Raises ValueError if no token has weight."""
         if not self.weight:
-            raise ValueError("the text is all prompt, with nothing to learn: name other text by --path")
+            raise ValueError("the text consists of prompts alone, so no token is scored; use other text with --path")
         bits = self._nats / math.log(2) / self._bytes if self._bytes else None
-        means = {"loss": self._nats / self.weight, "accuracy": self._right / self.weight}
+        means = {"loss": self._nats / self.weight, "accuracy": self._correct / self.weight}
         return means | {"bits_per_byte": bits, "tokens": int(self.weight)}
 
 
 def _ranges(length: int) -> list[tuple[int, int]]:
-    starts = sorted({0, *np.geomspace(1, length, RANGES, endpoint=False).round().astype(int).tolist()})
+    """First and last position of each range."""
+    starts = sorted({0, *np.geomspace(1, length, MAX_RANGES, endpoint=False).round().astype(int).tolist()})
     return list(zip(starts, [*(start - 1 for start in starts[1:]), length - 1], strict=True))
 
 
-def _documents(windows: list[tuple[Corpus, int, int]]) -> list[int]:
-    """A number for each window: the same for those of one document."""
-    names = [(id(corpus), document) for corpus, document, _ in windows]
-    number = {name: at for at, name in enumerate(dict.fromkeys(names))}
-    return [number[name] for name in names]
+def _document_numbers(windows: list[tuple[Corpus, int, int]]) -> list[int]:
+    """The number of each window's document, from 0 in order of first occurrence."""
+    keys = [(id(corpus), document) for corpus, document, _ in windows]
+    numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+    return [numbers[key] for key in keys]
 
 
-def _mean(sums: np.ndarray, counts: np.ndarray, documents: list[int]) -> dict[str, Any]:
-    """The mean over tokens of what each row has sums and counts of, and its standard error, None for one document.
+def _mean_and_error(sums: np.ndarray, counts: np.ndarray, documents: list[int]) -> Mean:
+    """The mean over tokens, from each row's sum of losses and number of tokens, with its standard error.
 
-    Rows of a document are alike, so that documents are what was drawn (the sandwich estimator for clusters).
+    Rows of one document are correlated, so the error treats documents as the independent samples (the sandwich
+    estimator for clusters).
     """
     mean = sums.sum() / counts.sum()
-    apart = np.bincount(documents, sums - mean * counts)
-    scale = apart.size / (apart.size - 1) if apart.size > 1 else None
-    error = None if scale is None else float(sqrt(scale * np.square(apart).sum()) / counts.sum())
-    return {"loss": float(mean), "error": error}
+    residuals = np.bincount(documents, sums - mean * counts)
+    if residuals.size == 1:
+        return {"loss": float(mean), "error": None}
+    scale = residuals.size / (residuals.size - 1)
+    return {"loss": float(mean), "error": float(math.sqrt(scale * np.square(residuals).sum()) / counts.sum())}
 
 
-def _drawn(there: int, count: int, seed: int) -> list[int]:
-    """Up to `count` of the numbers below `there`, drawn by `seed`."""
-    keys = np.atleast_1d(np.random.PCG64(seed).random_raw(there)) if there else np.zeros(0)
+def _draw(available: int, count: int, seed: int) -> list[int]:
+    """Up to `count` different numbers below `available`, in an order drawn by `seed`."""
+    keys = np.atleast_1d(np.random.PCG64(seed).random_raw(available)) if available else np.zeros(0)
     return np.argsort(keys, kind="stable")[:count].tolist()
 
 
 def _row(corpus: Corpus, document: int, begin: int, length: int) -> Batch:
-    """A stretch of a document as a row, [1, length]."""
-    within = begin + np.arange(length)
-    places = corpus.starts[document] + within
-    row = single(corpus.tokens[places], corpus.tokens[places + 1])
-    learned = (within >= corpus.contexts[document])[None]
-    if corpus.unlearned is not None:
-        learned = learned & (row.targets != corpus.unlearned)
-    return row._replace(weights=learned.astype(np.float32))
+    """The tokens `begin` to `begin + length - 1` of a document as a batch [1, length]."""
+    positions = begin + np.arange(length)
+    indices = corpus.starts[document] + positions
+    batch = as_batch(corpus.tokens[indices], corpus.tokens[indices + 1])
+    weighted = (positions >= corpus.masked_prefixes[document])[None]
+    if corpus.ignored_id is not None:
+        weighted = weighted & (batch.targets != corpus.ignored_id)
+    return batch._replace(weights=weighted.astype(np.float32))

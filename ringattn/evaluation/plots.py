@@ -1,68 +1,75 @@
-"""Pictures of an evaluation: heat maps of what is found at which depth, rates by length, losses as curves."""
+"""Plots of an evaluation: heat maps of exact match by length and depth, exact match by length, loss curves."""
 
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ringattn.config import LOSSES
 from ringattn.evaluation.losses import changes
+from ringattn.evaluation.results import Result
 
-Results = dict[str, list[dict[str, Any]]]
-"""Of each run, by its name."""
+Runs = dict[str, list[Result]]
+"""Results by the name of the run."""
+COLOURS = style.library["seaborn-v0_8-colorblind"]["axes.prop_cycle"].by_key()["color"]
+MARKERS = "osD^vPX*<>h"
+LINES = ("-", "--", ":", "-.")
+LENGTH_LABEL = "tokens per row"
+LOSS_LABEL = "loss (nats per token)"
 
 
-def draw(runs: Results, folder: Path) -> None:
-    """Writes <task>.png for each task with depths, retrieval.png for all others; loss_by_position.png and so on."""
-    folder.mkdir(exist_ok=True)
-    for earlier in folder.glob("*.png"):  # of tasks that are no longer asked
-        earlier.unlink()
-    found = [each for results in runs.values() for each in results]
-    for task in dict.fromkeys(each["task"] for each in found if each["depth"] is not None):
-        _save(heat_maps(runs, task), folder / f"{task}.png")
-    flat = list(dict.fromkeys(each["task"] for each in found if each["depth"] is None and "rate" in each))
-    if flat:
-        _save(rates(runs, flat), folder / "retrieval.png")
-    for task, figure in zip(LOSSES, (by_position, by_context, by_kind), strict=True):
-        if any(each["task"] == task for each in found):
-            _save(figure(runs), folder / f"{task}.png")
+def write_plots(runs: Runs, directory: Path) -> None:
+    """Writes a PNG per task with depths and per loss, and retrieval.png for the other retrieval tasks."""
+    directory.mkdir(exist_ok=True)
+    for old in directory.glob("*.png"):  # else plots of tasks that are no longer evaluated would remain
+        old.unlink()
+    results = [result for run_results in runs.values() for result in run_results]
+    for task in dict.fromkeys(result["task"] for result in results if result["depth"] is not None):
+        _save(heat_maps(runs, task), directory / f"{task}.png")
+    without_depth = (result["task"] for result in results if result["depth"] is None and "rate" in result)
+    if tasks := list(dict.fromkeys(without_depth)):
+        _save(exact_match(runs, tasks), directory / "retrieval.png")
+    for task, plot in zip(LOSSES, (by_position, by_context, by_kind), strict=True):
+        if any(result["task"] == task for result in results):
+            _save(plot(runs), directory / f"{task}.png")
 
 
 def _save(figure: Figure, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def _of(results: list[dict[str, Any]], task: str) -> list[dict[str, Any]]:
-    return [each for each in results if each["task"] == task]
+def _of_task(results: list[Result], task: str) -> list[Result]:
+    return [result for result in results if result["task"] == task]
 
 
-def heat_maps(runs: Results, task: str) -> Figure:
-    """Exact match by length (across) and depth (down), a map a run, each cell with its number."""
-    first = _of(next(iter(runs.values())), task)
-    lengths, depths = (list(dict.fromkeys(each[name] for each in first)) for name in ("length", "depth"))
+def heat_maps(runs: Runs, task: str) -> Figure:
+    """Exact match by length (x) and depth (y), one map per run, with the number in each cell."""
+    first_run = _of_task(next(iter(runs.values())), task)
+    lengths, depths = (list(dict.fromkeys(result[name] for result in first_run)) for name in ("length", "depth"))
     width, height = 1.6 + 0.9 * len(lengths), 1.8 + 0.45 * len(depths)
     figure = Figure(figsize=(max(width, 3.6) * len(runs) + 0.8, max(height, 3)), layout="constrained")
-    row = figure.subplots(1, len(runs), squeeze=False, sharey=True)[0]
+    maps = figure.subplots(1, len(runs), squeeze=False, sharey=True)[0]
     image = None
-    for axes, (run, results) in zip(row, runs.items(), strict=True):
-        rate = {(each["length"], each["depth"]): each["rate"] for each in _of(results, task)}
-        grid = np.array([[rate[length, depth] for length in lengths] for depth in depths])
-        image = axes.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
-        for (line, column), value in np.ndenumerate(grid):
-            color = "black" if 0.12 < value < 0.88 else "white"  # the map is dark at both ends
-            axes.text(column, line, f"{value:.2f}", ha="center", va="center", fontsize=10, color=color)
+    for axes, (run, results) in zip(maps, runs.items(), strict=True):
+        rates = {(result["length"], result["depth"]): result["rate"] for result in _of_task(results, task)}
+        grid = np.array([[rates[length, depth] for length in lengths] for depth in depths])
+        image = axes.imshow(grid, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+        for (row, column), value in np.ndenumerate(grid):
+            colour = "white" if value < 0.6 else "black"  # viridis is dark at 0 and light at 1
+            axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=10, color=colour)
         axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
         axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
-        axes.set(xlabel="tokens in the row", title=f"task {task}, run {run}")
-    row[0].set_ylabel("depth (100 %: just before the question)")
+        axes.set(xlabel=LENGTH_LABEL, title=f"task {task}, run {run}")
+    maps[0].set_ylabel("depth (100%: just before the question)")
     assert image is not None
-    figure.colorbar(image, ax=list(row), label="exact match")
+    figure.colorbar(image, ax=list(maps), label="exact match")
     return figure
 
 
-def _lines(runs: Results, ylabel: str) -> tuple[Figure, Axes]:
+def _line_plot(ylabel: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     axes.set(ylabel=ylabel)
@@ -70,82 +77,96 @@ def _lines(runs: Results, ylabel: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _lengths(axes: Axes, lengths: list[int], label: str) -> None:
+def _log_ticks(axes: Axes, ticks: list[int], label: str) -> None:
     axes.set_xscale("log", base=2)
-    axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     axes.minorticks_off()
     axes.set_xlabel(label)
 
 
-def rates(runs: Results, tasks: list[str]) -> Figure:
-    """Exact match over length, with 95 % intervals; a line a task and run."""
-    figure, axes = _lines(runs, "exact match")
-    lengths: set[int] = set()
-    for number, (run, results) in enumerate(runs.items()):
-        for color, task in enumerate(tasks):
-            own = _of(results, task)
-            across, rate = [each["length"] for each in own], np.array([each["rate"] for each in own])
-            spread = [rate - [each["low"] for each in own], [each["high"] for each in own] - rate]
-            label = f"{task}, {run}" if len(runs) > 1 else task
-            line = ("-", "--", ":", "-.")[number % 4]
-            axes.errorbar(
-                across, rate, np.abs(spread), label=label, capsize=3, color=f"C{color}", linestyle=line, marker="."
-            )
-            lengths |= set(across)
-    axes.set_ylim(-0.05, 1.05)
-    _lengths(axes, sorted(lengths), "tokens in the row")
+def _line_style(series: int, line: int) -> dict[str, Any]:
+    """Colour and marker number `series`, line style number `line`."""
+    colour, marker = COLOURS[series % len(COLOURS)], MARKERS[series % len(MARKERS)]
+    return {"color": colour, "marker": marker, "markersize": 4, "linestyle": LINES[line % len(LINES)]}
+
+
+def _legend(axes: Axes) -> None:
+    """A legend to the right of the plot, where it covers no data."""
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def exact_match(runs: Runs, tasks: list[str]) -> Figure:
+    """Exact match by length, with 95 % intervals: one colour and marker per task, one line style per run."""
+    figure, axes = _line_plot("exact match (bars: 95% interval)")
+    all_lengths: set[int] = set()
+    for number, (run, results) in enumerate(runs.items()):
+        for task_number, task in enumerate(tasks):
+            of_task = _of_task(results, task)
+            lengths, rates = [result["length"] for result in of_task], np.array([result["rate"] for result in of_task])
+            errors = [rates - [result["low"] for result in of_task], [result["high"] for result in of_task] - rates]
+            label = f"{task}, {run}" if len(runs) > 1 else task
+            axes.errorbar(lengths, rates, np.abs(errors), label=label, capsize=3, **_line_style(task_number, number))
+            all_lengths |= set(lengths)
+    axes.set_ylim(-0.05, 1.05)
+    _log_ticks(axes, sorted(all_lengths), LENGTH_LABEL)
+    _legend(axes)
     return figure
 
 
-def by_position(runs: Results) -> Figure:
-    """Loss over the position in the row; a line a run and length."""
-    figure, axes = _lines(runs, "loss (nats per token)")
-    ends = set()
-    for run, results in runs.items():
-        for result in _of(results, LOSSES[0]):
+def by_position(runs: Runs) -> Figure:
+    """Loss by position in the row: one colour and marker per length, one line style per run."""
+    figure, axes = _line_plot(LOSS_LABEL)
+    ticks = set()
+    for number, (run, results) in enumerate(runs.items()):
+        for length_number, result in enumerate(_of_task(results, LOSSES[0])):
             ranges = result["by_position"]
-            middles = [np.sqrt((each["first"] + 1) * (each["last"] + 1)) for each in ranges]
-            loss, error = (np.array([each[name] for each in ranges], float) for name in ("loss", "error"))
-            label = f"{run}, rows of {result['length']:,}" if len(runs) > 1 else f"rows of {result['length']:,}"
-            (line,) = axes.plot(middles, loss, marker=".", label=label)
-            axes.fill_between(middles, loss - error, loss + error, alpha=0.2, color=line.get_color(), linewidth=0)
-            ends |= {2**power for power in range(result["length"].bit_length())}
-    _lengths(axes, sorted(ends)[::2], "position in the row (tokens of the document before); shaded: standard error")
-    axes.legend()
+            centres = [np.sqrt((part["first"] + 1) * (part["last"] + 1)) for part in ranges]
+            loss, error = (np.array([part[name] for part in ranges], float) for name in ("loss", "error"))
+            label = f"{run}, " * (len(runs) > 1) + f"{result['length']:,} tokens per row"
+            line = _line_style(length_number, number)
+            axes.plot(centres, loss, label=label, **line)
+            axes.fill_between(centres, loss - error, loss + error, alpha=0.2, color=line["color"], linewidth=0)
+            ticks |= {2**power for power in range(result["length"].bit_length())}
+    _log_ticks(axes, sorted(ticks)[::2], "position in the row, from 1 (shaded: standard error over documents)")
+    _legend(axes)
     return figure
 
 
-def by_context(runs: Results) -> Figure:
-    """Loss of the same tokens over the length of the row, less that of the shortest rows; a line a run."""
-    figure, axes = _lines(runs, "change of the loss of the same tokens (nats per token)")
-    lengths: set[int] = set()
-    for run, results in runs.items():
-        own = _of(results, LOSSES[1])
-        across, found = [each["length"] for each in own], changes(own)
-        error = np.array([each["error"] for each in found], float)  # nan, where there is none
-        label = f"{run}: {own[across.index(min(across))]['loss']:.4f} with {min(across):,}"
-        axes.errorbar(across, [each["loss"] for each in found], error, marker=".", capsize=3, label=label)
-        lengths |= set(across)
-        scored = own[0]["scored"]
-        axes.set_title(f"the last {scored:,} tokens of rows that all end in the same place", fontsize=10)
-    _lengths(axes, sorted(lengths), "tokens in the row (bars: standard error over documents)")
-    axes.legend()
+def by_context(runs: Runs) -> Figure:
+    """Change of the loss of the same tokens by length, relative to the shortest rows, one line per run."""
+    figure, axes = _line_plot("change in loss (nats per token)")
+    all_lengths: set[int] = set()
+    for number, (run, results) in enumerate(runs.items()):
+        of_task = _of_task(results, LOSSES[1])
+        lengths, means = [result["length"] for result in of_task], changes(of_task)
+        errors = np.array([mean["error"] for mean in means], float)  # NaN without an error
+        label = f"{run}\nloss {of_task[lengths.index(min(lengths))]['loss']:.4f} at {min(lengths):,} tokens"
+        axes.errorbar(
+            lengths, [mean["loss"] for mean in means], errors, capsize=3, label=label, **_line_style(number, number)
+        )
+        all_lengths |= set(lengths)
+        scored = of_task[0]["scored"]
+        figure.suptitle(f"Loss of the same {scored:,} tokens at the end of rows of different lengths", fontsize=10)
+    _log_ticks(axes, sorted(all_lengths), f"{LENGTH_LABEL}; bars: standard error over documents")
+    _legend(axes)
     return figure
 
 
-def by_kind(runs: Results) -> Figure:
-    """Loss of each kind of document, in the longest rows; a bar a run."""
-    longest = {run: max(_of(results, LOSSES[2]), key=lambda each: each["length"]) for run, results in runs.items()}
-    kinds = list(dict.fromkeys(each["kind"] for result in longest.values() for each in result["kinds"]))
-    figure = Figure(figsize=(max(4.0, 1.5 + 0.8 * len(kinds)), 4), layout="constrained")
+def by_kind(runs: Runs) -> Figure:
+    """Loss of each kind of document in the longest rows, one bar per run."""
+    longest = {
+        run: max(_of_task(results, LOSSES[2]), key=lambda result: result["length"]) for run, results in runs.items()
+    }
+    kinds = list(dict.fromkeys(part["kind"] for result in longest.values() for part in result["kinds"]))
+    figure = Figure(figsize=(max(5.0, 2.5 + 0.8 * len(kinds)), 4), layout="constrained")
     axes, width = figure.subplots(), 0.8 / len(runs)
     for number, (run, result) in enumerate(longest.items()):
-        loss = {each["kind"]: each["loss"] for each in result["kinds"]}
-        places = [place + number * width for place, kind in enumerate(kinds) if kind in loss]
-        axes.bar(places, [loss[kind] for kind in kinds if kind in loss], width, label=run)
-    axes.set_xticks([place + 0.4 - width / 2 for place in range(len(kinds))], kinds, rotation=30, ha="right")
+        losses = {part["kind"]: part["loss"] for part in result["kinds"]}
+        ticks = [tick + number * width for tick, kind in enumerate(kinds) if kind in losses]
+        heights = [losses[kind] for kind in kinds if kind in losses]
+        axes.bar(ticks, heights, width, label=run, color=COLOURS[number % len(COLOURS)])
+    axes.set_xticks([tick + 0.4 - width / 2 for tick in range(len(kinds))], kinds, rotation=30, ha="right")
     length = max(result["length"] for result in longest.values())
-    axes.set(ylabel="loss (nats per token)", title=f"rows of {length:,} tokens")
-    axes.legend()
+    axes.set(ylabel=LOSS_LABEL, title=f"Rows of {length:,} tokens")
+    _legend(axes)
     return figure

@@ -1,65 +1,61 @@
-"""Is the answer to a question about a long text what the model would have said? No sampling: the answer is given."""
+"""Exact match on retrieval tasks: every token of the answer is the most likely one, given the tokens before it.
+
+The model reads question and answer in one forward pass (teacher forcing); nothing is sampled.
+"""
 
 from collections import deque
 from collections.abc import Iterator
 from itertools import pairwise
 from math import sqrt
-from typing import Any
 
 import numpy as np
+from scipy.stats import binomtest
 
 from ringattn.config import Evaluation
 from ringattn.data import Batch, Question, Tokenizer, question
-from ringattn.evaluation.scoring import Score, in_batches, single
+from ringattn.evaluation.batches import ScoreFn, as_batch, score_in_batches
+from ringattn.evaluation.results import Result
 
 
-def measure(score: Score, tokenizer: Tokenizer, c: Evaluation, task: str, length: int, depth: float) -> dict[str, Any]:
-    """What a cell comes to: `samples` rows of `length` tokens.
+def measure(score: ScoreFn, tokenizer: Tokenizer, c: Evaluation, task: str, length: int, depth: float) -> Result:
+    """The result of a cell: `samples` rows of `length` tokens.
 
-    `right` counts the rows all of whose answer tokens are the likeliest ones (exact match), `rate` is their share, from
-    `low` to `high` its 95 % interval; `answers` is the share of single answers that are right; `nats` the mean over the
-    rows of -log p(answer), and `nats_error` its standard error.
+    A sample may ask for several answers. `right` is the number of samples with an exact match: all tokens of all
+    answers are the most likely ones. `rate` is its share of `samples`, with the 95 % interval `low` to `high`.
+    `answers` is the share of single answers that match. `nats` is the mean over samples of -log p(all answers), and
+    `nats_error` its standard error.
     """
-    asked: deque[Question] = deque()
+    questions: deque[Question] = deque()
 
     def rows() -> Iterator[Batch]:
-        for seed in seeds(c):
-            row = question(task, tokenizer, length, depth, seed)
-            asked.append(row)
-            yield single(row.tokens, np.append(row.tokens[1:], tokenizer.boundary))
+        for seed in sample_seeds(c):
+            sample = question(task, tokenizer, length, depth, seed)
+            questions.append(sample)
+            yield as_batch(sample.tokens, np.append(sample.tokens[1:], tokenizer.boundary))
 
     right, answers, nats = 0, [], []
-    for batch, scores in in_batches(score, rows(), c.batch_size):
-        for own, best, target in zip(scores.nats, scores.best, batch.targets, strict=True):
-            ends = asked.popleft().ends
-            # The token at a place is the target of the one before.
-            spans = [slice(begin - 1, end - 1) for begin, end in pairwise(ends)]
-            found = [bool(np.all(best[span] == target[span])) for span in spans]
-            right += all(found)
-            answers.append(sum(found) / len(found))
-            nats.append(float(own[ends[0] - 1 : ends[-1] - 1].sum(dtype=np.float64)))
-    low, high = wilson(right, c.samples)
+    for batch, scores in score_in_batches(score, rows(), c.batch_size):
+        for losses, predictions, targets in zip(scores.nats, scores.predictions, batch.targets, strict=True):
+            bounds = questions.popleft().answer_bounds
+            # Index i predicts token i + 1, so the targets of tokens[begin:end] are at begin - 1 to end - 2.
+            spans = [slice(begin - 1, end - 1) for begin, end in pairwise(bounds)]
+            matches = [bool(np.all(predictions[span] == targets[span])) for span in spans]
+            right += all(matches)
+            answers.append(sum(matches) / len(matches))
+            nats.append(float(losses[bounds[0] - 1 : bounds[-1] - 1].sum(dtype=np.float64)))
+    interval = binomtest(right, c.samples).proportion_ci(method="wilson")
     return {
         "samples": c.samples,
         "right": right,
         "rate": right / c.samples,
-        "low": low,
-        "high": high,
+        "low": float(interval.low),
+        "high": float(interval.high),
         "answers": float(np.mean(answers)),
         "nats": float(np.mean(nats)),
         "nats_error": float(np.std(nats, ddof=1) / sqrt(c.samples)) if c.samples > 1 else None,
     }
 
 
-def seeds(c: Evaluation) -> list[str]:
-    """Of the rows of a cell: at each depth they ask the same."""
+def sample_seeds(c: Evaluation) -> list[str]:
+    """Seeds of a cell's samples, the same for every depth, so that all depths ask the same questions."""
     return [f"{c.seed} {number}" for number in range(c.samples)]
-
-
-def wilson(right: int, count: int) -> tuple[float, float]:
-    """The 95 % interval of a rate of which `right` of `count` were seen (Wilson 1927, doi:10.2307/2276774)."""
-    z = 1.959964
-    rate, spread = right / count, z * z / count
-    middle = (rate + spread / 2) / (1 + spread)
-    half = z / (1 + spread) * sqrt(rate * (1 - rate) / count + spread / (4 * count))
-    return middle - half if right else 0.0, middle + half if right < count else 1.0

@@ -1,4 +1,4 @@
-"""What is evaluated: a checkpoint of a run, on any mesh, layout and strategy, whatever it was trained with."""
+"""A checkpoint to evaluate, on any mesh and with any layout and strategy, whatever it was trained with."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -9,86 +9,89 @@ from flax import nnx
 
 from ringattn import config
 from ringattn.data import Tokenizer, find_tokenizer
-from ringattn.evaluation.scoring import Score
+from ringattn.evaluation.batches import ScoreFn
 from ringattn.layout import check_length
-from ringattn.mesh import DATA, abstract, check, shards
-from ringattn.training.checkpoint import params_digest, read_params, saved_steps
-from ringattn.training.run import model_of
-from ringattn.training.score import make_scorer
+from ringattn.mesh.axes import DATA, abstract, context_shards
+from ringattn.mesh.devices import check_divisible
+from ringattn.model.build import model_factory
+from ringattn.model.scoring import make_scorer
+from ringattn.runs.checkpoint import params_digest, read_params, saved_steps
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A run's checkpoint; nothing of it is on a device before it is asked to score."""
+    """A run's checkpoint. Nothing is placed on devices before `load`."""
 
     name: str
-    """The run's name, with the step where that was asked for."""
-    folder: Path
-    """The run's."""
+    """The run's name; 'name@step' if a step was asked for."""
+    directory: Path
+    """The run directory."""
     step: int
-    trained: int
+    trained_length: int
     """Tokens of the longest rows that it was trained on."""
     stage: config.Config
-    """Of the stage that the checkpoint is of, but for mesh, layout and strategy, which are the evaluation's."""
+    """Config of the checkpoint's stage, with the evaluation's mesh, layout and strategy."""
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        return find_tokenizer(self.stage.data, kept=self.folder)
+        return find_tokenizer(self.stage.data, run_directory=self.directory)
 
     @cached_property
     def weights(self) -> str:
-        """What stands for its weights."""
-        return params_digest(self.folder / "checkpoints", self.step)
+        """Digest of the parameters."""
+        return params_digest(self.directory / "checkpoints", self.step)
 
     def check(self, c: config.Evaluation, mesh: jax.sharding.Mesh) -> None:
-        """Raises ValueError, with a cure, if it cannot be evaluated on `mesh` as `c` asks."""
+        """Raises ValueError, with a fix, if lengths, batch size or model do not fit `mesh`, or lengths the run."""
         for length in c.lengths:
-            check_length(length, c.layout, shards(mesh), "lengths")
-            if length > self.trained and not c.longer:
-                cure = f"use at most {self.trained}, or --longer True to see how it does beyond"
-                raise ValueError(f"lengths: {length}, but {self.name} was trained on rows of {self.trained}: {cure}")
-        data = mesh.shape[DATA]
-        if c.batch_size % data:
-            cure = config.nearest_multiples(c.batch_size, data)
-            raise ValueError(f"batch_size={c.batch_size} must be a multiple of mesh.data = {data}: use {cure}")
-        rows = config.Data(seq_len=c.lengths[0])
+            check_length(length, c.layout, context_shards(mesh), "lengths", "mesh.context_outer * mesh.context")
+            if length > self.trained_length and not c.longer:
+                trained = f"{self.name} was trained on rows of at most {self.trained_length} tokens"
+                fix = f"use at most {self.trained_length}, or --longer True to evaluate beyond"
+                raise ValueError(f"lengths: {length}, but {trained}; {fix}")
+        size = mesh.shape[DATA]
+        if c.batch_size % size:
+            fix = config.nearest_multiples(c.batch_size, size)
+            raise ValueError(f"batch_size={c.batch_size} must be a multiple of mesh.data = {size}; use {fix}")
+        data = config.Data(seq_len=c.lengths[0])
         train = replace(self.stage.train, batch_size=c.batch_size, accumulate=1)
         try:
-            check(replace(self.stage, data=rows, train=train), mesh)
+            check_divisible(replace(self.stage, data=data, train=train), mesh)
         except ValueError as error:
-            cure = "choose another --mesh.context, --mesh.data, --mesh.tensor or --strategy"
-            raise ValueError(f"{self.name} cannot be evaluated on this mesh ({error}): {cure}") from error
+            fix = "choose another --mesh.context, --mesh.data, --mesh.tensor or --strategy"
+            raise ValueError(f"{self.name} cannot be evaluated on this mesh ({error}); {fix}") from error
 
-    def loaded(self, mesh: jax.sharding.Mesh) -> Score:
-        """Puts its weights on `mesh`, under which this is called. Raises ValueError if they cannot be read."""
-        make_model = model_of(self.stage, self.tokenizer.size)
+    def load(self, mesh: jax.sharding.Mesh) -> ScoreFn:
+        """Reads the parameters onto `mesh`, under which it is called. Raises ValueError if they cannot be read."""
+        make_model = model_factory(self.stage, self.tokenizer.size)
         like = abstract(jax.eval_shape(jax.jit(lambda: nnx.split(make_model())[1])), mesh)
-        params = read_params(self.folder / "checkpoints", self.step, like)
+        params = read_params(self.directory / "checkpoints", self.step, like)
         return partial(make_scorer(make_model, self.tokenizer.size, mesh, self.stage.attention.layout), params)
 
 
-def find(path: str, c: config.Evaluation) -> Subject:
-    """The newest checkpoint of the run in folder `path`, or the checkpoint whose folder that is.
+def find_subject(path: str, c: config.Evaluation) -> Subject:
+    """The checkpoint at `path`, or the newest one of the run directory `path`.
 
-    Raises ValueError, with a cure, if there is none.
+    Raises ValueError, with a fix, if it does not exist.
     """
-    place = Path(path).expanduser()
-    asked = place.name.isdecimal() and place.parent.name == "checkpoints"
-    folder = place.parent.parent if asked else place.parent if place.name == "checkpoints" else place
-    if not (folder / "config.json").is_file():
-        near = sorted(each.parent.name for each in folder.parent.glob("*/config.json"))
-        there = f"there are {', '.join(near)}" if near else "train one by scripts/train.py"
-        raise ValueError(f"runs: {folder} holds no run, for it has no config.json: {there}")
-    whole = config.load(folder / "config.json")
-    steps = saved_steps(folder / "checkpoints")
+    given = Path(path).expanduser()
+    is_step = given.name.isdecimal() and given.parent.name == "checkpoints"
+    directory = given.parent.parent if is_step else given.parent if given.name == "checkpoints" else given
+    if not (directory / "config.json").is_file():
+        runs = sorted(file.parent.name for file in directory.parent.glob("*/config.json"))
+        fix = f"use one of {', '.join(runs)}" if runs else "train one with scripts/train.py"
+        raise ValueError(f"runs: {directory} is not a run directory: config.json is missing; {fix}")
+    run = config.load(directory / "config.json")
+    steps = saved_steps(directory / "checkpoints")
     if not steps:
-        raise ValueError(f"runs: {folder} has no checkpoint: python scripts/train.py --config {folder}/config.json")
-    step = int(place.name) if asked else steps[0]
+        fix = f"train it with python scripts/train.py --config {directory}/config.json"
+        raise ValueError(f"runs: {directory} has no checkpoint; {fix}")
+    step = int(given.name) if is_step else steps[0]
     if step not in steps:
-        raise ValueError(f"runs: {folder} has no checkpoint {step}: there are {', '.join(map(str, steps))}")
-    number = whole.stage_after(step - 1)
-    trained = max(whole.stage(each).data.seq_len for each in range(1, number + 1))
-    stage = whole.stage(number)
+        raise ValueError(f"runs: {directory} has no checkpoint {step}; use one of {', '.join(map(str, steps))}")
+    number = run.stage_after(step - 1)
+    trained_length = max(run.stage(earlier).data.seq_len for earlier in range(1, number + 1))
+    stage = run.stage(number)
     attention = replace(stage.attention, layout=c.layout, strategy=c.strategy)
-    name = f"{folder.resolve().name}@{step}" if asked else folder.resolve().name
-    return Subject(name, folder, step, trained, replace(stage, mesh=c.mesh, attention=attention))
+    name = directory.resolve().name + f"@{step}" * is_step
+    return Subject(name, directory, step, trained_length, replace(stage, mesh=c.mesh, attention=attention))

@@ -1,5 +1,1 @@
-"""The transformer."""
-
-from ringattn.model.transformer import Params, Transformer, count_parameters, whole
-
-__all__ = ["Params", "Transformer", "count_parameters", "whole"]
+"""The transformer, its sharding, loss and scoring. `build.py` builds a model from a config."""

@@ -1,8 +1,8 @@
-"""Rotary position embedding (arXiv 2104.09864), in the half-split form of Llama's published weights.
+"""Rotary position embedding (RoPE, arXiv 2104.09864), in Hugging Face's half-split form of Llama.
 
-A model meets longer rows than it was trained on by turning slower. How much slower each pair turns is what the
-scalings differ in: linear interpolation (arXiv 2306.15595), NTK-aware (a larger theta, so that fast pairs keep their
-pace and the slowest turns `factor` times slower), YaRN (arXiv 2309.00071) and Llama 3.1's.
+Scaling methods lower the frequencies for contexts beyond the training length: linear (position interpolation, arXiv
+2306.15595), NTK-aware (a larger theta, which keeps the highest frequency and divides the lowest by `rope_factor`), YaRN
+(arXiv 2309.00071) and Llama 3.1's.
 """
 
 import math
@@ -13,50 +13,52 @@ from jaxtyping import Array, Float, Float64, Int
 
 from ringattn import config
 
-# YaRN and Llama 3.1 ask how often a pair turns within the `rope_original` tokens that the model knows: from the second
-# number on it keeps its pace, up to the first it turns `factor` times slower, and in between lies a mixture.
+# (low, high): dimension pairs with at least `high` rotations within the training length (`rope_original`) keep their
+# frequency, pairs with at most `low` rotations divide it by `rope_factor`, and pairs in between interpolate.
 YARN_TURNS = (1.0, 32.0)
 LLAMA3_TURNS = (1.0, 4.0)
 
 
 def frequencies(c: config.Model) -> Float64[np.ndarray, " half"]:
-    """Radians per position by which each of a head's `head_dim / 2` pairs turns."""
+    """Returns the frequencies of the `head_dim / 2` dimension pairs of a head, in radians per position."""
     half = c.head_dim // 2
     pair = np.arange(half)
     theta = c.rope_theta
     if c.rope_scaling == "ntk" and half > 1:
         theta *= c.rope_factor ** (half / (half - 1))
-    usual = theta ** (-pair / half)
+    unscaled = theta ** (-pair / half)
     if c.rope_scaling in ("none", "ntk"):
-        return usual
+        return unscaled
     if c.rope_scaling == "linear":
-        return usual / c.rope_factor
-    if c.rope_scaling == "llama3":  # mixed in a line over the turns
-        turns = c.rope_original * usual / (2 * math.pi)
-        kept = np.clip((turns - LLAMA3_TURNS[0]) / (LLAMA3_TURNS[1] - LLAMA3_TURNS[0]), 0, 1)
-    else:  # yarn: in a line over the pairs, between those that turn so often
+        return unscaled / c.rope_factor
+    if c.rope_scaling == "llama3":  # interpolates linearly in the number of rotations
+        turns = c.rope_original * unscaled / (2 * math.pi)
+        unscaled_weight = np.clip((turns - LLAMA3_TURNS[0]) / (LLAMA3_TURNS[1] - LLAMA3_TURNS[0]), 0, 1)
+    else:  # yarn: interpolates linearly in the index of the pair
         last, first = (half * math.log(c.rope_original / (2 * math.pi * n)) / math.log(theta) for n in YARN_TURNS)
         first, last = max(math.floor(first), 0), min(math.ceil(last), c.head_dim - 1)
-        kept = 1 - np.clip((pair - first) / max(last - first, 0.001), 0, 1)
-    return usual * kept + usual / c.rope_factor * (1 - kept)
+        unscaled_weight = 1 - np.clip((pair - first) / max(last - first, 0.001), 0, 1)
+    return unscaled * unscaled_weight + unscaled / c.rope_factor * (1 - unscaled_weight)
 
 
 def rotations(
     positions: Int[Array, "B L"], c: config.Model
 ) -> tuple[Float[Array, "B L 1 half"], Float[Array, "B L 1 half"]]:
-    """Cosine and sine (float32) of the angle by which each pair turns at a position, times YaRN's temperature.
+    """Returns cosine and sine (float32) of each pair's angle at each position, times YaRN's attention factor.
 
-    Positions are those inside the token's own document, whatever the order in which the tokens lie.
+    `positions` are counted from the start of each segment; tokens may be in any order.
 
-    A float32 product of position and frequency would be off by 0.4 radians at ten million tokens. Turns, though, count
-    modulo 1: in units of 2**-32 turn their integer product may overflow, and what the unit rounds off is added after.
+    A float32 product of position and frequency would be off by 0.4 radians at ten million tokens. Angles are equal
+    modulo one turn, so each frequency is split into a multiple of 2**-32 turns, whose int32 product with the position
+    wraps around at full turns, and a remainder, whose float32 product is small.
     """
     turns = frequencies(c) / (2 * math.pi)
     units = np.round(turns * 2**32)
-    rest = (turns - units / 2**32).astype(np.float32)
-    at = positions[:, :, None, None]
-    whole = at * jnp.asarray(units.astype(np.uint32).view(np.int32))[None, None, None]
-    angles = 2 * math.pi * (whole.astype(jnp.float32) * 2.0**-32 + at.astype(jnp.float32) * rest[None, None, None])
+    remainders = (turns - units / 2**32).astype(np.float32)
+    positions = positions[:, :, None, None]
+    wrapped = positions * jnp.asarray(units.astype(np.uint32).view(np.int32))[None, None, None]
+    turns_modulo_1 = wrapped.astype(jnp.float32) * 2.0**-32
+    angles = 2 * math.pi * (turns_modulo_1 + positions.astype(jnp.float32) * remainders[None, None, None])
     scale = 0.1 * math.log(c.rope_factor) + 1 if c.rope_scaling == "yarn" else 1.0
     return scale * jnp.cos(angles), scale * jnp.sin(angles)
 
@@ -64,6 +66,6 @@ def rotations(
 def rotate(
     x: Float[Array, "B L heads D"], cos: Float[Array, "B L 1 half"], sin: Float[Array, "B L 1 half"]
 ) -> Float[Array, "B L heads D"]:
-    """Turns each pair (x[i], x[i + D/2]) by its angle, in float32; the result is in the dtype of `x`."""
+    """Rotates each pair (x[i], x[i + D/2]) by its angle, in float32; returns the dtype of `x`."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

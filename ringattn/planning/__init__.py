@@ -1,4 +1,7 @@
-"""What a run would take on devices that are not there, by the compiler that would compile it for them."""
+"""Plans of training steps: compiled for devices that need not be present, with the memory each device needs.
+
+.. include:: README.md
+"""
 
 from ringattn.planning.compile import Plan, plan, report
 

@@ -1,4 +1,7 @@
-"""Training: the step, the loop around it, and what it leaves on disk."""
+"""Training: the step, the loop around it, validation, plots.
+
+.. include:: README.md
+"""
 
 from ringattn.training.loop import train
 from ringattn.training.step import TrainState

@@ -1,4 +1,4 @@
-"""A look at what tokens keep of a video: frames as they are beside frames made of their tokens again."""
+"""A plot of video frames and their reconstructions from tokens."""
 
 from pathlib import Path
 
@@ -6,18 +6,18 @@ import numpy as np
 from matplotlib.figure import Figure
 
 
-def plot_frames(original: np.ndarray, rebuilt: np.ndarray, path: Path) -> None:
-    """Draws both, [frames, height, width, 3] uint8, one above the other, as a PNG; of no frames it draws nothing."""
+def plot_frames(original: np.ndarray, reconstructed: np.ndarray, path: Path) -> None:
+    """Plots both uint8 arrays [frames, height, width, 3] as rows of a PNG. Writes nothing if `original` is empty."""
     if not len(original):
         return
     height, width = original.shape[1:3]
     figure = Figure(figsize=(2.5 * len(original), 5.5 * height / width + 0.8), layout="constrained")
-    figure.suptitle(f"held-out frames at {width} x {height}: as they are (above), and made of their tokens (below)")
+    figure.suptitle(f"held-out frames at {width} x {height}: original (above), reconstructed from tokens (below)")
     rows = figure.subplots(2, len(original), squeeze=False)
-    for axes, frames, label in zip(rows, (original, rebuilt), ("original", "from tokens"), strict=True):
-        for each, frame in zip(axes, frames, strict=True):
-            each.imshow(frame, interpolation="nearest")
-            each.set(xticks=[], yticks=[])
+    for axes, frames, label in zip(rows, (original, reconstructed), ("original", "reconstructed"), strict=True):
+        for cell, frame in zip(axes, frames, strict=True):
+            cell.imshow(frame, interpolation="nearest")
+            cell.set(xticks=[], yticks=[])
         axes[0].set_ylabel(label)
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=150)

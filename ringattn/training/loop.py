@@ -1,4 +1,4 @@
-"""A run from its config to its folder, in the order in which data flows."""
+"""The training loop: trains all stages of a config and writes the run directory."""
 
 import signal
 from collections.abc import Iterator
@@ -8,182 +8,209 @@ from pathlib import Path
 import jax
 
 from ringattn import config
-from ringattn.data import Sides, VideoTokenizer, prefetch, read
-from ringattn.mesh import check, check_same, over_all, shards, start
-from ringattn.training import compiled
-from ringattn.training.checkpoint import Checkpoints, saved_steps
-from ringattn.training.compiled import compile_step
-from ringattn.training.flops import peak_flops, step_flops
-from ringattn.training.folder import check_resumable, describe_to, restore
+from ringattn.cost.flops import peak_flops, step_flops
+from ringattn.cost.step_statistics import describe_statistics
+from ringattn.data import Splits, VideoTokenizer, prefetch, read
+from ringattn.mesh.axes import context_shards
+from ringattn.mesh.devices import build_mesh, check_divisible, check_same, start
+from ringattn.runs.checkpoint import Checkpoints, saved_steps
+from ringattn.runs.directory import check_data, check_resumable, write_description
+from ringattn.runs.files import write_json, write_text
+from ringattn.runs.metrics import MetricsFile, Row, read_rows
+from ringattn.runs.progress import Display
+from ringattn.runs.signals import Stop, stopped_by_signal
+from ringattn.runs.writers import Writers
 from ringattn.training.frames import plot_frames
-from ringattn.training.metrics import MetricsFile, Recorder, Row, Screen, read_rows
 from ringattn.training.plots import plot_loss
 from ringattn.training.profile import Profile
-from ringattn.training.run import Run, describe, prepare, recut, tokens_a_step
-from ringattn.training.signals import Stop, stopped_by_signal
+from ringattn.training.recorder import LogConfig, Recorder
+from ringattn.training.stage import Run, compile_step, describe, prepare_stage, rebatch, tokens_per_step
 from ringattn.training.step import TrainState
-from ringattn.training.writers import Writers
 
 
 def train(c: config.Config) -> int:
-    """Trains all stages to their ends, from the newest checkpoint if there is one, and leaves all in the run's folder.
+    """Trains all stages, resuming from the newest checkpoint, and writes everything to the run directory.
 
-    Returns the process's exit status: 0, or 128 + the number of the signal that ended the run early. Raises
-    ValueError, with a cure, where the config, the text, the devices or the run's folder do not fit each other, and
-    if loss or gradient are no longer finite.
+    Returns the exit status of the process: 0, or 128 + signal number if a signal stopped the run.
+
+    Raises:
+      ValueError: if config, data, devices and run directory are inconsistent, or if the loss or gradient norm becomes
+        non-finite.
     """
-    folder = c.folder
-    check_resumable(c, folder)
-    current = _current(c, folder)
-    with config.said_of(c.stages, current):
+    directory = c.run_directory
+    check_resumable(c, directory)
+    current = _current_stage(c, directory)
+    with config.stage_errors(c.stages, current):
         start(c.stage(current).mesh)
-    text = _checked_text(c, current)
-    status, begin = None, max(saved_steps(folder / "checkpoints"), default=0)
+    splits = _checked_data(c, current)
+    status, launch_step = None, max(saved_steps(directory / "checkpoints"), default=0)
     while status is None:
-        # A stage begins as a run does that was cut off: from the newest checkpoint.
-        current = _current(c, folder)
-        with config.said_of(c.stages, current):
-            status = _train_stage(c, current, text, folder, begin)
+        # Each stage starts from the newest checkpoint, like a resumed run.
+        current = _current_stage(c, directory)
+        with config.stage_errors(c.stages, current):
+            status = _train_stage(c, current, splits, directory, launch_step)
     return status
 
 
-def _current(c: config.Config, folder: Path) -> int:
-    """The number of the stage that the newest checkpoint is to go on with."""
-    return c.stage_after(max(saved_steps(folder / "checkpoints"), default=0))
+def _current_stage(c: config.Config, directory: Path) -> int:
+    """Returns the index (from 1) of the stage that continues from the newest checkpoint."""
+    return c.stage_after(max(saved_steps(directory / "checkpoints"), default=0))
 
 
-def _checked_text(c: config.Config, current: int) -> Sides:
-    """The text, read once; raises ValueError if a stage from `current` on does not fit it or the devices."""
-    text, kept = None, c.folder if saved_steps(c.folder / "checkpoints") else None
+def _checked_data(c: config.Config, current: int) -> Splits:
+    """Reads the dataset once. Raises ValueError if a stage >= `current` does not fit the dataset or the devices."""
+    splits, tokenizer_directory = None, c.run_directory if saved_steps(c.run_directory / "checkpoints") else None
     for number in range(current, len(c.stages) + 1):
-        with config.said_of(c.stages, number):
+        with config.stage_errors(c.stages, number):
             stage = c.stage(number)
-            _fitting_mesh(stage)
-            text = text or read(stage.data, kept)
-            recut(text, stage, number)
-    assert text is not None
-    return text
+            _checked_mesh(stage)
+            splits = splits or read(stage.data, tokenizer_directory)
+            rebatch(splits, stage, number)
+    assert splits is not None
+    return splits
 
 
-def _fitting_mesh(stage: config.Config) -> jax.sharding.Mesh:
-    mesh = over_all(stage.mesh)
-    check(stage, mesh)
+def _checked_mesh(stage: config.Config) -> jax.sharding.Mesh:
+    mesh = build_mesh(stage.mesh)
+    check_divisible(stage, mesh)
     return mesh
 
 
-def _train_stage(c: config.Config, number: int, text: Sides, folder: Path, begin: int) -> int | None:
-    """Trains stage `number` to its end; the process's exit status, or None if another stage is to come.
+def _train_stage(c: config.Config, number: int, splits: Splits, directory: Path, launch_step: int) -> int | None:
+    """Trains stage `number`. Returns the exit status of the process, or None if another stage follows.
 
-    `begin` is the step at which this start, all of its stages, began.
+    `launch_step` is the step at which this launch, with all its stages, started.
     """
-    mesh = _fitting_mesh(c.stage(number))
+    mesh = _checked_mesh(c.stage(number))
     steps = c.steps_before(len(c.stages) + 1)
     with jax.set_mesh(mesh):
-        run = prepare(c, mesh, number, text)
+        run = prepare_stage(c, mesh, number, splits)
         check_same("config", repr(c))
-        check_same("text", repr(run.fingerprints()))
-        found = saved_steps(folder / "checkpoints")
-        state, notes = restore(run, folder) if found else (run.initial_state(), [])
+        check_same("data", repr(run.fingerprints()))
+        state, damage = _initial_or_restored(run, directory)
         done = int(state.step)
-        screen = Screen(run.last, done)
-        if done < run.first:  # the newest was damaged, and the one before it is of an earlier stage
-            for line in notes:
-                screen.say(line)
+        display = Display(run.end_step, done)
+        if done < run.start_step:  # the newest checkpoint was damaged, and the restored one is of an earlier stage
+            for line in damage:
+                display.print(line)
             return None
-        for line in [*_introduced(c, run, number), *describe(run, state), *notes]:
-            screen.say(line)
-        if done >= run.last:
-            if not (folder / "plots" / "loss.png").is_file():  # it was cut off after its last step
-                finish(run, state, folder)
-            more = f"to go on raise --{config.flag(c.stages, number, 'train.steps')}"
-            screen.say(f"nothing to do: {folder} is at step {done} of {steps}; {more}")
+        for line in [*_describe_stage(run), *describe(run, state), *damage]:
+            display.print(line)
+        if done >= run.end_step:
+            if not (directory / "plots" / "loss.png").is_file():  # the run was interrupted after its last step
+                finish(run, state, directory)
+            fix = f"to continue, raise --{config.flag(c.stages, number, 'train.steps')}"
+            display.print(f"nothing to do: {directory} is at step {done} of {steps}; {fix}")
             return 0
         if done:
-            screen.say(f"going on from step {done} of {folder}")
-        describe_to(folder, c, run)
+            display.print(f"resuming from step {done} of {directory}")
+        write_description(directory, c, run.fingerprints(), run.tokenizer.files)
         with (
-            stopped_by_signal(screen) as stop,  # outermost: the first signal lets the last checkpoint be written
-            MetricsFile(folder / "metrics.jsonl", after=done) as file,
-            Checkpoints(folder / "checkpoints", c.checkpoint.keep) as checkpoints,
+            stopped_by_signal(display) as stop,  # outermost: exiting Checkpoints waits for the last write
+            MetricsFile(directory / "metrics.jsonl", after=done) as file,
+            Checkpoints(directory / "checkpoints", c.checkpoint.keep) as checkpoints,
         ):
-            profile = Profile(c.profile, begin, steps, folder / "profile", screen)
-            status, state, result = advance(run, state, screen, file, checkpoints, stop, profile)
+            profile = Profile(c.profile, launch_step, steps, directory / "profile", display)
+            status, state, result = advance(run, state, display, file, checkpoints, stop, profile)
         if status == 0 and number < len(c.stages):
             if not stop.number:
                 return None
-            # A signal during the stage's last step is not to begin the next.
+            # A signal during the last step of a stage must not start the next stage.
             status, name = 128 + stop.number, signal.Signals(stop.number).name
-            result = f"stopped by {name} after step {run.last}, saved"
+            result = f"stopped by {name} after step {run.end_step}, saved"
         if status == 0:
-            finish(run, state, folder)
-        screen.say(f"{result}; run folder {folder}")
+            finish(run, state, directory)
+        display.print(f"{result}; run directory {directory}")
         return status
 
 
-def _introduced(c: config.Config, run: Run, number: int) -> Iterator[str]:
-    if len(c.stages) > 1:
-        count, ring = run.config.train.batch_size, shards(run.mesh)
-        rows = f"{count} row{'s' * (count > 1)} of {run.config.data.seq_len:,} tokens"
-        yield f"stage {number} of {len(c.stages)}, steps {run.first + 1} to {run.last}: {rows}, a ring of {ring}"
+def _initial_or_restored(run: Run, directory: Path) -> tuple[TrainState, list[str]]:
+    """Returns the initial or restored state, and a message for each damaged checkpoint.
+
+    Raises ValueError if the data has changed.
+    """
+    if not saved_steps(directory / "checkpoints"):
+        return run.initial_state(), []
+    check_data(directory, run.fingerprints(), run.config.data.path)
+    with Checkpoints(directory / "checkpoints", run.config.checkpoint.keep) as checkpoints:
+        return run.restore(checkpoints)
 
 
-def finish(run: Run, state: TrainState, folder: Path) -> None:
-    """What a run leaves once it has done all its steps."""
+def _describe_stage(run: Run) -> Iterator[str]:
+    stages = len(run.full_config.stages)
+    if stages > 1:
+        count, shards = run.config.train.batch_size, context_shards(run.mesh)
+        rows = f"{count} row{'s' * (count > 1)} of {run.config.data.seq_len:,} tokens, {shards} devices per row"
+        yield f"stage {run.stage_number} of {stages}, steps {run.start_step + 1} to {run.end_step}: {rows}"
+
+
+def finish(run: Run, state: TrainState, directory: Path) -> None:
+    """Writes samples and plots of a completed run."""
     samples = run.samples(state.params)
     if jax.process_index() == 0:
-        (folder / "samples.txt").write_text(samples, encoding="utf-8")
-        plot_loss(read_rows(folder / "metrics.jsonl"), folder / "plots" / "loss.png")
+        write_text(directory / "samples.txt", samples)
+        plot_loss(read_rows(directory / "metrics.jsonl"), directory / "plots" / "loss.png")
         if isinstance(run.tokenizer, VideoTokenizer):
-            plot_frames(run.tokenizer.look, run.tokenizer.rebuilt(), folder / "plots" / "frames.png")
+            plot_frames(run.tokenizer.preview, run.tokenizer.reconstruct_preview(), directory / "plots" / "frames.png")
 
 
 def advance(
     run: Run,
     state: TrainState,
-    screen: Screen,
+    display: Display,
     file: MetricsFile,
     checkpoints: Checkpoints,
     stop: Stop,
     profile: Profile,
 ) -> tuple[int, TrainState, str]:
-    """The steps that are left: the exit status, the state they end in, and what came of them in words."""
-    c, begin = run.config, int(state.step)
+    """Trains the remaining steps. Returns the exit status, the last state, and a summary of the result."""
+    c, restored_step = run.config, int(state.step)
     result = ""
-    with profile, Writers(run.whole, begin, screen) as writers:
-        train_step, facts = compile_step(run, state)
-        compiled.write(facts, c.folder / "compiled.json")
-        for line in compiled.in_words(facts):
-            screen.say(line)
+    with profile, Writers(run.full_config, restored_step, display) as writers:
+        train_step, statistics = compile_step(run, state)
+        if jax.process_index() == 0:
+            write_json(c.run_directory / "compiled.json", statistics)
+        for line in describe_statistics(statistics):
+            display.print(line)
 
         def write(row: Row) -> None:
-            for kept in (file, writers):
-                kept.write(row | {"stage": run.number})
+            for log in (file, writers):
+                log.write(row | {"stage": run.stage_number})
 
-        tokens = tokens_a_step(c)
-        before = run.tokens_before - run.first * tokens
-        # However short the stage, its first and last step have rows.
-        ends = run.first + 1, run.last
-        recorder = Recorder(write, screen, c.log.every, tokens, peak_flops(), before, ends)
-        with screen, closing(prefetch(run.rows, begin - run.first, run.last - run.first)) as batches:
-            for step, batch in enumerate(batches, begin + 1):
+        recorder = Recorder(write, display, _log_config(run))
+        first, end = restored_step - run.start_step, run.end_step - run.start_step
+        with display, closing(prefetch(run.training, first, end)) as batches:
+            for step, batch in enumerate(batches, restored_step + 1):
                 profile.before(step, recorder)
                 with jax.profiler.StepTraceAnnotation("step", step_num=step):
-                    state, metrics = train_step(state, run.on_devices(batch))
+                    state, metrics = train_step(state, run.place(batch))
                 recorder.step(step, metrics, step_flops(c, run.tokenizer.size, batch))
                 profile.after(step, recorder)
-                last, signal_number = step == run.last, stop.number
-                to_evaluate = last or step % c.evaluate.every == 0
-                to_save = last or signal_number > 0 or step % c.checkpoint.every == 0
-                if to_evaluate or to_save:
-                    recorder.settle()
-                if to_evaluate:
-                    result = recorder.evaluation(step, run.evaluate(state.params))
+                is_last, signal_number = step == run.end_step, stop.number
+                to_validate = is_last or step % c.validation.every == 0
+                to_save = is_last or signal_number > 0 or step % c.checkpoint.every == 0
+                if to_validate or to_save:
+                    recorder.flush()
+                if to_validate:
+                    result = recorder.validation(step, run.validate(state.params))
                 if to_save:
                     file.sync()
-                    checkpoints.save(state)
-                if to_evaluate or to_save:
+                    checkpoints.save(step, state)
+                if to_validate or to_save:
                     recorder.restart_clock()
-                if signal_number and not last:
+                if signal_number and not is_last:
                     stopped = f"stopped by {signal.Signals(signal_number).name} after step {step}, saved"
                     return 128 + signal_number, state, stopped
     return 0, state, result
+
+
+def _log_config(run: Run) -> LogConfig:
+    tokens = tokens_per_step(run.config)
+    return LogConfig(
+        every=run.config.log.every,
+        end_step=run.end_step,
+        tokens_per_step=tokens,
+        peak_flops=peak_flops(),
+        token_offset=run.earlier_tokens - run.start_step * tokens,
+        always=(run.start_step + 1, run.end_step),  # the plot requires rows, also for stages shorter than `every`
+    )

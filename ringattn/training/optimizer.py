@@ -1,41 +1,38 @@
-"""AdamW with clipped gradients, linear warm-up and cosine decay."""
+"""AdamW with gradient clipping, linear warmup and cosine decay."""
 
 import jax
 import optax
 
 from ringattn import config
-from ringattn.model import Params
+from ringattn.model.parallel import Params
 
 
-def learning_rate(c: config.Optimizer, steps: int, first: int = 0) -> optax.Schedule:
-    """Updates done (from 0) -> learning rate: up in a line to the peak, then down a cosine that ends after `steps`.
-
-    Both begin anew once `first` updates are done, those of the stages before.
-    """
+def learning_rate(c: config.Optimizer, steps: int, start_step: int = 0) -> optax.Schedule:
+    """Returns a schedule of `steps` updates from `start_step`: linear warmup to the peak, then cosine decay."""
     schedule = optax.warmup_cosine_decay_schedule(
-        init_value=c.learning_rate / (c.warmup_steps + 1),  # not 0: the first update is to do something
+        init_value=c.learning_rate / (c.warmup_steps + 1),  # not 0, so that the first update has an effect
         peak_value=c.learning_rate,
         warmup_steps=c.warmup_steps,
-        decay_steps=max(steps, c.warmup_steps + 1),  # a run that ends within the warm-up has no decay
+        decay_steps=max(steps, c.warmup_steps + 1),  # optax requires a decay, also if the run ends during warmup
         end_value=c.learning_rate * c.final_fraction,
     )
-    return lambda count: schedule(count - first)
+    return lambda count: schedule(count - start_step)
 
 
-def _matrices(params: Params) -> Params:
-    """Which parameters are matrices: all but the norms' scales, although these are stacked over the layers, too."""
+def _weight_decay_mask(params: Params) -> Params:
+    """Returns True for matrices and False for norm scales, which are 2-D only because layers are stacked."""
     return jax.tree_util.tree_map_with_path(lambda path, _: "scale" not in jax.tree_util.keystr(path), params)
 
 
-def optimizer(c: config.Optimizer, steps: int, first: int = 0) -> optax.GradientTransformation:
-    """Clips the gradient to a global norm, then AdamW (arXiv 1711.05101) with weight decay on matrices only."""
+def optimizer(c: config.Optimizer, steps: int, start_step: int = 0) -> optax.GradientTransformation:
+    """Returns clipping by global norm, followed by AdamW (arXiv 1711.05101) with weight decay on matrices only."""
     return optax.chain(
         optax.clip_by_global_norm(c.clip_norm),
         optax.adamw(
-            learning_rate(c, steps, first),
+            learning_rate(c, steps, start_step),
             b1=c.beta1,
             b2=c.beta2,
             weight_decay=c.weight_decay,
-            mask=_matrices,
+            mask=_weight_decay_mask,
         ),
     )

@@ -1,4 +1,4 @@
-"""The picture of a run: its losses over the steps, and over how much context a token has."""
+"""The plot of a run: loss by step, and validation loss by number of preceding tokens."""
 
 from pathlib import Path
 from typing import Any
@@ -7,26 +7,26 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
+from ringattn.runs.metrics import Row, stage_ends
 from ringattn.training.by_context import losses_by_context
-from ringattn.training.metrics import Row, stage_ends
 
-SHOWN = 4
-"""Evaluations whose losses by context are drawn, from the first to the last."""
+MAX_CURVES = 4
+"""Maximum number of validations plotted by context, spread over the run and including the last."""
 
 
 def plot_loss(rows: list[Row], path: Path) -> None:
-    """Draws training and validation loss over the steps, and beside it validation loss by context, as a PNG.
+    """Plots training and validation loss by step, and validation loss by context, as a PNG.
 
-    Where a stage ends and the next begins is a line. Of a single range of contexts there is no picture.
+    Dotted lines mark the ends of stages. Without a validation of several context ranges, the second plot is omitted.
     """
-    evaluations = [row for row in rows if losses_by_context(row)]
-    if all(len(losses_by_context(row)) == 1 for row in evaluations):
-        evaluations = []
-    figure = Figure(figsize=(11, 4) if evaluations else (7, 4), layout="constrained")
-    axes = figure.subplots(1, 2 if evaluations else 1, squeeze=False)[0]
+    validations = [row for row in rows if losses_by_context(row)]
+    if all(len(losses_by_context(row)) == 1 for row in validations):
+        validations = []
+    figure = Figure(figsize=(11, 4) if validations else (7, 4), layout="constrained")
+    axes = figure.subplots(1, 2 if validations else 1, squeeze=False)[0]
     _by_step(axes[0], rows)
-    if evaluations:
-        _by_context(axes[1], evaluations)
+    if validations:
+        _by_context(axes[1], validations)
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=150)
 
@@ -41,17 +41,17 @@ def _by_step(axes: Axes, rows: list[Row]) -> None:
     axes.legend()
 
 
-def _by_context(axes: Axes, evaluations: list[Row]) -> None:
-    chosen = evaluations[:: -(-len(evaluations) // SHOWN)]
-    if chosen[-1] is not evaluations[-1]:
-        chosen = [*chosen[: SHOWN - 1], evaluations[-1]]
-    # Places of equal width: the ranges double, so this is a logarithmic axis.
-    ranges = sorted({each for row in chosen for each in losses_by_context(row)})
-    for number, row in enumerate(chosen, 1):
+def _by_context(axes: Axes, validations: list[Row]) -> None:
+    chosen = validations[:: -(-len(validations) // MAX_CURVES)]
+    if chosen[-1] is not validations[-1]:
+        chosen = [*chosen[: MAX_CURVES - 1], validations[-1]]
+    # Ranges double in size, so equally spaced ticks make a logarithmic axis.
+    ranges = sorted({key for row in chosen for key in losses_by_context(row)})
+    for index, row in enumerate(chosen, 1):
         losses: dict[Any, float] = losses_by_context(row)
-        places = [ranges.index(each) for each in losses]
-        color = to_rgba("tab:orange", number / len(chosen))  # the later, the stronger; validation's colour
-        axes.plot(places, list(losses.values()), marker=".", color=color, label=f"step {row['step']:,}")
+        ticks = [ranges.index(key) for key in losses]
+        color = to_rgba("tab:orange", index / len(chosen))  # later validations are more opaque
+        axes.plot(ticks, list(losses.values()), marker=".", color=color, label=f"step {row['step']:,}")
     axes.set_xticks(range(len(ranges)), [f"{first:,}" for first, _ in ranges], rotation=45, ha="right")
-    axes.set(xlabel="context (tokens of the document before, at least)", ylabel="validation loss (nats per token)")
+    axes.set(xlabel="preceding tokens of the document (at least)", ylabel="validation loss (nats per token)")
     axes.legend()

@@ -1,6 +1,6 @@
-"""What the model makes of held-out text: the beginnings of a few rows, continued token by token.
+"""Sampled continuations of held-out text.
 
-A look at a run, not a way to generate: every token costs a forward pass over the whole, if short, row.
+They only show what a run has learned: without a KV cache, each token costs a forward pass over a short sequence.
 """
 
 from collections.abc import Callable
@@ -14,35 +14,35 @@ from jax import P
 from jaxtyping import Array, Float, Int
 
 from ringattn.data import Batch, Tokenizer
-from ringattn.mesh import TENSOR, TOKENS
-from ringattn.model import Params
-from ringattn.training.step import MakeModel
+from ringattn.mesh.axes import TENSOR, TOKENS
+from ringattn.model.build import MakeModel
+from ringattn.model.parallel import Params
 
-PROMPT, NEW, SHOWN = 160, 96, 3
-"""Tokens of a row that are given, tokens that the model adds, rows that are shown."""
+PROMPT_TOKENS, NEW_TOKENS, SEQUENCES = 160, 96, 3
+"""Tokens per prompt, sampled tokens per sequence, number of sequences."""
 TEMPERATURE = 0.8
-
 
 NextLogits = Callable[..., Float[Array, "B V"]]
 
 
 def make_next_logits(make_model: MakeModel, vocabulary: int) -> NextLogits:
-    """A jitted function: parameters, a Batch's arrays [B, L] and `here` -> the logits of what follows the token there.
+    """Returns a jitted next_logits(params, tokens, positions, segment_ids, one_hot) -> logits [B, V] of the next token.
 
-    `here` [B, L] float32 is 1 at one token of each row and 0 elsewhere, so that it can be laid out like the rows.
+    `one_hot` [B, L] float32 selects the token of each sequence whose next token is predicted. Unlike an index, it can
+    be permuted and sharded like the tokens.
     """
     graphdef = nnx.graphdef(nnx.eval_shape(make_model))
 
     @jax.jit
-    def next_logits(params: Params, tokens: Any, positions: Any, segment_ids: Any, here: Any):
+    def next_logits(params: Params, tokens: Any, positions: Any, segment_ids: Any, one_hot: Any):
         model = nnx.merge(graphdef, params)
         hidden = model(tokens, positions, segment_ids)
-        rows = P(TOKENS[0], None)
-        there = jnp.einsum("bl,ble->be", here.astype(hidden.dtype), hidden, out_sharding=rows)
+        spec = P(TOKENS[0], None)
+        state = jnp.einsum("bl,ble->be", one_hot.astype(hidden.dtype), hidden, out_sharding=spec)
         logits = jnp.einsum(
             "be,ve->bv",
-            there,
-            jax.reshard(model.output().astype(hidden.dtype), P(TENSOR, None)),
+            state,
+            jax.reshard(model.output_table().astype(hidden.dtype), P(TENSOR, None)),
             out_sharding=P(None, None),
         )
         return logits.astype(jnp.float32)[:, :vocabulary]
@@ -53,33 +53,33 @@ def make_next_logits(make_model: MakeModel, vocabulary: int) -> NextLogits:
 def continue_rows(
     batch: Batch, prompt: int, seed: int, next_logits: Callable[[Batch, Float[np.ndarray, "B L"]], Any]
 ) -> Int[np.ndarray, "B L"]:
-    """The rows [B, L] of `batch` with all tokens from `prompt` on drawn by the model, at TEMPERATURE.
+    """Returns the tokens [B, L] of `batch`, with positions >= `prompt` sampled from the model at TEMPERATURE.
 
-    `next_logits(rows, here)` gives logits [B, V] of what follows the one token of each row that `here` marks.
+    `next_logits(rows, one_hot)` returns the logits [B, V] of the token after the selected one.
     """
     random, tokens = np.random.default_rng(seed), batch.tokens.copy()
-    # The document that the prompt ends in goes on.
-    later = np.arange(1, tokens.shape[1] - prompt + 1, dtype=np.int32)
+    # The continuation belongs to the document in which the prompt ends.
+    offsets = np.arange(1, tokens.shape[1] - prompt + 1, dtype=np.int32)
     positions, segment_ids = batch.positions.copy(), batch.segment_ids.copy()
-    positions[:, prompt:] = positions[:, prompt - 1 : prompt] + later
+    positions[:, prompt:] = positions[:, prompt - 1 : prompt] + offsets
     segment_ids[:, prompt:] = segment_ids[:, prompt - 1 : prompt]
-    for place in range(prompt, tokens.shape[1]):
-        here = np.zeros(tokens.shape, np.float32)
-        here[:, place - 1] = 1
+    for index in range(prompt, tokens.shape[1]):
+        one_hot = np.zeros(tokens.shape, np.float32)
+        one_hot[:, index - 1] = 1
         rows = batch._replace(tokens=tokens, positions=positions, segment_ids=segment_ids)
-        logits = np.asarray(next_logits(rows, here))
-        tokens[:, place] = np.argmax(logits / TEMPERATURE + random.gumbel(size=logits.shape), axis=-1)
+        logits = np.asarray(next_logits(rows, one_hot))
+        tokens[:, index] = np.argmax(logits / TEMPERATURE + random.gumbel(size=logits.shape), axis=-1)
     return tokens
 
 
 def as_text(tokens: Int[np.ndarray, "B L"], prompt: int, tokenizer: Tokenizer) -> str:
-    """The first rows, each as what was given and what the model made of it."""
-    parts = []
-    for number, row in enumerate(tokens[:SHOWN], 1):
-        parts += [
-            f"=== {number}: given",
+    """Returns the first SEQUENCES sequences as text, each split into prompt and continuation."""
+    lines = []
+    for index, row in enumerate(tokens[:SEQUENCES], 1):
+        lines += [
+            f"=== {index}: prompt",
             tokenizer.decode(row[:prompt]),
-            "--- and made of it",
+            "--- model continuation",
             tokenizer.decode(row[prompt:]),
         ]
-    return "\n".join(parts) + "\n"
+    return "\n".join(lines) + "\n"

@@ -1,4 +1,4 @@
-"""The state of a training run and the jitted functions that make and change it."""
+"""The training state and the jitted functions that create and update it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,35 +13,35 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from ringattn.data import Batch
-from ringattn.model import Params, Transformer
-from ringattn.training.loss import cross_entropy
+from ringattn.model.build import MakeModel, make_forward
+from ringattn.model.loss import cross_entropy
+from ringattn.model.parallel import Params
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """All that a run needs in order to go on. Its leaves are arrays, or what stands for them in a tree of shapes."""
+    """Everything needed to resume a run. Leaves are arrays or jax.ShapeDtypeStructs."""
 
     params: Params
     opt_state: Any
     step: Any
-    """int32 scalar: the updates done."""
+    """int32 scalar: number of updates completed."""
 
 
 class Metrics(NamedTuple):
-    """Of one update: the loss before it, in nats per token, the gradient's global norm before clipping, the rate."""
+    """Metrics of one update: loss (nats per token), global gradient norm before clipping, learning rate."""
 
     loss: Float[Array, ""]
     grad_norm: Float[Array, ""]
     learning_rate: Float[Array, ""]
 
 
-MakeModel = Callable[[], Transformer]
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
 def make_initial_state(make_model: MakeModel, optimizer: optax.GradientTransformation) -> Callable[[], TrainState]:
-    """A jitted function that makes the state of step 0, each array in the pieces in which it will lie."""
+    """Returns a jitted function that creates the initial state, sharded: no device ever holds a whole parameter."""
 
     @jax.jit
     def initial_state() -> TrainState:
@@ -51,19 +51,8 @@ def make_initial_state(make_model: MakeModel, optimizer: optax.GradientTransform
     return initial_state
 
 
-def make_forward(make_model: MakeModel) -> Callable[[Params, Batch], tuple[Float[Array, "B L E"], Float[Array, "V E"]]]:
-    """Parameters and a batch [B, L] -> hidden states and the output projection, as the losses take them."""
-    graphdef = nnx.graphdef(nnx.eval_shape(make_model))
-
-    def forward(params: Params, batch: Batch):
-        model = nnx.merge(graphdef, params)
-        return model(*map(jnp.asarray, (batch.tokens, batch.positions, batch.segment_ids))), model.output()
-
-    return forward
-
-
 def make_loss(make_model: MakeModel, vocabulary: int) -> Callable[[Params, Batch], Float[Array, ""]]:
-    """Parameters and a batch [B, L] -> the sum of its weighted losses, in nats."""
+    """Returns loss(params, batch [B, L]) -> sum of weighted token losses, in nats."""
     forward = make_forward(make_model)
 
     def loss(params: Params, batch: Batch) -> Float[Array, ""]:
@@ -76,30 +65,29 @@ def make_loss(make_model: MakeModel, vocabulary: int) -> Callable[[Params, Batch
 def make_train_step(
     make_model: MakeModel, vocabulary: int, optimizer: optax.GradientTransformation, schedule: optax.Schedule
 ) -> TrainStep:
-    """A jitted function that does one update; the state it is given is donated.
+    """Returns a jitted train_step(state, batch) -> (state, metrics), which donates `state`.
 
-    The batch's arrays are [parts, B, L]: gradients are added up over the parts, one after another. The loss is the
-    mean over all tokens of all parts by weight, so the number of parts changes nothing but memory and time.
+    Batch arrays are [microbatches, B, L]; gradients are accumulated over microbatches sequentially. The loss is the
+    weighted mean over all tokens of all microbatches, so the number of microbatches affects only memory and time.
     """
     loss_and_gradient = jax.value_and_grad(make_loss(make_model, vocabulary))
 
     @partial(jax.jit, donate_argnums=0)
     def train_step(state: TrainState, batch: Batch):
-        # A batch without a token that counts, as one of masked prompts, brings no gradient, and no division by 0.
+        # If all targets are masked out, the total weight is 0: avoid 0 / 0, so that loss and gradient are 0.
         total_weight = jnp.sum(batch.weights)
         batch = batch._replace(weights=batch.weights / jnp.where(total_weight > 0, total_weight, jnp.float32(1)))
 
-        def add(total, part: Batch):
-            return jax.tree.map(jnp.add, total, loss_and_gradient(state.params, part)), None
+        def add(total, microbatch: Batch):
+            return jax.tree.map(jnp.add, total, loss_and_gradient(state.params, microbatch)), None
 
-        nothing = jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, state.params)
-        # A single part needs no loop, which would only keep the compiler from seeing the whole.
-        (loss, gradient), _ = lax.scan(add, nothing, batch, unroll=batch.tokens.shape[0] == 1)
-        with jax.numpy_dtype_promotion("standard"):  # optax counts on it, where the project may be held to "strict"
+        zero = jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, state.params)
+        # Unroll a single microbatch: in a loop, XLA cannot elide adding its gradient to zero.
+        (loss, gradient), _ = lax.scan(add, zero, batch, unroll=batch.tokens.shape[0] == 1)
+        with jax.numpy_dtype_promotion("standard"):  # optax requires it; tests use "strict"
             updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
             rate = jnp.asarray(schedule(state.step), jnp.float32)
         params: Any = optax.apply_updates(state.params, updates)
-        norm = jnp.sqrt(sum(jnp.sum(leaf * leaf) for leaf in jax.tree.leaves(gradient)))
-        return TrainState(params, opt_state, state.step + 1), Metrics(loss, norm, rate)
+        return TrainState(params, opt_state, state.step + 1), Metrics(loss, optax.tree.norm(gradient), rate)
 
     return train_step

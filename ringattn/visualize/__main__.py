@@ -1,7 +1,7 @@
-"""python -m ringattn.visualize [FILE.svg] [--devices 4] [--layout contiguous] [--animate]: the ring, drawn or written.
+"""python -m ringattn.visualize [FILE.svg] [--devices 4] [--layout contiguous] [--animate]: draws or prints the ring.
 
-Without a file it prints who holds which shard at which hop, and how even causal work is; with --memory what attention
-takes of a device, for which half a minute is spent on compiling.
+Without a file it prints the K/V shard of each device at each hop, and the balance of causal work. With --memory it
+prints attention's memory per device, after half a minute of compiling.
 """
 
 import argparse
@@ -9,38 +9,44 @@ from pathlib import Path
 
 from ringattn.config import Mesh
 from ringattn.layout import LAYOUTS
-from ringattn.mesh import start
+from ringattn.mesh.devices import start
 from ringattn.visualize import COLOURS, Row, animate, balance_text, draw, memory_curves, memory_text, schedule_text
 
-TOKENS = 64
-"""Of a device, for the printed work."""
-SHARDS = 512, 4096, 131_072
-"""Tokens of a device, for the printed memory."""
+BALANCE_TOKENS = 64
+"""Tokens per device of the printed balance."""
+MEMORY_TOKENS = 512, 4096, 131_072
+"""Tokens per device of the printed memory."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m ringattn.visualize", description="Draws the ring, or prints it.")
-    parser.add_argument("file", type=Path, nargs="?", help="the SVG to write; without it, text")
-    parser.add_argument("--devices", type=int, default=4, choices=range(3, len(COLOURS) + 1))
-    parser.add_argument("--layout", default="contiguous", choices=LAYOUTS)
-    parser.add_argument("--animate", action="store_true", help="a picture that moves, hop by hop")
-    parser.add_argument("--memory", action="store_true", help="print what the compiler plans of a device's memory")
-    asked = parser.parse_args()
-    if asked.memory:
-        if asked.file is not None or asked.animate:
-            parser.error("--memory prints: give no file, and not --animate")
-        start(Mesh(simulate=asked.devices))
-        print(memory_text(memory_curves([asked.devices * each for each in SHARDS], asked.devices, asked.layout)))
+    description = "Draws the ring as SVG, or prints its schedule and balance."
+    parser = argparse.ArgumentParser(prog="python -m ringattn.visualize", description=description)
+    parser.add_argument("file", type=Path, nargs="?", help="SVG file to write; without it, print text")
+    parser.add_argument(
+        "--devices", type=int, default=4, choices=range(3, len(COLOURS) + 1), help="devices of the ring (default 4)"
+    )
+    parser.add_argument(
+        "--layout", default="contiguous", choices=LAYOUTS, help="order of the tokens (default contiguous)"
+    )
+    parser.add_argument("--animate", action="store_true", help="write an animated SVG, hop by hop")
+    parser.add_argument("--memory", action="store_true", help="print the memory per device that the compiler plans")
+    args = parser.parse_args()
+    if args.memory:
+        if args.file is not None or args.animate:
+            parser.error("--memory prints text: leave out the file and --animate")
+        start(Mesh(simulate=args.devices))
+        lengths = [args.devices * tokens for tokens in MEMORY_TOKENS]
+        print(memory_text(memory_curves(lengths, args.devices, args.layout)))
         return
-    if asked.file is None:
-        if asked.animate:
+    if args.file is None:
+        if args.animate:
             parser.error("--animate needs a file to write, such as ring.svg")
-        row = Row(TOKENS * asked.devices, asked.devices, asked.layout)
-        print(schedule_text(asked.devices, asked.layout), balance_text(row), sep="\n\n")
+        row = Row(BALANCE_TOKENS * args.devices, args.devices, args.layout)
+        print(schedule_text(args.devices, args.layout), balance_text(row), sep="\n\n")
         return
-    picture = (animate if asked.animate else draw)(asked.devices, asked.layout)
-    asked.file.parent.mkdir(parents=True, exist_ok=True)
-    asked.file.write_text(picture, encoding="utf-8")
+    picture = (animate if args.animate else draw)(args.devices, args.layout)
+    args.file.parent.mkdir(parents=True, exist_ok=True)
+    args.file.write_text(picture, encoding="utf-8")
 
 
 if __name__ == "__main__":

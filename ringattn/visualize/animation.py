@@ -1,53 +1,58 @@
-"""The ring in motion: SVG that animates itself (SMIL), without a script.
+"""The ring as an animated SVG picture (SMIL, without a script).
 
-A hop takes `STEP` seconds. While a device computes with the K/V shard in its hands, a copy is already on its way to the
-next device, and arrives before the work is done: that is how a ring hides its transfers. Beside it a bar a device
-grows, of the keys of the sequence that its queries have seen. Where nothing moves (a viewer without SMIL) it shows the
-ring at home.
+A hop takes `HOP_SECONDS`. While a device computes with a K/V shard, a copy already travels to the next device and
+arrives before the compute ends: this is how the ring overlaps transfers with compute. One bar per device grows with the
+keys that its queries have attended to. A viewer without SMIL shows the ring before the first hop.
 """
 
 from collections.abc import Sequence
 from itertools import groupby
 from math import cos, pi, sin
 
-from ringattn.visualize.svg import COLOURS, DEVICE, OPENING, UNSEEN, check_devices, rect, text
-from ringattn.visualize.work import owners, visitors
+from ringattn.visualize.svg import COLOURS, DEVICE_RADIUS, NOT_ATTENDED, OPENING, check_devices, rect, text
+from ringattn.visualize.work import kv_owners, token_owners
 
-STEP, TRAVEL, PAUSE = 2.4, 0.8, 1.6
-"""Seconds of a hop's work, the share of it that the transfer takes, seconds at the end before it starts again."""
-GAP, SLOT, BAR, ROW = 110.0, (60.0, 23.0), 240.0, 44.0
-"""In pixels: free way between two devices, a K/V shard, a bar's length, a row of bars."""
+HOP_SECONDS, PAUSE_SECONDS = 2.4, 1.6
+"""Compute of one hop, and the pause at the end of the loop."""
+TRAVEL = 0.8
+"""Fraction of a hop's compute that its transfer takes."""
+GAP, SHARD, BAR, ROW_HEIGHT = 110.0, (60.0, 23.0), 240.0, 44.0
+"""In pixels: gap between two devices, size of a K/V shard, length of a bar, height of a row of bars."""
+
+Points = Sequence[tuple[float, float]]
 
 
 def animate(devices: int = 4, layout: str = "contiguous") -> str:
-    """The moving picture as SVG, in a loop. Raises ValueError for a ring or a layout it cannot draw."""
+    """Returns the animation as SVG, in a loop. Raises ValueError for devices or layouts it cannot draw."""
     check_devices(devices)
-    sequence = owners(devices, layout)
-    radius = max(150.0, (2 * DEVICE + GAP) / 2 / sin(pi / devices))
-    x, y = radius + DEVICE + 16, radius + DEVICE + 16
-    places = [
+    sequence = token_owners(devices, layout)
+    radius = max(150.0, (2 * DEVICE_RADIUS + GAP) / 2 / sin(pi / devices))
+    x, y = radius + DEVICE_RADIUS + 16, radius + DEVICE_RADIUS + 16
+    centres = [
         (x + radius * cos(angle), y + radius * sin(angle))
         for angle in (2 * pi * device / devices - pi / 2 for device in range(devices))
     ]
-    left = 2 * (radius + DEVICE) + 20
-    width, height = left + BAR + 110, max(2 * (radius + DEVICE) + 32, devices * ROW + 120)
-    parts = [
+    left = 2 * (radius + DEVICE_RADIUS) + 20
+    width, height = left + BAR + 110, max(2 * (radius + DEVICE_RADIUS) + 32, devices * ROW_HEIGHT + 120)
+    elements = [
         OPENING.format(width=width, height=height),
-        f"<title>Ring attention on {devices} devices, hop by hop: queries stay, keys and values go round</title>",
+        f"<title>Ring attention on {devices} devices, hop by hop: queries stay, K/V shards rotate</title>",
         f'<rect width="{width:.0f}" height="{height:.0f}" rx="10" fill="#FFFFFF"/>',
-        *_travellers(devices, radius, places),
-        *_devices(devices, places),
+        *_copies_in_transit(devices, radius, centres),
+        *_devices(devices, centres),
         *_captions(devices, x, y),
         *_bars(devices, sequence, left, height / 2),
         "</svg>",
     ]
-    return "\n".join(parts) + "\n"
+    return "\n".join(elements) + "\n"
 
 
-def _timed(attribute: str, devices: int, moments: Sequence[tuple[float, str]], mode: str, tag: str = "animate") -> str:
-    """An attribute's values from moments on, in steps' time, once a turn of the loop, for ever."""
-    total = _total(devices)
-    times = ";".join(f"{min(STEP * at / total, 1):.4g}" for at, _ in moments)
+def _animation(
+    attribute: str, devices: int, moments: Sequence[tuple[float, str]], mode: str, tag: str = "animate"
+) -> str:
+    """The opening of an endless animation, without its closing `/>`. `moments` are (time in hops, value)."""
+    total = _loop_seconds(devices)
+    times = ";".join(f"{min(HOP_SECONDS * at / total, 1):.4g}" for at, _ in moments)
     values = ";".join(value for _, value in moments)
     name = f' attributeName="{attribute}"' if attribute else ""
     kind = ' type="translate"' if tag == "animateTransform" else ""
@@ -58,103 +63,102 @@ def _timed(attribute: str, devices: int, moments: Sequence[tuple[float, str]], m
     )
 
 
-def _total(devices: int) -> float:
-    return STEP * devices + PAUSE
+def _loop_seconds(devices: int) -> float:
+    return HOP_SECONDS * devices + PAUSE_SECONDS
 
 
-def _shard(number: int) -> str:
-    width, high = SLOT
-    return rect(-width / 2, -high / 2, width, high, COLOURS[number], ' rx="4" stroke="#57606A"') + text(
-        0.0, 5.5, f"K/V {number}"
+def _shard(owner: int) -> str:
+    width, height = SHARD
+    return rect(-width / 2, -height / 2, width, height, COLOURS[owner], ' rx="4" stroke="#57606A"') + text(
+        0.0, 5.5, f"K/V {owner}"
     )
 
 
-def _travellers(devices: int, radius: float, places: Sequence[tuple[float, float]]) -> list[str]:
-    """The copies that are under way: seen between two devices, hidden behind them where they leave and arrive."""
-    parts = []
-    x, y = (sum(place) / devices for place in zip(*places, strict=True))
-    parts.append(
+def _copies_in_transit(devices: int, radius: float, centres: Points) -> list[str]:
+    """K/V copies that travel along the ring, visible between two devices and hidden behind the circles of both."""
+    x, y = (sum(coordinates) / devices for coordinates in zip(*centres, strict=True))
+    elements = [
         f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius:.1f}" fill="none" stroke="#D0D7DE" stroke-width="3" '
         'stroke-dasharray="2 7" stroke-linecap="round"/>'
-    )
-    end = _total(devices) / STEP
-    for home in range(devices):
-        # Relative to home, where the copy stays if nothing moves.
-        x, y = places[home]
-        stops = [places[(home + hop) % devices] for hop in range(1, devices)]
+    ]
+    end = _loop_seconds(devices) / HOP_SECONDS
+    for owner in range(devices):
+        # Relative to the owner's centre, where the copy stays in a viewer without SMIL.
+        x, y = centres[owner]
+        stops = [centres[(owner + hop) % devices] for hop in range(1, devices)]
         path = "M0,0" + "".join(
             f"A{radius:.1f},{radius:.1f} 0 0 1 {to_x - x:.1f},{to_y - y:.1f}" for to_x, to_y in stops
         )
         moments = [(0.0, "0")]
         for hop in range(1, devices):
-            point = f"{hop / (devices - 1):.4g}"
-            moments += [(hop - 1 + TRAVEL, point), (float(hop), point)]
+            fraction = f"{hop / (devices - 1):.4g}"
+            moments += [(hop - 1 + TRAVEL, fraction), (float(hop), fraction)]
         moments.append((end, "1"))
-        motion = _timed("", devices, moments, "linear", "animateMotion")
-        parts.append(f'<g transform="translate({x:.1f} {y:.1f})"><g>{_shard(home)}{motion} path="{path}"/></g></g>')
-    return parts
+        motion = _animation("", devices, moments, "linear", "animateMotion")
+        elements.append(f'<g transform="translate({x:.1f} {y:.1f})"><g>{_shard(owner)}{motion} path="{path}"/></g></g>')
+    return elements
 
 
-def _devices(devices: int, places: Sequence[tuple[float, float]]) -> list[str]:
-    """Each device with its queries, and the K/V shards that are at work, which change hands from hop to hop."""
-    parts = []
-    for device, (x, y) in enumerate(places):
-        parts += [
-            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{DEVICE:.0f}" fill="#F6F8FA" stroke="#57606A"/>',
+def _devices(devices: int, centres: Points) -> list[str]:
+    """Devices with their queries and the K/V shards that they compute with, which change at every hop."""
+    elements = []
+    for device, (x, y) in enumerate(centres):
+        elements += [
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{DEVICE_RADIUS:.0f}" fill="#F6F8FA" stroke="#57606A"/>',
             text(x, y - 20, f"device {device}", size=14),
             text(x, y + 1, f"queries {device}", size=14),
         ]
-    at = visitors(devices)
-    for home in range(devices):
-        stops = [next(device for device in range(devices) if at[device][hop] == home) for hop in range(devices)]
-        values = [f"{places[stop][0]:.1f} {places[stop][1] + 20.5:.1f}" for stop in stops]
-        jumps = _timed(
-            "transform",
-            devices,
-            [(float(hop), value) for hop, value in enumerate(values)],
-            "discrete",
-            "animateTransform",
-        )
-        parts.append(f'<g transform="translate({values[0]})">{_shard(home)}{jumps}/></g>')
-    return parts
+    owners = kv_owners(devices)
+    for owner in range(devices):
+        stops = [next(device for device in range(devices) if owners[device][hop] == owner) for hop in range(devices)]
+        values = [f"{centres[stop][0]:.1f} {centres[stop][1] + 20.5:.1f}" for stop in stops]
+        moments = [(float(hop), value) for hop, value in enumerate(values)]
+        jumps = _animation("transform", devices, moments, "discrete", "animateTransform")
+        elements.append(f'<g transform="translate({values[0]})">{_shard(owner)}{jumps}/></g>')
+    return elements
 
 
 def _captions(devices: int, x: float, y: float) -> list[str]:
-    """In the middle of the ring: which hop it is, and at its end why that was exact."""
-    words = [("at home", "own K/V at work,", "copies on their way")]
-    words += [(f"hop {hop} of {devices - 1}", "visitors at work,", "copies on their way") for hop in range(1, devices)]
-    words[-1] = (words[-1][0], "visitors at work,", "the last ones")
-    words.append(("done", "every query has", "seen every key"))
-    parts = []
-    for number, (title, *rest) in enumerate(words):
+    """The current hop and what the devices do, in the middle of the ring."""
+    captions = [("local K/V", "each device computes", "and sends a copy on")]
+    captions += [
+        (f"hop {hop} of {devices - 1}", "each device computes", "and sends a copy on") for hop in range(1, devices)
+    ]
+    captions[-1] = (captions[-1][0], "each device computes,", "nothing more is sent")
+    captions.append(("done", "every query has", "attended to every key"))
+    elements = []
+    for number, (title, *lines) in enumerate(captions):
         moments = [(0.0, "1" if number == 0 else "0")]
         if number:
             moments.append((float(number), "1"))
         if number < devices:
             moments.append((float(number + 1), "0"))
-        shown = _timed("opacity", devices, moments, "discrete")
+        opacity = _animation("opacity", devices, moments, "discrete")
         body = text(x, y - 24, title, size=18) + "".join(
-            text(x, y + 20 * line, each, size=14) for line, each in enumerate(rest)
+            text(x, y + 20 * row, line, size=14) for row, line in enumerate(lines)
         )
-        parts.append(f'<g opacity="{1 if number == 0 else 0}">{body}{shown}/></g>')
-    return parts
+        elements.append(f'<g opacity="{1 if number == 0 else 0}">{body}{opacity}/></g>')
+    return elements
 
 
 def _bars(devices: int, sequence: Sequence[int], left: float, middle: float) -> list[str]:
-    """A bar a device, in which the keys of a visiting shard fill up while they are at work."""
-    slot, top = BAR / len(sequence), middle - devices * ROW / 2
-    parts = [text(left + 85 + BAR / 2, top - 12, "keys that its queries have seen", size=14)]
-    end = _total(devices) / STEP
-    for device, row in enumerate(visitors(devices)):
-        y = top + device * ROW
-        parts.append(text(left + 40, y + 21, f"device {device}", size=14))
-        parts.append(rect(left + 85, y + 6, BAR, 20.0, UNSEEN, ""))
-        place = 0
-        for owner, tokens in groupby(sequence):  # neighbours of one owner are one stripe
-            hop, count = float(row.index(owner)), len(list(tokens))
-            moments = [(hop, "0"), (hop + 1, f"{count * slot:.1f}"), (end, f"{count * slot:.1f}")]
-            grows = _timed("width", devices, [(0.0, "0")][: int(hop > 0)] + moments, "linear")
-            shape = rect(left + 85 + place * slot, y + 6, 0.0, 20.0, COLOURS[owner], "")
-            parts.append(f"{shape[:-2]}>{grows}/></rect>")
-            place += count
-    return parts
+    """One bar per device; the keys of a K/V shard fill while the device computes with it."""
+    token_width, top = BAR / len(sequence), middle - devices * ROW_HEIGHT / 2
+    elements = [text(left + 85 + BAR / 2, top - 12, "keys attended so far", size=14)]
+    end = _loop_seconds(devices) / HOP_SECONDS
+    for device, owners in enumerate(kv_owners(devices)):
+        y = top + device * ROW_HEIGHT
+        elements.append(text(left + 40, y + 21, f"device {device}", size=14))
+        elements.append(rect(left + 85, y + 6, BAR, 20.0, NOT_ATTENDED, ""))
+        position = 0
+        for owner, tokens in groupby(sequence):  # adjacent tokens of one owner share a stripe
+            hop, count = float(owners.index(owner)), len(list(tokens))
+            full = f"{count * token_width:.1f}"
+            moments = [(hop, "0"), (hop + 1, full), (end, full)]
+            if hop > 0:
+                moments.insert(0, (0.0, "0"))
+            grows = _animation("width", devices, moments, "linear")
+            stripe = rect(left + 85 + position * token_width, y + 6, 0.0, 20.0, COLOURS[owner], "")
+            elements.append(f"{stripe[:-2]}>{grows}/></rect>")
+            position += count
+    return elements

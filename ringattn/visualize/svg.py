@@ -1,10 +1,10 @@
-"""What the SVG pictures share: colours, sizes, and the two shapes they are made of."""
+"""Colours, sizes and shapes of the SVG pictures."""
 
-# Okabe and Ito's, which colour-blind people tell apart; black text is legible on all of them.
+# Okabe and Ito's palette for colour-blind readers, lightened where black text would be hard to read on it.
 COLOURS = ("#E69F00", "#56B4E9", "#2CB58A", "#CC79A7", "#F0E442", "#7A9BE0", "#E8804A", "#B0B0B0")
-UNSEEN = "#E4E7EB"
-DEVICE = 46.0
-"""A device's radius in pixels."""
+NOT_ATTENDED = "#E4E7EB"
+DEVICE_RADIUS = 46.0
+"""In pixels."""
 OPENING = (
     '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" role="img" '
     'font-family="system-ui, -apple-system, Helvetica, Arial, sans-serif" font-size="15" text-anchor="middle">'
@@ -12,9 +12,9 @@ OPENING = (
 
 
 def check_devices(devices: int) -> None:
-    """Raises ValueError for a ring that is too small to be one, or has more devices than there are colours."""
+    """Raises ValueError unless the ring has at least 3 devices and at most one per colour."""
     if not 3 <= devices <= len(COLOURS):
-        raise ValueError(f"devices={devices} must be from 3 to {len(COLOURS)}, for so many colours there are: use 4")
+        raise ValueError(f"devices={devices} must be from 3 to {len(COLOURS)}, one colour per device; use 4")
 
 
 def rect(x: float, y: float, width: float, height: float, fill: str, more: str = ' rx="4"') -> str:

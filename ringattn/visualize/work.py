@@ -1,31 +1,34 @@
-"""Numbers behind the pictures: who holds what at which hop, what is seen there, how much work it is.
+"""Numbers behind the figures: owners of K/V shards by hop, visible pairs, compute per device and hop.
 
-All of it is asked of `ringattn.layout` and `ringattn.attention`, the code that trains; nothing is derived anew.
+Everything is computed by `ringattn.layout` and `ringattn.attn`, the code that trains.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Int
 
-from ringattn.attention.mask import Mask, Tokens, needed_hops, visible
-from ringattn.attention.ring import plan_hops
+from ringattn.attn.hops import hop_runs
+from ringattn.attn.mask import Mask, Tokens, visible
+from ringattn.attn.positions import ImpliedPositions
 from ringattn.layout import check_length, order
 
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """A row of tokens on a ring, and who may see whom in it.
+    """A row of tokens that is sharded over a ring, and its mask.
 
     Attributes:
       length: tokens of the row.
-      shards: devices on the ring.
-      layout: how the tokens lie over them.
-      mask: by positions, as of `ringattn.attention`.
-      segment_ids, span_ids: int32 [length] in natural order, as of `ringattn.attention`, or None.
-      tile: tokens of a kernel's tile to each side, which is computed if anything in it is seen; 1 counts single pairs.
+      shards: devices of the ring.
+      layout: order of the tokens over the shards.
+      mask: as in `ringattn.attention`.
+      segment_ids, span_ids: int32 [length] in natural order, or None; as in `ringattn.attention`.
+      tile: side of a kernel's tiles in tokens. All pairs of a tile count as computed if any is visible; 1 counts the
+        visible pairs alone.
 
-    Raises ValueError if the length does not fit the layout, the ids not the length, or the tile not a shard.
+    Raises ValueError if the length does not fit the layout, the ids do not have this length, or the tile does not
+    divide a shard.
     """
 
     length: int
@@ -41,67 +44,65 @@ class Row:
         for name in ("segment_ids", "span_ids"):
             ids = vars(self)[name]
             if ids is not None and ids.shape != (self.length,):
-                raise ValueError(f"{name} {ids.shape} must be ({self.length},), an id for every token of the row")
+                raise ValueError(f"{name}.shape={ids.shape} must be ({self.length},), one id per token of the row")
         if self.tile < 1 or self.local % self.tile:
-            raise ValueError(f"tile={self.tile} must divide a device's {self.local} tokens: use 1, or {self.local}")
+            raise ValueError(f"tile={self.tile} must divide the {self.local} tokens per device; use 1 or {self.local}")
 
     @property
     def local(self) -> int:
-        """Tokens that a device holds."""
+        """Tokens per device."""
         return self.length // self.shards
 
 
-def visitors(devices: int) -> list[list[int]]:
-    """[device][hop]: whose K/V shard a device holds at hop 0 (its own), 1, ..., devices - 1."""
+def kv_owners(devices: int) -> list[list[int]]:
+    """Owners of the K/V shards that each device computes with, as [device][hop]; hop 0 is the local shard."""
     return [[(device - hop) % devices for hop in range(devices)] for device in range(devices)]
 
 
-def owners(devices: int, layout: str) -> list[int]:
-    """The device that holds each of 2 * devices tokens, by position: the finest sequence that every layout takes."""
+def token_owners(devices: int, layout: str) -> list[int]:
+    """Owners of 2 * devices tokens, by position. Every layout accepts that length."""
     held = order(layout, 2 * devices, devices).reshape(devices, 2).tolist()
     owner = {position: device for device, positions in enumerate(held) for position in positions}
     return [owner[position] for position in range(2 * devices)]
 
 
-def seen(row: Row) -> Bool[np.ndarray, "L L"]:
-    """May query i see key j, both counted as the tokens lie on the ring."""
-    places = order(row.layout, row.length, row.shards)
-    segments, spans = (None if ids is None else ids[places][None] for ids in (row.segment_ids, row.span_ids))
-    tokens = Tokens(places[None], segments, spans)
+def dense_mask(row: Row) -> Bool[np.ndarray, "L L"]:
+    """Visibility of each (query, key) pair, both in the order in which the ring stores the tokens."""
+    positions = order(row.layout, row.length, row.shards)
+    segments, spans = (None if ids is None else ids[positions][None] for ids in (row.segment_ids, row.span_ids))
+    tokens = Tokens(positions[None], segments, spans)
     return np.asarray(visible(row.mask, tokens, tokens))[0]
 
 
-def pairs(row: Row) -> Int[np.ndarray, "devices hops"]:
-    """Pairs of a query and a key it sees: the work of each device with the shard from each number of hops away.
+def pairs_per_hop(row: Row) -> Int[np.ndarray, "devices hops"]:
+    """(query, key) pairs that each device computes at each hop.
 
-    Hop h is that of the K/V from h devices back, whichever way they come. Of a tile all pairs count, or none.
+    Hop h uses the K/V shard of the device h places back on the ring, in whichever direction the ring sends it.
     """
-    tiles, local = row.length // row.tile, row.local // row.tile
-    met = seen(row).reshape(tiles, row.tile, tiles, row.tile).any((1, 3))
-    met = row.tile**2 * met.reshape(row.shards, local, row.shards, local).sum((1, 3))
-    return np.stack([met[device, homes] for device, homes in enumerate(visitors(row.shards))])
+    tiles, local_tiles = row.length // row.tile, row.local // row.tile
+    computed = dense_mask(row).reshape(tiles, row.tile, tiles, row.tile).any((1, 3))
+    by_shard = row.tile**2 * computed.reshape(row.shards, local_tiles, row.shards, local_tiles).sum((1, 3))
+    return np.stack([by_shard[device, owners] for device, owners in enumerate(kv_owners(row.shards))])
 
 
-def hops_made(row: Row) -> tuple[int, ...]:
-    """The hops 0 < h < shards for which the ring sends K/V; the others vanish. It asks positions, not segments."""
-    # A span lets its tokens see ahead, wherever it lies.
-    mask = replace(row.mask, causal=row.mask.causal and row.span_ids is None)
-    needed = needed_hops(mask, row.layout, row.shards, row.local, row.local)
-    runs = plan_hops(needed, row.shards)
+def sent_hops(row: Row) -> tuple[int, ...]:
+    """Hops h > 0 for which the ring sends K/V. They depend on positions, not on segments; the ring skips the others."""
+    implied = ImpliedPositions(row.layout, row.shards, row.local, row.local)
+    runs = hop_runs(row.mask, row.span_ids is not None, implied, row.shards)
     return tuple(sorted(step * hop % row.shards for step, hops in runs for hop in range(1, hops + 1)))
 
 
-def full_hops(row: Row) -> tuple[float, float]:
-    """(time, mean): what the ring computes, in hops of a device in which every query sees every key.
+def compute_time(row: Row) -> tuple[float, float]:
+    """Returns (time, balanced_time) of a pass, in hops of a device that computes every pair.
 
-    `time` sums the most that a device has to do at every hop, as if all waited for it; since neighbours may be a hop
-    apart, it is a bound from above. `mean` sums what they do on average: the time if work were even.
+    `time` sums the largest amount of work per hop, as if all devices waited for the slowest at every hop. It is an
+    upper bound, because neighbours may be one hop apart. `balanced_time` sums the mean over devices instead.
     """
-    work = pairs(row) / row.local**2
+    work = pairs_per_hop(row) / row.local**2
     return float(work.max(0).sum()), float(work.mean(0).sum())
 
 
 def imbalance(row: Row) -> float:
-    """max/mean: by how much the ring takes longer than if all devices did equally much at every hop; 1 is balanced."""
-    time, mean = full_hops(row)
-    return time / mean
+    """max/mean of the work: `time / balanced_time` of `compute_time`. 1 is balanced."""
+    time, balanced_time = compute_time(row)
+    return time / balanced_time

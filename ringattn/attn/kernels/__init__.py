@@ -1,0 +1,1 @@
+"""Kernels: attention of one device's queries to one shard of keys and values."""

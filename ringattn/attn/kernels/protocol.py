@@ -1,0 +1,124 @@
+"""The protocol of kernels: attention of one device's queries to one shard of keys and values (K/V).
+
+Arrays have heads before the sequence, so that a tile of one head is contiguous. The R query heads that share a K/V
+head are adjacent: query [B, G, R, L, D], key [B, G, M, D], value [B, G, M, Dv], slopes [G, R].
+
+Inputs are bfloat16 or float32. Results are float32 (float64 for float64), because later shards add to them.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from ringattn.attn.mask import Mask, Tokens
+from ringattn.attn.softmax import Partial, varying_like
+
+ArrayOrShape = Array | jax.ShapeDtypeStruct
+"""Argument of functions that read only shape and dtype."""
+Slopes = Float[Array, "G R"]
+"""ALiBi slopes (arXiv 2108.12409), one per query head."""
+
+
+@dataclass(frozen=True)
+class LogitSpec:
+    """The logit of a query and a key: scale * q.k, then soft cap, then minus slope * |p_i - p_j|, then `mask`."""
+
+    mask: Mask
+    scale: float
+    soft_cap: float | None = None
+
+
+class Queries(NamedTuple):
+    """One device's queries."""
+
+    query: Float[Array, "B G R L D"]
+    tokens: Tokens
+
+
+class KV(NamedTuple):
+    """One shard of keys and values."""
+
+    key: Float[Array, "B G M D"]
+    value: Float[Array, "B G M Dv"]
+    tokens: Tokens
+
+
+class Residuals(NamedTuple):
+    """Per-query results that the backward pass reads. `lse` covers all keys of the sequence and the sink."""
+
+    lse: Float[Array, "B G R L"]
+    delta: Float[Array, "B G R L"]  # sum over Dv of d_out * out
+    d_out: Float[Array, "B G R L Dv"]
+
+
+class QueryGrads(NamedTuple):
+    """Gradients that sum over all keys."""
+
+    query: Float[Array, "B G R L D"]
+    slopes: Slopes | None
+
+
+class KVGrads(NamedTuple):
+    """Gradients that sum over all queries."""
+
+    key: Float[Array, "B G M D"]
+    value: Float[Array, "B G M Dv"]
+
+
+@runtime_checkable
+class Kernel(Protocol):
+    """A forward and a backward function for attention.
+
+    Implemented by kernels (modules, one device) and by strategies (frozen dataclasses that communicate and call another
+    kernel). Must be hashable: it is a static argument of a custom_vjp.
+
+    `carry` is the result over the preceding keys. A kernel continues from it, so that a ring holds one result and not
+    one per hop.
+    """
+
+    def forward(self, spec: LogitSpec, queries: Queries, kv: KV, slopes: Slopes | None, carry: Partial) -> Partial:
+        """Returns attention to the keys of `carry` and of `kv` together.
+
+        `carry` and the result are normalized, in the dtype of `accumulation_dtype`. A query that sees no key keeps its
+        carry; out = 0 and lse = -inf if it never saw one.
+        """
+        ...
+
+    def backward(
+        self, spec: LogitSpec, queries: Queries, kv: KV, slopes: Slopes | None, residuals: Residuals, carry: QueryGrads
+    ) -> tuple[QueryGrads, KVGrads]:
+        """Returns `carry` plus the queries' gradients due to `kv`, and the gradients of `kv` due to these queries.
+
+        Gradients include `spec.scale` and are in the dtype of `accumulation_dtype`.
+        """
+        ...
+
+
+def accumulation_dtype(dtype: np.dtype) -> np.dtype:
+    """Returns the dtype in which sums over inputs of `dtype` are kept: float32, or float64 for float64."""
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+
+
+def zeros(shape: tuple[int, ...], *like: Queries | KV | Slopes | None) -> Array:
+    """Returns zeros to accumulate into.
+
+    Their dtype is the `accumulation_dtype` of the first array in `like`. They vary over the mesh as all its arrays do.
+    """
+    leaves = jax.tree.leaves(like)
+    return varying_like(jnp.zeros(shape, accumulation_dtype(leaves[0].dtype)), *leaves)
+
+
+def init_partial(queries: Queries, kv: KV, slopes: Slopes | None) -> Partial:
+    """Returns the Partial over no keys."""
+    out = zeros((*queries.query.shape[:-1], kv.value.shape[-1]), queries, kv, slopes)
+    return Partial(out, out[..., 0] - jnp.inf)
+
+
+def init_query_grads(queries: Queries, kv: KV, slopes: Slopes | None) -> QueryGrads:
+    """Returns the queries' gradients due to no keys."""
+    like = queries, kv, slopes
+    return QueryGrads(zeros(queries.query.shape, *like), None if slopes is None else zeros(slopes.shape, *like))

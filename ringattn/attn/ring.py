@@ -1,0 +1,200 @@
+"""Ring attention (arXiv 2310.01889): K/V shards rotate; each device attends with its queries to the shard it holds.
+
+Forward. Each device attends to its local K/V shard, then to one remote shard per hop; each kernel call continues the
+online softmax. Each send overlaps with compute on the shard that is sent.
+
+Backward. The K/V rotate a second time, so that no remote shard is kept from the forward pass. The gradients dK/dV of a
+shard travel one hop behind their shard: while computing with shard h, a device sends the gradients of shard h - 1. A
+final send returns them to the owner, and overlaps with half of the local shard. With one run of n >= 2 hops:
+
+    compute                send K/V      send dK/dV
+    local, first half      first send    -
+    remote 1               remote 1      -
+    remote h = 2 .. n - 1  remote h      of remote h - 1
+    remote n               -             of remote n - 1
+    local, second half     -             of remote n, to its owner (final send)
+
+Barriers. A barrier on the results of compute and transfer makes the next hop depend on both: XLA may start the transfer
+at any time before, but must finish it by then. Otherwise it could delay the transfer until after the compute.
+
+Hops. Those beyond the farthest needed shard in each direction are omitted. A run has one direction: see `hops.py`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial, reduce
+from typing import NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from ringattn.attn.hops import hop_runs
+from ringattn.attn.kernels.protocol import KV, Kernel, KVGrads, LogitSpec, Queries, QueryGrads, Residuals, Slopes
+from ringattn.attn.mask import Ids, Mask, Tokens
+from ringattn.attn.positions import ImpliedPositions
+from ringattn.attn.softmax import Partial
+
+State = TypeVar("State")
+InFlight = TypeVar("InFlight")  # pytree of arrays that are being sent; the receiver gets the same structure
+
+
+class _Shard(NamedTuple):
+    """A K/V shard as it is sent around the ring."""
+
+    key: Float[Array, "B G M D"]
+    value: Float[Array, "B G M Dv"]
+    positions: Ids | None  # None if the layout implies them
+    segments: Ids | None
+    spans: Ids | None
+    owner: Int[Array, ""]  # the member of the ring that holds this shard as its local one
+
+
+class _BackwardState(NamedTuple):
+    """The state between two hops: query gradients, the next remote shard, dK/dV of the previous one in two summands."""
+
+    query_grads: QueryGrads
+    remote: _Shard | None  # None after the last run
+    received: KVGrads | None  # from the devices that held the shard earlier; None before the second hop of a run
+    added: KVGrads | None  # computed on this device; None before the first hop of a run
+
+
+@dataclass(frozen=True)
+class Ring:
+    """A ring over a mesh axis.
+
+    Attributes:
+      axis: the mesh axis whose devices are the members of the ring.
+      kernel: applied at each hop; in a nested ring, the Ring over the inner axis.
+      implied: positions, if the layout implies them; None: positions are given, and sent with their shard.
+      inner: the inner axis, if the member's shards are sharded over it (nested ring). None: a device holds all shards
+        of its member (several under USP).
+      reduce_dtype: dtype in which dK/dV are sent; None: the dtype in which they are summed.
+    """
+
+    axis: str
+    kernel: Kernel
+    implied: ImpliedPositions | None
+    inner: str | None = None
+    reduce_dtype: str | None = None
+
+    def forward(self, spec: LogitSpec, queries: Queries, kv: KV, slopes: Slopes | None, carry: Partial) -> Partial:
+        """See `protocol.Kernel.forward`."""
+        local = self._local_shard(kv)
+
+        def compute(part: Partial, kv: KV, in_flight: InFlight) -> tuple[Partial, InFlight]:
+            part = self.kernel.forward(spec, queries, kv, slopes, part)
+            return lax.optimization_barrier((part, in_flight))
+
+        def subsequent_hop(direction: int, state: tuple[Partial, _Shard]) -> tuple[Partial, _Shard]:
+            part, remote = state
+            in_flight = self._send(remote, direction)
+            return compute(part, self._kv(remote), in_flight)
+
+        part, current = carry, kv
+        for direction, hops in self._runs(spec.mask, kv):
+            # The first send overlaps with compute on the local shard, or on the last remote shard of the previous run.
+            part, remote = compute(part, current, self._send(local, direction))
+            part, remote = _repeat(hops - 1, partial(subsequent_hop, direction), (part, remote))
+            current = self._kv(remote)
+        part, _ = compute(part, current, None)
+        return part
+
+    def backward(
+        self, spec: LogitSpec, queries: Queries, kv: KV, slopes: Slopes | None, residuals: Residuals, carry: QueryGrads
+    ) -> tuple[QueryGrads, KVGrads]:
+        """See `protocol.Kernel.backward`."""
+        local, runs = self._local_shard(kv), self._runs(spec.mask, kv)
+
+        def compute(query_grads: QueryGrads, kv: KV, in_flight: InFlight) -> tuple[QueryGrads, KVGrads, InFlight]:
+            new = self.kernel.backward(spec, queries, kv, slopes, residuals, query_grads)
+            (query_grads, kv_grads), in_flight = lax.optimization_barrier((new, in_flight))
+            return query_grads, kv_grads, in_flight
+
+        def hop(direction: int, state: _BackwardState, kv_sent: _Shard | None) -> _BackwardState:
+            query_grads, remote, received, added = state
+            assert remote is not None
+            # The summands are added here: at the end of the previous hop, the sum would need one more buffer.
+            grads_sent = None if added is None else self._send_grads(_add(received, added), direction)
+            query_grads, added, (remote, received) = compute(query_grads, self._kv(remote), (kv_sent, grads_sent))
+            return _BackwardState(query_grads, remote, received, added)
+
+        def subsequent_hop(direction: int, state: _BackwardState) -> _BackwardState:
+            assert state.remote is not None
+            return hop(direction, state, self._send(state.remote, direction))
+
+        first_half, *second_half = _halves(kv) if runs else [kv]
+        first_sends = [self._send(local, direction) for direction, _ in runs] + [None]
+        query_grads, first_grads, remote = compute(carry, first_half, first_sends[0])
+        local_grads, final_sends = [first_grads], []
+        for (direction, hops), next_first_send in zip(runs, first_sends[1:], strict=True):
+            state = _BackwardState(query_grads, remote, None, None)
+            if hops > 1:
+                state = subsequent_hop(direction, state)
+                # lax.scan requires a fixed carry structure: zeros instead of None, where no gradients were received.
+                state = state._replace(received=jax.tree.map(jnp.zeros_like, state.added))
+                state = _repeat(hops - 2, partial(subsequent_hop, direction), state)
+            query_grads, remote, received, added = hop(direction, state, next_first_send)
+            assert added is not None
+            final_sends.append(self._send_grads(_add(received, added), -direction * hops))
+        for half in second_half:
+            query_grads, grads, final_sends = compute(query_grads, half, final_sends)
+            local_grads.append(grads)
+        key_grads, value_grads = (jnp.concatenate(halves, 2) for halves in zip(*local_grads, strict=True))
+        return query_grads, reduce(_add, final_sends, KVGrads(key_grads, value_grads))
+
+    def _runs(self, mask: Mask, kv: KV) -> tuple[tuple[int, int], ...]:
+        return hop_runs(mask, kv.tokens.spans is not None, self.implied, lax.axis_size(self.axis))
+
+    def _local_shard(self, kv: KV) -> _Shard:
+        positions, segments, spans = kv.tokens if self.implied is None else (None, *kv.tokens[1:])
+        return _Shard(kv.key, kv.value, positions, segments, spans, lax.axis_index(self.axis))
+
+    def _kv(self, shard: _Shard) -> KV:
+        """Returns the K/V of a shard with their positions."""
+        positions = shard.positions
+        if self.implied is not None:
+            shards_per_member = self.implied.shards // lax.axis_size(self.axis)
+            first, count = shard.owner * shards_per_member, shards_per_member
+            if self.inner is not None:
+                first, count = first + lax.axis_index(self.inner), 1
+            positions = self.implied.kv_positions(first, count)
+        assert positions is not None  # sent, unless the layout implies them
+        return KV(shard.key, shard.value, Tokens(positions, shard.segments, shard.spans))
+
+    def _send(self, shard: _Shard, direction: int) -> _Shard:
+        """Sends `shard` to the next member in `direction`. Returns the shard received from the previous one."""
+        arrays = self._shift(shard[:-1], direction)
+        return _Shard(*arrays, (shard.owner - direction) % lax.axis_size(self.axis))
+
+    def _send_grads(self, grads: KVGrads, offset: int) -> KVGrads:
+        """Sends dK/dV in `reduce_dtype` to the member at `offset`. Returns those received."""
+        sent = self._shift(KVGrads(*(x.astype(self.reduce_dtype or x.dtype) for x in grads)), offset)
+        return KVGrads(*(received.astype(x.dtype) for received, x in zip(sent, grads, strict=True)))
+
+    def _shift(self, arrays: InFlight, offset: int) -> InFlight:
+        members = lax.axis_size(self.axis)
+        pairs = [(source, (source + offset) % members) for source in range(members)]
+        return jax.tree.map(lambda x: lax.ppermute(x, self.axis, pairs), arrays)
+
+
+def _repeat(times: int, f: Callable[[State], State], state: State) -> State:
+    """Applies f `times` times with lax.scan. Unrolled, XLA would keep every hop's buffers alive at once."""
+    return lax.scan(lambda state, _: (f(state), None), state, length=times)[0] if times else state
+
+
+def _halves(kv: KV) -> list[KV]:
+    """Splits a shard into two along the sequence; returns a shard of one key unsplit."""
+    length = kv.key.shape[2]
+
+    def part(start: int, stop: int) -> KV:
+        tokens = jax.tree.map(lambda x: x[:, start:stop], kv.tokens)
+        return KV(kv.key[:, :, start:stop], kv.value[:, :, start:stop], tokens)
+
+    middle = (length + 1) // 2  # of an odd length, the extra key goes to the first half; either would do
+    return [part(0, middle), part(middle, length)] if length > 1 else [kv]
+
+
+def _add(a: KVGrads | None, b: KVGrads) -> KVGrads:
+    return b if a is None else jax.tree.map(jnp.add, a, b)

@@ -1,0 +1,199 @@
+"""Attention on local shards, inside a shard_map: chooses the strategy, and defines the gradient.
+
+A strategy is a kernel (`kernels.protocol.Kernel`) that also communicates. A single custom_vjp therefore covers all
+strategies, and a ring can be the kernel of another ring.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import jax
+from einops import rearrange
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from ringattn.attn.auto import strategy_for
+from ringattn.attn.checks import Axis, Extras, Settings, TokenIds, check_arrays, ids_pair
+from ringattn.attn.gather import Gather
+from ringattn.attn.inputs import Inputs, group_heads, to_kernel_dims, ungroup_heads, zero_padding
+from ringattn.attn.kernels.protocol import Kernel, LogitSpec, Residuals, init_partial, init_query_grads
+from ringattn.attn.kernels.registry import choose_kernel
+from ringattn.attn.mask import Mask, Tokens
+from ringattn.attn.positions import ImpliedPositions
+from ringattn.attn.ring import Ring
+from ringattn.attn.softmax import shifted_exp, varying_like, with_sink
+from ringattn.attn.ulysses import exchange
+from ringattn.layout import check_length
+
+Attend = Callable[[Inputs], Float[Array, "B L H Dv"]]
+
+
+def shard_attention(
+    query: Float[Array, "B L H D"],
+    key: Float[Array, "B M G D"],
+    value: Float[Array, "B M G Dv"],
+    *,
+    mask: Mask = Mask(),
+    segment_ids: TokenIds = None,
+    span_ids: TokenIds = None,
+    positions: TokenIds = None,
+    layout: str = "contiguous",
+    strategy: str = "ring",
+    axis: str | tuple[str, str] = "context",
+    scale: float | None = None,
+    soft_cap: float | None = None,
+    sinks: Float[Array, " H"] | None = None,
+    slopes: Float[Array, " H"] | None = None,
+    kernel: str = "auto",
+    reduce_dtype: str | None = None,
+) -> Float[Array, "B L H Dv"]:
+    """Computes `ringattn.attention` on local shards, inside a `jax.shard_map` that is manual over `axis`.
+
+    Takes the arguments of `ringattn.attention`. All array arguments are local shards. There is no `spec`.
+
+    Raises:
+      ValueError: if the arguments are inconsistent with each other.
+    """
+    settings = Settings(
+        mask=mask,
+        layout=layout,
+        strategy=strategy,
+        axis=axis,
+        scale=scale,
+        soft_cap=soft_cap,
+        kernel=kernel,
+        reduce_dtype=reduce_dtype,
+    )
+    extras = Extras(positions=positions, segment_ids=segment_ids, sinks=sinks, slopes=slopes, span_ids=span_ids)
+    check_arrays(query, key, value, extras)
+    shards = lax.axis_size(axis)
+    for length in (query.shape[1], key.shape[1]):
+        check_length(length * shards, layout, shards, "the global sequence length", " * ".join(settings.axes))
+    return local_attention(settings, query, key, value, extras)
+
+
+def local_attention(
+    settings: Settings,
+    query: Float[Array, "B L H D"],
+    key: Float[Array, "B M G D"],
+    value: Float[Array, "B M G Dv"],
+    extras: Extras,
+) -> Float[Array, "B L H Dv"]:
+    """Computes `shard_attention` without checking the arguments."""
+    axis = settings.axis if settings.strategy == "usp" else _drop_single_devices(settings.axes)
+    positions, segments, spans = map(ids_pair, (extras.positions, extras.segment_ids, extras.span_ids))
+    implied = None
+    if positions[0] is None:
+        implied = ImpliedPositions(settings.layout, lax.axis_size(axis), query.shape[1], key.shape[1])
+        shard = lax.axis_index(axis)
+        positions = implied.q_positions(shard, 1), implied.kv_positions(shard, 1)
+    q_tokens, kv_tokens = (Tokens(positions[n], segments[n], spans[n]) for n in (0, 1))
+    if segments[0] is not None:  # otherwise a NaN in padding, times a weight of 0, would be NaN
+        query = zero_padding(query, segments[0])
+        key, value = (zero_padding(x, segments[1]) for x in (key, value))
+    scale = query.shape[-1] ** -0.5 if settings.scale is None else settings.scale
+    logit_spec = LogitSpec(settings.mask, scale, settings.soft_cap)
+    strategy = _auto_strategy(settings, axis, query, key, extras) if settings.strategy == "auto" else settings.strategy
+    attend = _strategy(strategy, axis, implied, logit_spec, settings)
+    # All inputs vary over the same mesh axes: pcast transposes to psum, which sums gradients of replicated inputs.
+    inputs = Inputs(query, key, value, q_tokens, kv_tokens, extras.slopes, extras.sinks)
+    out = attend(jax.tree.map(lambda x: varying_like(x, *jax.tree.leaves(inputs)), inputs))
+    return out if segments[0] is None else zero_padding(out, segments[0])
+
+
+def _drop_single_devices(axes: tuple[str, ...]) -> Axis:
+    """Drops axes of size 1, which turns a degenerate nested ring into a plain ring."""
+    several = [name for name in axes if lax.axis_size(name) > 1] or [axes[0]]
+    return several[0] if len(several) == 1 else (several[0], several[1])
+
+
+def _auto_strategy(settings: Settings, axis: Axis, query: Array, key: Array, extras: Extras) -> str:
+    mask = replace(
+        settings.mask, causal=settings.mask.causal and extras.span_ids is None
+    )  # a span can reach later keys
+    layout = settings.layout if extras.positions is None else None
+    sizes = lax.axis_size(axis) if isinstance(axis, str) else (lax.axis_size(axis[0]), lax.axis_size(axis[1]))
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+    return strategy_for(query, key, mask, layout, sizes, device.device_kind)
+
+
+def _strategy(
+    strategy: str, axis: Axis, implied: ImpliedPositions | None, logit_spec: LogitSpec, settings: Settings
+) -> Attend:
+    """Returns the function that computes attention of Inputs by `strategy` ("auto" resolved)."""
+    kernel, reduce_dtype = choose_kernel(settings.kernel), settings.reduce_dtype
+
+    def exchange_over(exchange_axis: Axis, first_shard: int | Int[Array, ""], local_kernel: Kernel) -> Attend:
+        count, positions = lax.axis_size(exchange_axis), None
+        if implied is not None:
+            positions = implied.q_positions(first_shard, count), implied.kv_positions(first_shard, count)
+        return partial(exchange, partial(_attend, local_kernel, logit_spec), exchange_axis, positions)
+
+    if strategy == "gather":
+        return partial(_attend, Gather(axis, kernel, implied, reduce_dtype), logit_spec)
+    if strategy == "ulysses":
+        return exchange_over(axis, 0, kernel)
+    if isinstance(axis, str):
+        assert strategy == "ring", strategy
+        return partial(_attend, Ring(axis, kernel, implied, reduce_dtype=reduce_dtype), logit_spec)
+    outer, inner = axis
+    if strategy == "usp":
+        first_shard = lax.axis_index(outer) * lax.axis_size(inner)
+        return exchange_over(inner, first_shard, Ring(outer, kernel, implied, reduce_dtype=reduce_dtype))
+    assert strategy == "ring", strategy
+    # A shard on the inner ring can come from any member of the outer ring, so that its positions must be sent.
+    inner_ring = Ring(inner, kernel, None, reduce_dtype=reduce_dtype)
+    return partial(_attend, Ring(outer, inner_ring, implied, inner, reduce_dtype), logit_spec)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(kernel: Kernel, logit_spec: LogitSpec, inputs: Inputs) -> Float[Array, "B L H Dv"]:
+    """Computes the output in query's dtype."""
+    return _attend_forward(kernel, logit_spec, inputs)[0]
+
+
+VjpResiduals = tuple[Inputs, Float[Array, "B L H Dv"], Float[Array, "B G R L"]]
+"""Residuals of the custom_vjp: inputs, output and lse."""
+
+
+def _attend_forward(
+    kernel: Kernel, logit_spec: LogitSpec, inputs: Inputs
+) -> tuple[Float[Array, "B L H Dv"], VjpResiduals]:
+    queries, kv, slopes, sinks = to_kernel_dims(inputs)
+    part = kernel.forward(logit_spec, queries, kv, slopes, init_partial(queries, kv, slopes))
+    if sinks is not None:
+        part = with_sink(part, sinks[None].astype(part.lse.dtype))
+    # A jax.checkpoint policy must save both by name: recomputing either would rotate K/V a third time.
+    out = checkpoint_name(ungroup_heads(part.out.astype(inputs.query.dtype)), "attention_out")
+    lse = checkpoint_name(part.lse, "attention_lse")
+    return out, (inputs, out, lse)
+
+
+def _attend_backward(
+    kernel: Kernel, logit_spec: LogitSpec, vjp_residuals: VjpResiduals, d_out: Float[Array, "B L H Dv"]
+) -> tuple[Inputs]:
+    # The barrier prevents common-subexpression elimination between the forward and backward transfers, which would keep
+    # the forward pass's K/V shards alive until the backward pass.
+    (inputs, out, lse), d_out = lax.optimization_barrier((vjp_residuals, d_out))
+    queries, kv, slopes, sinks = to_kernel_dims(inputs)
+    delta = (d_out.astype(lse.dtype) * out.astype(lse.dtype)).sum(-1)
+    delta = rearrange(delta, "B L (G R) -> B G R L", G=inputs.key.shape[2])
+    residuals = Residuals(lse, delta, group_heads(d_out, inputs.key.shape[2]))
+    carry = init_query_grads(queries, kv, slopes)
+    query_grads, kv_grads = kernel.backward(logit_spec, queries, kv, slopes, residuals, carry)
+    d_query = ungroup_heads(query_grads.query.astype(inputs.query.dtype))
+    d_key, d_value = (rearrange(x.astype(inputs.key.dtype), "B G M D -> B M G D") for x in kv_grads)
+    d_slopes = d_sinks = None
+    if inputs.slopes is not None and query_grads.slopes is not None:
+        d_slopes = query_grads.slopes.astype(inputs.slopes.dtype).reshape(-1)
+    if inputs.sinks is not None and sinks is not None:
+        # The sink's value is 0, so that its probability times -delta is the gradient of its logit.
+        sink_grads = -(shifted_exp(sinks[None, ..., None].astype(lse.dtype), lse) * delta).sum((0, 3))
+        d_sinks = sink_grads.astype(inputs.sinks.dtype).reshape(-1)
+    grads = {"query": d_query, "key": d_key, "value": d_value, "slopes": d_slopes, "sinks": d_sinks}
+    return (inputs._replace(**grads, q_tokens=None, kv_tokens=None),)  # integer ids have no gradient
+
+
+_attend.defvjp(_attend_forward, _attend_backward)

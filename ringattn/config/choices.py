@@ -1,0 +1,13 @@
+"""Types of the fields that accept a fixed set of values."""
+
+from typing import Literal
+
+from ringattn.attn.choices import Strategy
+from ringattn.layout import Layout
+
+RopeScaling = Literal["none", "linear", "ntk", "yarn", "llama3"]
+Dtype = Literal["float32", "bfloat16"]
+Remat = Literal["off", "on", "offload"]
+Resume = Literal["never", "auto", "must"]
+
+__all__ = ["Dtype", "Layout", "Remat", "Resume", "RopeScaling", "Strategy"]

@@ -1,0 +1,1 @@
+"""The cost of compiled programs: FLOPs, memory and communication."""

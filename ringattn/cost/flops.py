@@ -1,0 +1,52 @@
+"""Model FLOPs (as in MFU): without recomputation and without masked pairs."""
+
+import jax
+import numpy as np
+
+from ringattn import config
+from ringattn.data import Batch
+from ringattn.hardware import CHIPS
+
+
+def step_flops(c: config.Config, vocabulary: int, batch: Batch) -> int:
+    """Returns the model FLOPs of one update with `batch` [B, L], forward and backward, over all devices.
+
+    6 FLOPs per token and matrix weight, and 12 per unmasked pair, layer, query head and head dimension (PaLM, arXiv
+    2204.02311, appendix B, with unmasked pairs instead of L^2). Recomputation, masked pairs, padding, norms and the
+    optimizer are not counted. `vocabulary` is the tokenizer's vocabulary size, used unless `model.vocabulary` is set.
+    """
+    vocabulary = c.model.vocabulary or vocabulary
+    tokens = int(np.count_nonzero(batch.segment_ids >= 0))
+    pairs = visible_pairs(batch.positions, batch.segment_ids, c.attention.window)
+    return 6 * product_weights(c.model, vocabulary) * tokens + 3 * c.model.layers * attention_flops(
+        c.model.heads, c.model.head_dim, pairs
+    )
+
+
+def attention_flops(heads: int, head_dim: int, pairs: int) -> int:
+    """Returns the model FLOPs of one attention forward pass over `pairs` unmasked pairs. Backward: twice as many."""
+    return 4 * heads * head_dim * pairs
+
+
+def product_weights(c: config.Model, vocabulary: int) -> int:
+    """Returns the number of matrix weights: those of the layers and the output projection, not the embedding."""
+    attention = 2 * (c.heads + c.kv_heads) * c.head_dim
+    return c.layers * c.dim * (attention + 3 * c.feed_forward) + vocabulary * c.dim
+
+
+def visible_pairs(positions: np.ndarray, segment_ids: np.ndarray, window: int | None) -> int:
+    """Returns the number of unmasked (query, key) pairs under a causal mask.
+
+    Args:
+      positions: int32 [B, L], counted from the start of each segment.
+      segment_ids: int32 [B, L]; negative ids are padding, which neither attends nor is attended to.
+      window: number of preceding tokens that a token attends to, besides itself; None for its whole segment.
+    """
+    preceding = positions if window is None else np.minimum(positions, window)
+    return int(np.sum(preceding + 1, where=segment_ids >= 0, dtype=np.int64))
+
+
+def peak_flops() -> float | None:
+    """Returns the peak bfloat16 FLOP/s of all devices together; None if unknown."""
+    chip = CHIPS.get(jax.devices()[0].device_kind)
+    return None if chip is None else chip.flops * jax.device_count()

@@ -1,0 +1,60 @@
+"""Memory of devices and of compiled programs, in bytes per device."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from ringattn.hardware import CHIPS
+
+
+class ProgramMemory(NamedTuple):
+    """The compiler's memory plan per device. `results` excludes results that reuse the memory of donated arguments."""
+
+    arguments: int
+    temporaries: int
+    results: int
+    host: int
+    """Temporaries in host memory, per device."""
+
+    @property
+    def total(self) -> int:
+        """Device memory of arguments, temporaries and results together."""
+        return self.arguments + self.temporaries + self.results
+
+
+def program_memory(compiled: jax.stages.Compiled) -> ProgramMemory:
+    """Returns the compiler's memory plan for `compiled`, which CPU, GPU and TPU compilers provide."""
+    plan = compiled.memory_analysis()
+    assert plan is not None
+    return ProgramMemory(
+        arguments=plan.argument_size_in_bytes,
+        temporaries=plan.temp_size_in_bytes,
+        results=plan.output_size_in_bytes - plan.alias_size_in_bytes,
+        host=plan.host_temp_size_in_bytes,
+    )
+
+
+def device_memory(device: Any) -> int | None:
+    """Returns the bytes that JAX can allocate on `device`, or the memory of its chip; None if both are unknown."""
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    chip = CHIPS.get(device.device_kind)
+    return limit if limit is not None or chip is None else int(chip.memory)
+
+
+def free_memory(device: Any) -> int | None:
+    """Returns the free memory of `device`, or of the host for CPU devices, in bytes; None if unknown."""
+    stats = device.memory_stats() or {}
+    if "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats["bytes_in_use"]
+    meminfo = Path("/proc/meminfo")
+    if device.platform != "cpu" or not meminfo.is_file():
+        return None
+    lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+    return int(lines["MemAvailable"].split()[0]) * 1024
+
+
+def peak_bytes() -> int | None:
+    """Returns the maximum over local devices of peak memory in use; None if the backend does not report it."""
+    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
+    return max((peak for peak in peaks if peak is not None), default=None)

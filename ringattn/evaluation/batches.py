@@ -1,0 +1,43 @@
+"""Scores rows in batches of one size."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+
+import numpy as np
+from jaxtyping import Integer
+
+from ringattn.data import Batch
+from ringattn.model.scoring import Scores
+
+ScoreFn = Callable[[Iterable[Batch]], Iterator[Scores]]
+"""Yields a model's scores of each batch [B, L]."""
+
+
+def as_batch(tokens: Integer[np.ndarray, " L"], targets: Integer[np.ndarray, " L"]) -> Batch:
+    """A batch [1, L] of one row that is a single document; every target has weight 1."""
+    positions, weights = np.arange(tokens.size, dtype=np.int32), np.ones(tokens.size, np.float32)
+    arrays = tokens.astype(np.int32), targets.astype(np.int32), positions, np.zeros_like(positions), weights
+    return Batch(*(array[None] for array in arrays))
+
+
+def score_in_batches(score: ScoreFn, rows: Iterable[Batch], size: int) -> Iterator[tuple[Batch, Scores]]:
+    """Yields batches of `size` of the `rows` [1, L], with their scores; the last batch may be smaller.
+
+    The model scores the last batch padded to `size` with copies of its first row, whose scores are dropped, so that it
+    compiles for one shape. `rows` is consumed as the model asks for batches.
+    """
+    remaining, unpadded = iter(rows), deque[Batch]()
+
+    def padded() -> Iterator[Batch]:
+        while group := list(islice(remaining, size)):
+            unpadded.append(_concatenate(group))
+            yield _concatenate(group + [group[0]] * (size - len(group)))
+
+    for scores in score(padded()):
+        batch = unpadded.popleft()
+        yield batch, Scores(*(array[: len(batch.tokens)] for array in scores))
+
+
+def _concatenate(batches: list[Batch]) -> Batch:
+    return Batch(*map(np.concatenate, zip(*batches, strict=True)))

@@ -1,0 +1,207 @@
+"""Runs an evaluation cell by cell and stores each result as soon as it is computed."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import jax
+
+from ringattn import config
+from ringattn.config import LOSSES
+from ringattn.data import (
+    DEPTH_TASKS,
+    Batch,
+    Tokenizer,
+    check_fits,
+    check_tokenizer,
+    fingerprint,
+    question,
+    read,
+    read_all,
+)
+from ringattn.evaluation import losses, retrieval
+from ringattn.evaluation.batches import ScoreFn
+from ringattn.evaluation.report import describe, write_report
+from ringattn.evaluation.results import Result, ResultFile
+from ringattn.evaluation.subject import Subject, find_subject
+from ringattn.mesh.devices import check_same, start
+from ringattn.model.scoring import Scores
+from ringattn.runs.progress import Display
+
+FORMAT = 1
+"""Version of a cell's result. Raise it when the content of results changes, so that stored ones are not reused."""
+MEASURES = dict(zip(LOSSES, (losses.by_position, losses.by_context, losses.by_kind), strict=True))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A measurement: one task at one length, and one depth if the task has depths."""
+
+    task: str
+    length: int
+    """Tokens per row."""
+    depth: float | None
+
+
+def evaluate(c: config.Evaluation) -> int:
+    """Evaluates all runs and writes reports; reuses results that an interrupted evaluation has stored.
+
+    Returns the process's exit status: 0, or 130 after Ctrl-C. Raises ValueError, with a fix, before computing anything
+    if config, runs, text and devices do not fit each other, and later if a file cannot be read or written.
+    """
+    subjects = [find_subject(path, c) for path in c.runs]
+    if len({subject.name for subject in subjects}) < len(subjects):
+        raise ValueError(f"runs={c.runs}: the runs must have different names; evaluate them one at a time")
+    try:
+        mesh = start(c.mesh)
+        check_same("config", repr(c))
+        texts = [_check(subject, c, mesh) for subject in subjects]
+        runs: dict[str, list[Result]] = {subject.name: [] for subject in subjects}
+        total, done = len(subjects) * len(list(cells(c))), 0
+        with jax.set_mesh(mesh), Display(total, label="cells") as display:
+            for subject, text in zip(subjects, texts, strict=True):
+                for result, note in _results(subject, text, c, mesh, display):
+                    runs[subject.name].append(result)
+                    done += 1
+                    display.print(f"{done}/{total}  {subject.name}: {describe(result)}{note}")
+                    display.update(done)
+    except KeyboardInterrupt:
+        print("stopped: run the same command again to resume")
+        return 130
+    if jax.process_index() == 0:
+        _write_reports(c, subjects, runs, _comparison_note(subjects, texts))
+    return 0
+
+
+def cells(c: config.Evaluation) -> Iterator[Cell]:
+    for task in c.tasks:
+        for length in c.lengths:
+            yield from (Cell(task, length, depth) for depth in (c.depths if task in DEPTH_TASKS else (None,)))
+
+
+def output_directory(subject: Subject, c: config.Evaluation) -> Path:
+    step = f"@{subject.step}" if "@" in subject.name else ""
+    return subject.directory / "evaluations" / (c.name + step)
+
+
+def _write_reports(c: config.Evaluation, subjects: list[Subject], runs: dict[str, list[Result]], note: str) -> None:
+    """Writes a report per run, and one that compares several runs; prints the table of the last one written."""
+    directories = [output_directory(subject, c) for subject in subjects]
+    for subject, directory in zip(subjects, directories, strict=True):
+        facts = {"step": subject.step, "weights": subject.weights}
+        write_report({subject.name: runs[subject.name]}, c, directory, facts)
+    directory = directories[0]
+    if len(subjects) > 1:
+        directory = directory / "comparison"
+        write_report(runs, c, directory, {"runs": {subject.name: subject.step for subject in subjects}, "note": note})
+    print((directory / "table.md").read_text(encoding="utf-8"))
+    print(f"results.json, table.md and plots are in {directory}")
+
+
+def _comparison_note(subjects: list[Subject], texts: list[losses.Text | None]) -> str:
+    """A warning if the runs' losses are not comparable, because texts or tokenizers differ; otherwise empty."""
+    if len({text.fingerprint for text in texts if text is not None}) < 2:
+        return ""
+    if len({subject.tokenizer.fingerprint for subject in subjects}) > 1:
+        return "The runs have different tokenizers; compare bits per byte, not nats per token."
+    return "Each run was scored on its own held-out text, so losses are not comparable; choose one text with --path."
+
+
+def _check(subject: Subject, c: config.Evaluation, mesh: jax.sharding.Mesh) -> losses.Text | None:
+    """Returns the text of the loss tasks, None without such tasks.
+
+    Raises ValueError for every mistake that would otherwise end the evaluation later, except a lack of memory.
+    """
+    subject.check(c, mesh)
+    check_same("checkpoint", subject.weights)
+    for task in set(c.tasks) - set(LOSSES):
+        check_tokenizer(task, subject.tokenizer)
+        for length in c.lengths:
+            check_fits(task, subject.tokenizer, length, retrieval.sample_seeds(c))
+    if not set(c.tasks) & set(LOSSES):
+        return None
+    text = _read_text(subject, c)
+    check_same("text", text.fingerprint)
+    if set(c.tasks) & set(LOSSES[:2]):
+        text.windows(max(c.lengths), 1, 0)
+    return text
+
+
+def _read_text(subject: Subject, c: config.Evaluation) -> losses.Text:
+    """The text at `c.path`, or else the run's held-out text; ValueError if that has changed since training."""
+    data = subject.stage.data
+    if c.path is not None:
+        return losses.Text(*read_all(replace(data, path=c.path, mixture=None), subject.directory))
+    splits, stored = read(data, subject.directory), subject.directory / "data.json"
+    fingerprints = {
+        name: fingerprint([corpus.fingerprint for corpus in corpora], data.mixture)
+        for name, corpora in (("training", splits.training), ("validation", splits.validation))
+    }
+    if stored.is_file() and json.loads(stored.read_text(encoding="utf-8")) != fingerprints:
+        fix = "restore it, or choose other text with --path"
+        raise ValueError(f"the text of data.path={data.path!r} has changed since {subject.name} was trained; {fix}")
+    return losses.Text(splits.validation, splits.kinds)
+
+
+def _results(
+    subject: Subject, text: losses.Text | None, c: config.Evaluation, mesh: jax.sharding.Mesh, display: Display
+) -> Iterator[tuple[Result, str]]:
+    """Yields each cell's result, computed or stored, and a note for the display. Loads the model only if needed."""
+    stored = ResultFile(output_directory(subject, c) / "cells.jsonl")
+    check_same("list of finished cells", repr(sorted(stored.results)))
+    load = cache(lambda: subject.load(mesh))
+    for cell in cells(c):
+        key = _cell_key(cell, subject, text, c, mesh)
+        result = stored.results.get(key)
+        if result is not None:
+            yield result, " (stored)"
+            continue
+        with display.subtask(f"{subject.name}: {cell.task}, {cell.length:,} tokens", c.samples) as advance:
+            result = asdict(cell) | _measure(_counted(load(), advance), subject.tokenizer, c, cell, text)
+        stored.add(key, result)
+        yield result, ""
+
+
+def _cell_key(
+    cell: Cell, subject: Subject, text: losses.Text | None, c: config.Evaluation, mesh: jax.sharding.Mesh
+) -> str:
+    """Digest of everything that a cell's result depends on."""
+    stage = subject.stage
+    content = [
+        asdict(cell),
+        subject.weights,
+        asdict(stage.model),
+        stage.attention.window,
+        subject.tokenizer.fingerprint,
+    ]
+    content += [dict(mesh.shape), c.layout, c.strategy, c.samples, c.seed, FORMAT]
+    if cell.task in LOSSES:
+        assert text is not None
+        content += [text.fingerprint, c.lengths if cell.task == "loss_by_context" else None]
+    else:  # one sample represents the haystack, which depends on the version of Python, and the task's wording
+        sample = question(cell.task, subject.tokenizer, cell.length, cell.depth or 0.0, retrieval.sample_seeds(c)[0])
+        content.append(sample.tokens.tolist())
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+def _measure(
+    score: ScoreFn, tokenizer: Tokenizer, c: config.Evaluation, cell: Cell, text: losses.Text | None
+) -> Result:
+    if cell.task in LOSSES:
+        assert text is not None
+        return MEASURES[cell.task](score, tokenizer, c, text, cell.length)
+    return retrieval.measure(score, tokenizer, c, cell.task, cell.length, cell.depth or 0.0)
+
+
+def _counted(score: ScoreFn, advance: Callable[[int], None]) -> ScoreFn:
+    """Makes `score` also call `advance` with the number of rows in each batch."""
+
+    def counted(batches: Iterable[Batch]) -> Iterator[Scores]:
+        for scores in score(batches):
+            advance(len(scores.nats))
+            yield scores
+
+    return counted

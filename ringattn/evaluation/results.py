@@ -1,0 +1,45 @@
+"""Finished results of an evaluation, stored so that an interrupted evaluation can resume."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+
+Result = dict[str, Any]
+"""Result of one cell: an object of cells.jsonl and results.json. The measurement decides which names it has."""
+
+
+class ResultFile:
+    """cells.jsonl: one line per finished cell, under a key of everything the result depends on. Only appended to."""
+
+    def __init__(self, path: Path):
+        """Reads the finished results. Raises ValueError if the file cannot be read or written."""
+        self._path = path
+        self.results: dict[str, Result] = {}
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            content = path.read_bytes() if path.is_file() else b""
+            complete = content.rfind(b"\n") + 1
+            if complete < len(content) and jax.process_index() == 0:  # a killed process left an unfinished line
+                os.truncate(path, complete)
+            for line in content[:complete].decode().splitlines():
+                row = json.loads(line)
+                self.results[row["key"]] = row["result"]
+        except OSError as error:
+            fix = "fix this and run the same command again"
+            raise ValueError(f"cannot write to {path} ({error.strerror}); {fix}") from error
+        except (ValueError, LookupError, TypeError) as error:
+            raise ValueError(f"{path} has a damaged line ({error}); remove it, or use another --name") from error
+
+    def add(self, key: str, result: Result) -> None:
+        """Appends a result, from the first process only. Raises ValueError if it cannot be written."""
+        if jax.process_index() > 0:
+            return
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"key": key, "result": result}) + "\n")
+        except OSError as error:
+            fix = "fix this and run the same command again, which keeps finished results"
+            raise ValueError(f"cannot write to {self._path} ({error.strerror}); {fix}") from error

@@ -1,0 +1,1 @@
+"""Device meshes: axis names and specs (`axes`), device startup (`devices`), device order on TPUs (`topology`)."""

@@ -1,0 +1,158 @@
+"""Starts devices and processes, and builds and checks the mesh of a config."""
+
+import hashlib
+import math
+import os
+from collections.abc import Mapping
+from itertools import product
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from ringattn import config
+from ringattn.config import option
+from ringattn.layout import check_length
+from ringattn.mesh.axes import (
+    AXES,
+    CONTEXT,
+    CONTEXT_OUTER,
+    DATA,
+    TENSOR,
+    VOCABULARY_MULTIPLE,
+    context_shards,
+    describe_sizes,
+)
+from ringattn.mesh.topology import arrange_devices
+
+FORCED = "--xla_force_host_platform_device_count"
+
+
+def start(section: config.Mesh) -> jax.sharding.Mesh:
+    """Initializes JAX's devices and returns a mesh over all of them, with four explicit axes, for `jax.set_mesh`.
+
+    Call it before any other use of JAX devices. It creates the simulated CPU devices (per process;
+    XLA_FLAGS=--xla_force_host_platform_device_count=N takes precedence) and calls `jax.distributed.initialize` in a
+    multi-process environment: JAX_COORDINATOR_ADDRESS with JAX_NUM_PROCESSES and JAX_PROCESS_ID, a Slurm step or a TPU
+    pod.
+
+    Raises:
+      ValueError: if the axis sizes do not multiply to the number of devices (the message suggests a mesh), if JAX is
+        already initialized on other devices, or if `jax.distributed.initialize` fails.
+    """
+    if section.simulate:
+        _simulate(section.simulate)
+    _join_processes()
+    mesh = build_mesh(section)
+    if section.simulate and jax.default_backend() != "cpu":
+        running = f"JAX already runs on {jax.default_backend()}"
+        raise ValueError(f"mesh.simulate={section.simulate}, but {running}; start the mesh before using JAX")
+    return mesh
+
+
+def build_mesh(section: config.Mesh) -> jax.sharding.Mesh:
+    """Returns a mesh over all devices. Call it after `start`. Raises ValueError: see `resolve`."""
+    return arrange_devices(resolve(section, len(jax.devices())), jax.devices())
+
+
+def ring_mesh(size: int) -> jax.sharding.Mesh:
+    """Returns a mesh with a ring of the first `size` devices; other axes have size 1. Call it after `start`."""
+    devices = jax.devices()
+    if not 1 <= size <= len(devices):
+        raise ValueError(f"a ring of {size} does not fit {len(devices)} device{'s' * (len(devices) > 1)}")
+    return arrange_devices({DATA: 1, CONTEXT_OUTER: 1, CONTEXT: size, TENSOR: 1}, devices[:size])
+
+
+def resolve(section: config.Mesh, devices: int) -> dict[str, int]:
+    """Returns the size of each axis, with -1 resolved. Raises ValueError if they do not multiply to `devices`."""
+    requested = {name: vars(section)[name] for name in AXES}
+    fixed = {name: size for name, size in requested.items() if size != -1}
+    inferred, remainder = divmod(devices, math.prod(fixed.values()))
+    if remainder or (inferred != 1 and len(fixed) == len(requested)):
+        sizes = describe_sizes(requested)
+        fixes = [_nearest(fixed, devices)]
+        if not section.simulate and FORCED not in os.environ.get("XLA_FLAGS", ""):
+            fixes.append(f"--mesh.simulate {math.prod(fixed.values())} for simulated CPU devices")
+        raise ValueError(f"mesh {sizes} does not fit {devices} device{'s' * (devices > 1)}; use {', or '.join(fixes)}")
+    return {name: inferred if size == -1 else size for name, size in requested.items()}
+
+
+def _nearest(fixed: Mapping[str, int], devices: int) -> str:
+    """Returns the options for the mesh of `devices` devices that changes the fewest fixed sizes by the least factor."""
+    divisors = [size for size in range(1, devices + 1) if devices % size == 0]
+    fitting = [sizes for sizes in product(divisors, repeat=len(AXES)) if math.prod(sizes) == devices]
+
+    def change(sizes: Mapping[str, int]) -> tuple[int, float, bool]:
+        changed = [name for name in fixed if sizes[name] != fixed[name]]
+        return len(changed), sum(abs(math.log(sizes[name] / fixed[name])) for name in changed), CONTEXT not in changed
+
+    best = min((dict(zip(AXES, sizes, strict=True)) for sizes in fitting), key=change)
+    return " ".join(f"--{option(f'mesh.{name}')} {best[name]}" for name in fixed if best[name] != fixed[name])
+
+
+def check_divisible(run: config.Config, mesh: jax.sharding.Mesh) -> None:
+    """Raises ValueError, with valid sizes, unless batch, sequence and parameters of `run` divide over `mesh`."""
+    data, context, tensor = mesh.shape[DATA], mesh.shape[CONTEXT], mesh.shape[TENSOR]
+    data_name, context_name = option("mesh.data"), option("mesh.context")
+    sequence_name = context_name
+    if mesh.shape[CONTEXT_OUTER] > 1:
+        sequence_name = f"{option('mesh.context_outer')} * {context_name}"
+    sequence = (sequence_name, context_shards(mesh))
+    check_length(run.data.seq_len, run.attention.layout, sequence[1], option("data.seq_len"), sequence_name)
+    microbatches = (f"{data_name} * train.accumulate", data * run.train.accumulate)
+    _check_multiple(option("train.batch_size"), run.train.batch_size, *microbatches)
+    _check_multiple("model.dim", run.model.dim, f"{data_name} * {sequence_name}", data * sequence[1])
+    if VOCABULARY_MULTIPLE % tensor:
+        divisor = max(size for size in range(1, tensor) if VOCABULARY_MULTIPLE % size == 0)
+        rule = f"must divide {VOCABULARY_MULTIPLE}, because the vocabulary is padded to a multiple of it"
+        raise ValueError(f"mesh.tensor={tensor} {rule}; use {divisor}")
+    all_to_all = {"ulysses": sequence, "usp": (context_name, context)}
+    if run.attention.strategy in all_to_all:
+        axes, size = all_to_all[run.attention.strategy]
+        reason = f" for attention.strategy={run.attention.strategy!r}"
+        _check_multiple("model.kv_heads", run.model.kv_heads, f"mesh.tensor * {axes}", tensor * size, reason)
+    for name in ("heads", "kv_heads", "feed_forward"):
+        _check_multiple(f"model.{name}", vars(run.model)[name], "mesh.tensor", tensor)
+
+
+def _check_multiple(name: str, value: int, rule: str, unit: int, reason: str = "") -> None:
+    if value % unit:
+        fix = config.nearest_multiples(value, unit)
+        raise ValueError(f"{name}={value} must be a multiple of {rule} = {unit}{reason}; use {fix}")
+
+
+def check_same(name: str, text: str) -> None:
+    """Raises ValueError in every process unless `text` is equal in all; `name` is used in messages."""
+    if jax.process_count() > 1:
+        digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.int32)
+        different = np.flatnonzero(np.any(multihost_utils.process_allgather(digest) != digest, axis=-1))
+        if different.size:
+            problem = f"{name} of process {jax.process_index()} differs from that of process {different[0]}"
+            raise ValueError(f"{problem}; start all processes with the same command and the same files")
+
+
+def _simulate(count: int) -> None:
+    jax.config.update("jax_platforms", "cpu")
+    if FORCED in os.environ.get("XLA_FLAGS", ""):
+        return
+    try:
+        jax.config.update("jax_num_cpu_devices", count)
+    except RuntimeError:
+        running = f"JAX already runs on {jax.device_count()} devices"
+        raise ValueError(f"mesh.simulate={count}, but {running}; start the mesh before using JAX") from None
+
+
+def _join_processes() -> None:
+    environ = os.environ
+    tasks, hosts = environ.get("SLURM_STEP_NUM_TASKS", "1"), environ.get("TPU_WORKER_HOSTNAMES", "")
+    multi_process = "JAX_COORDINATOR_ADDRESS" in environ or tasks != "1" or "," in hosts
+    if not multi_process or jax.distributed.is_initialized():
+        return
+    count, index = environ.get("JAX_NUM_PROCESSES"), environ.get("JAX_PROCESS_ID")
+    try:  # JAX itself reads only the address from the environment; None makes it ask the cluster
+        jax.distributed.initialize(
+            num_processes=int(count) if count else None, process_id=int(index) if index else None
+        )
+    except ValueError as error:
+        fix = "set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
+        raise ValueError(f"cannot join the other processes ({error}); {fix}") from None

@@ -1,0 +1,107 @@
+"""The description of a run in its directory, and checks that a config can resume it."""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from ringattn import config
+from ringattn.environment import environment
+from ringattn.runs.checkpoint import saved_steps
+from ringattn.runs.files import write_bytes, write_text
+
+FIXED = ("model.", "data.", "attention.window", "train.batch_size", "train.seed")
+"""Prefixes of the fields that a resumed run must not change: they define the loss and the order of the data."""
+
+FREE = ("model.dtype", "model.remat")
+"""Exceptions from FIXED: they change how the loss is computed, not its definition."""
+
+
+def write_description(
+    directory: Path, c: config.Config, fingerprints: dict[str, str], tokenizer_files: dict[str, bytes]
+) -> None:
+    """Writes config.json, environment.json, data.json and the tokenizer files, from process 0 only.
+
+    Raises ValueError if the directory cannot be written.
+    """
+    if jax.process_index() > 0:
+        return
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        # `resume` and `profile` belong to one launch, not to the run.
+        write_text(directory / "config.json", config.to_json(replace(c, resume="auto", profile=None)))
+        for name, content in {"environment.json": environment(), "data.json": fingerprints}.items():
+            write_text(directory / name, json.dumps(content, indent=2) + "\n")
+        for name, content in tokenizer_files.items():
+            write_bytes(directory / name, content)
+    except OSError as error:
+        raise ValueError(f"cannot write to {directory} ({error.strerror}); use another --log.directory") from None
+
+
+def check_data(directory: Path, fingerprints: dict[str, str], path: str | tuple[str, ...]) -> None:
+    """Raises ValueError if the run in `directory` was trained on other data; `path` is data.path for the message."""
+    file = directory / "data.json"
+    if file.is_file() and json.loads(file.read_text(encoding="utf-8")) != fingerprints:
+        fix = "restore the data, or start a new run with another --name"
+        raise ValueError(f"data.path={path!r} has changed since the run in {directory} was trained on it; {fix}")
+
+
+def check_resumable(c: config.Config, directory: Path) -> None:
+    """Raises ValueError if `c.resume` does not allow to resume, or if `c` changes a field that must not change.
+
+    Stages that have not started may be changed, added or removed.
+    """
+    steps = saved_steps(directory / "checkpoints")
+    if not steps:
+        if c.resume == "must":
+            raise ValueError(f"resume='must', but {directory} has no checkpoint; use --resume auto, or another --name")
+        return
+    if c.resume == "never":
+        fix = "use another --name, or resume with --resume auto"
+        raise ValueError(f"resume='never', but {directory} has a checkpoint of step {steps[0]}; {fix}")
+    path = directory / "config.json"
+    if path.is_file():
+        previous = config.load(path)
+        current = previous.stage_after(steps[0] - 1)  # the stage of the last update
+        if current > len(c.stages):
+            fix = "restore the missing stages, or start a new run with another --name"
+            raise ValueError(
+                f"stages: the config has {len(c.stages)}, but the run in {directory} is in stage {current}; {fix}"
+            )
+        for stage in range(1, current + 1):
+            _check_fixed(previous, c, stage, directory, finished=stage < current)
+        _check_steps(previous, c, current, steps[0], directory)
+
+
+def _check_fixed(previous: config.Config, c: config.Config, stage: int, directory: Path, finished: bool) -> None:
+    """Raises ValueError if `c` changes a fixed field of `stage`, which has started."""
+    old, new = _fields(previous.stage(stage)), _fields(c.stage(stage))
+    # The steps of a finished stage determine where the data and schedule of the next stage start.
+    fixed = (*FIXED, "train.steps") if finished else FIXED
+    changed = [name for name in new if name.startswith(fixed) and name not in FREE and old[name] != new[name]]
+    if changed:
+        name = changed[0]
+        flags = {config.flag(each.stages, stage, name) for each in (previous, c)}
+        flag = (flags - {name} or flags).pop()  # the stage's field, if either config overrides it there
+        fix = f"use --{flag} {_as_option(old[name])}, or start a new run with another --name"
+        raise ValueError(f"{flag}={new[name]!r}, but the run in {directory} has {old[name]!r}; {fix}")
+
+
+def _as_option(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _check_steps(previous: config.Config, c: config.Config, stage: int, step: int, directory: Path) -> None:
+    """Raises ValueError if `stage`, the newest that has started, has fewer steps than checkpoint `step` has done."""
+    done, steps = step - previous.steps_before(stage), c.stage(stage).train.steps
+    if steps < done and len(c.stages) > 1:  # a run with a single stage is complete, which is not an error
+        flag = config.flag(c.stages, stage, "train.steps")
+        fix = f"use --{flag} {done} or more, or start a new run with another --name"
+        raise ValueError(f"{flag}={steps}, but the run in {directory} has done {done} steps of stage {stage}; {fix}")
+
+
+def _fields(c: config.Config) -> dict[str, Any]:
+    sections = {name: value for name, value in asdict(c).items() if isinstance(value, dict)}
+    return {f"{section}.{name}": value for section, values in sections.items() for name, value in values.items()}

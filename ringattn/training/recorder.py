@@ -1,0 +1,112 @@
+"""Step metrics: read with a delay of one step, written to metrics.jsonl and shown on the display."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ringattn.config import option
+from ringattn.cost.memory import peak_bytes
+from ringattn.runs.metrics import Row
+from ringattn.runs.progress import Display
+from ringattn.training.by_context import losses_by_context
+from ringattn.training.step import Metrics
+from ringattn.units import bytes_in_words
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """The steps to log, and the constants of their rows."""
+
+    every: int
+    """Steps between rows."""
+    end_step: int
+    """Last step of the stage."""
+    tokens_per_step: int
+    peak_flops: float | None
+    """Peak FLOP/s of all devices together; None if unknown."""
+    token_offset: int = 0
+    """Tokens after step s: token_offset + s * tokens_per_step. Nonzero if earlier stages have other batches."""
+    always: tuple[int, ...] = (1,)
+    """Steps that are logged regardless of `every`."""
+
+
+class Recorder:
+    """Reads the metrics of each step after dispatching the next step, so that devices never wait for the host."""
+
+    def __init__(self, write: Callable[[Row], None], display: Display, config: LogConfig):
+        self._write, self._display, self._config = write, display, config
+        self._pending: tuple[int, Metrics, int] | None = None
+        self._seconds, self._steps, self._flops, self._clock = 0.0, 0, 0, time.monotonic()
+
+    def step(self, step: int, metrics: Metrics, flops: int) -> None:
+        """Takes the metrics of `step`, which may not be computed yet, and records the metrics of the preceding step."""
+        previous, self._pending = self._pending, (step, metrics, flops)
+        self._record(previous)
+
+    def flush(self) -> None:
+        """Waits for the last step and records it. Raises ValueError if its loss or gradient norm is not finite."""
+        previous, self._pending = self._pending, None
+        self._record(previous)
+
+    def restart_clock(self) -> None:
+        """Excludes the time since the last recorded step from the speed."""
+        self._clock = time.monotonic()
+
+    def validation(self, step: int, values: dict[str, float]) -> str:
+        """Writes and prints the validation after `step`; returns it as text. Raises ValueError if not finite."""
+        if not all(map(math.isfinite, values.values())):
+            raise ValueError(
+                f"the validation loss is {values['eval/loss']} after step {step}; lower "
+                f"--{option('optimizer.learning_rate')}"
+            )
+        self._write({"step": step} | values)
+        bits = values.get("eval/bits_per_byte")
+        text = f"validation loss {values['eval/loss']:.4f} nats per token"
+        text += "" if bits is None else f", {bits:.4f} bits per byte"
+        text += f", accuracy {values['eval/accuracy']:.1%}"
+        self._display.print(f"step {step}: {text}")
+        by_context = [f"{first:,}-{last:,}: {loss:.4f}" for (first, last), loss in losses_by_context(values).items()]
+        if len(by_context) > 1:
+            self._display.print(f"  by number of preceding tokens: {', '.join(by_context)}")
+        return text
+
+    def _record(self, pending: tuple[int, Metrics, int] | None) -> None:
+        if pending is None:
+            return
+        step, metrics, flops = pending
+        values = {name: float(value) for name, value in metrics._asdict().items()}
+        now = time.monotonic()
+        self._seconds, self._steps, self._clock = self._seconds + now - self._clock, self._steps + 1, now
+        self._flops += flops
+        non_finite = [name for name, value in values.items() if not math.isfinite(value)]
+        if non_finite:
+            name, flag = non_finite[0], option("optimizer.learning_rate")
+            raise ValueError(
+                f"{name} became {values[name]} at step {step}; lower --{flag} and resume from the last checkpoint, "
+                "or start a new run with another --name"
+            )
+        if step in self._config.always or step % self._config.every == 0:
+            row = {"step": step} | values | self._speed(step)
+            self._write(row)
+            self._show(row)
+            self._seconds, self._steps, self._flops = 0.0, 0, 0
+
+    def _speed(self, step: int) -> Row:
+        seconds, c = self._seconds / self._steps, self._config
+        return {
+            "tokens": c.token_offset + step * c.tokens_per_step,
+            "tokens_per_second": c.tokens_per_step / seconds,
+            "step_seconds": seconds,
+            "mfu": None if c.peak_flops is None else self._flops / (self._seconds * c.peak_flops),
+            "peak_bytes": peak_bytes(),
+            "flops_per_token": self._flops / (self._steps * c.tokens_per_step),
+        }
+
+    def _show(self, row: Row) -> None:
+        step, text = row["step"], f"loss {row['loss']:.4f}  {row['tokens_per_second']:,.0f} tokens/s"
+        text += "" if row["mfu"] is None else f"  mfu {row['mfu']:.1%}"
+        text += "" if row["peak_bytes"] is None else f"  peak {bytes_in_words(row['peak_bytes'])}"
+        self._display.update(step, text)
+        if not self._display.is_terminal:
+            self._display.print(f"step {step}/{self._config.end_step}  {text}  {self._display.time_left(step)} left")

@@ -1,0 +1,170 @@
+"""One stage of a run: data, model and jitted functions, prepared from its config."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from jax import Array
+
+from ringattn import config
+from ringattn.cost.flops import step_flops
+from ringattn.cost.step_statistics import Statistics, attention_statistics, memory_statistics
+from ringattn.data import Batch, Loader, Splits, Tokenizer, make_loaders, read
+from ringattn.data.placement import permute_and_place, place_batch
+from ringattn.mesh.axes import abstract, context_shards, describe_sizes
+from ringattn.model.build import model_factory
+from ringattn.model.parallel import Params
+from ringattn.model.scoring import Scorer, make_scorer
+from ringattn.model.transformer import count_parameters
+from ringattn.runs.checkpoint import Checkpoints
+from ringattn.runs.writers import check_packages
+from ringattn.training.by_context import context_ranges, named_losses, sums_by_context
+from ringattn.training.optimizer import learning_rate, optimizer
+from ringattn.training.samples import (
+    NEW_TOKENS,
+    PROMPT_TOKENS,
+    NextLogits,
+    as_text,
+    continue_rows,
+    make_next_logits,
+)
+from ringattn.training.step import TrainState, TrainStep, make_initial_state, make_train_step
+
+
+@dataclass(frozen=True)
+class Run:
+    """One stage of a run. Does not change during training."""
+
+    full_config: config.Config
+    """Config of all stages."""
+    stage_number: int
+    """Index of this stage, from 1."""
+    config: config.Config
+    """Config of this stage."""
+    mesh: jax.sharding.Mesh
+    tokenizer: Tokenizer
+    training: Loader
+    held_out: Loader
+    start_step: int
+    """Number of updates in earlier stages. The schedule and data of this stage start at this step."""
+    end_step: int
+    """Number of updates at the end of this stage."""
+    earlier_tokens: int
+    """Number of tokens in earlier stages."""
+    initial_state: Callable[[], TrainState]
+    train_step: TrainStep
+    scorer: Scorer
+    next_logits: NextLogits
+
+    def place(self, batch: Batch) -> Batch:
+        """Places a host batch [B, L] on the mesh, as [microbatches, B / microbatches, L] for the train step."""
+        return place_batch(batch, self.mesh, self.config.attention.layout, self.config.train.accumulate)
+
+    def validate(self, params: Params) -> dict[str, float]:
+        """Returns loss (nats per token, bits per byte, by context) and accuracy on fixed held-out batches."""
+        available = self.held_out.rows_per_epoch // self.config.train.batch_size
+        count = min(self.config.validation.batches, available)
+        batches, length = [self.held_out.batch(index) for index in range(count)], self.config.data.seq_len
+        nats = weight = np.zeros(len(context_ranges(length)))
+        correct = 0.0
+        for batch, scores in zip(batches, self.scorer(params, batches), strict=True):
+            nats = nats + sums_by_context(batch.weights * scores.nats, batch.positions)
+            weight = weight + sums_by_context(batch.weights, batch.positions)
+            correct += float(np.sum(batch.weights, where=scores.predictions == batch.targets, dtype=np.float64))
+        if not weight.any():
+            fix = "use more --validation.batches, or a larger --data.validation"
+            raise ValueError(f"all targets of the {count} validation batches are masked out of the loss; {fix}")
+        text_bytes = sum(self.tokenizer.byte_length(batch.targets[batch.weights > 0]) for batch in batches)
+        bits = {"eval/bits_per_byte": float(nats.sum()) / math.log(2) / text_bytes} if text_bytes else {}
+        means = {"eval/loss": float(nats.sum() / weight.sum()), "eval/accuracy": correct / float(weight.sum())}
+        return means | bits | named_losses(nats, weight, length)
+
+    def fingerprints(self) -> dict[str, str]:
+        """Returns digests of all training tokens and all validation tokens."""
+        return {"training": self.training.fingerprint, "validation": self.held_out.fingerprint}
+
+    def restore(self, checkpoints: Checkpoints) -> tuple[TrainState, list[str]]:
+        """Returns the newest intact state, placed on the mesh, and a message for each damaged checkpoint."""
+        return checkpoints.restore(abstract(jax.eval_shape(self.initial_state), self.mesh))
+
+    def samples(self, params: Params) -> str:
+        """Returns prompts from a few held-out sequences as text, each with the model's continuation."""
+
+        def next_logits(rows: Batch, one_hot: np.ndarray) -> Array:
+            arrays = [rows.tokens, rows.positions, rows.segment_ids, one_hot]
+            return self.next_logits(params, *permute_and_place(arrays, self.mesh, self.config.attention.layout))
+
+        multiple = 2 * context_shards(self.mesh)  # of the length, valid for every layout
+        length = min(-(-(PROMPT_TOKENS + NEW_TOKENS) // multiple) * multiple, self.config.data.seq_len)
+        prompt = max(length * PROMPT_TOKENS // (PROMPT_TOKENS + NEW_TOKENS), 1)
+        rows = Batch(*(x[:, :length] for x in self.held_out.batch(0)))
+        return as_text(continue_rows(rows, prompt, self.config.train.seed, next_logits), prompt, self.tokenizer)
+
+
+def tokens_per_step(c: config.Config) -> int:
+    return c.train.batch_size * c.data.seq_len
+
+
+def rebatch(splits: Splits, c: config.Config, stage_number: int) -> tuple[Loader, Loader]:
+    """Returns training and validation loaders of a stage with config `c`. Raises ValueError: see `make_loaders`."""
+    return make_loaders(splits, c.data, c.train.batch_size, c.train.seed, stage_number - 1)
+
+
+def prepare_stage(
+    full_config: config.Config, mesh: jax.sharding.Mesh, stage_number: int = 1, splits: Splits | None = None
+) -> Run:
+    """Prepares a stage, without allocating device memory. Call it under `jax.set_mesh(mesh)`.
+
+    `splits` is the dataset; None: read it.
+    """
+    c, start_step = full_config.stage(stage_number), full_config.steps_before(stage_number)
+    check_packages(c.log)
+    splits = splits or read(c.data)
+    training, held_out = rebatch(splits, c, stage_number)
+    tokenizer, vocabulary = splits.tokenizer, splits.tokenizer.size
+    make_model = model_factory(c, vocabulary)
+    schedule_args = c.optimizer, c.train.steps, start_step
+    update, schedule = optimizer(*schedule_args), learning_rate(*schedule_args)
+    earlier_stages = [full_config.stage(number) for number in range(1, stage_number)]
+    return Run(
+        full_config=full_config,
+        stage_number=stage_number,
+        config=c,
+        mesh=mesh,
+        tokenizer=tokenizer,
+        training=training,
+        held_out=held_out,
+        start_step=start_step,
+        end_step=start_step + c.train.steps,
+        earlier_tokens=sum(stage.train.steps * tokens_per_step(stage) for stage in earlier_stages),
+        initial_state=make_initial_state(make_model, update),
+        train_step=make_train_step(make_model, vocabulary, update, schedule),
+        scorer=make_scorer(make_model, vocabulary, mesh, c.attention.layout, c.train.accumulate),
+        next_logits=make_next_logits(make_model, vocabulary),
+    )
+
+
+def compile_step(run: Run, state: TrainState) -> tuple[jax.stages.Compiled, Statistics]:
+    """Returns the compiled train step and its statistics. `flops_per_token` is computed from the next batch."""
+    c, batch = run.config, run.training.batch(int(state.step) - run.start_step)
+    arrays, start_time = run.place(batch), time.monotonic()
+    train_step = run.train_step.lower(state, arrays).compile()
+    statistics = {
+        "compile_seconds": time.monotonic() - start_time,
+        "parameters": count_parameters(state.params),
+        "flops_per_token": step_flops(c, run.tokenizer.size, batch) / batch.tokens.size,
+        "device_bytes": memory_statistics(train_step),
+        "attention": attention_statistics(c, run.mesh),
+    }
+    return train_step, statistics
+
+
+def describe(run: Run, state: TrainState) -> Iterator[str]:
+    """Yields lines that describe a run: devices, mesh, size, config."""
+    c, devices = run.config, run.mesh.devices
+    numbers = f"{count_parameters(state.params):,} parameters, {tokens_per_step(c):,} tokens per step"
+    yield f"{devices.size} {devices.flat[0].device_kind} devices, mesh {describe_sizes(run.mesh.shape)}, {numbers}"
+    yield config.summary(c)

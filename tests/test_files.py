@@ -1,0 +1,59 @@
+"""Atomic file writes."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from ringattn import config
+from ringattn.runs.files import write_bytes, write_json, write_text
+
+
+def test_a_write_leaves_no_temporary_file(tmp_path):
+    write_text(tmp_path / "config.json", config.to_json(config.Config(name="new")))
+    assert config.load(tmp_path / "config.json").name == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_each_kind_of_content(tmp_path):
+    path = tmp_path / "file"
+    write_bytes(path, b"\x00\xff")
+    assert path.read_bytes() == b"\x00\xff"
+    write_text(path, "ä\n")
+    assert path.read_bytes() == b"\xc3\xa4\n"
+    write_json(path, {"a": [1, None]})
+    assert path.read_bytes() == json.dumps({"a": [1, None]}, indent=2).encode() + b"\n"
+
+
+def fail_to_replace(monkeypatch):
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("no space")))
+
+
+def fail_halfway(monkeypatch):
+    def write_half(self, content):
+        with self.open("wb") as file:
+            file.write(content[: len(content) // 2])
+        raise OSError("no space")
+
+    monkeypatch.setattr(Path, "write_bytes", write_half)
+
+
+@pytest.mark.parametrize("fail", [fail_halfway, fail_to_replace])
+@pytest.mark.parametrize(("write", "content"), [(write_bytes, b"new"), (write_text, "new"), (write_json, {"new": 1})])
+def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch, fail, write, content):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    fail(monkeypatch)
+    with pytest.raises(OSError, match="no space"):
+        write(path, content)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_json_has_no_nan(tmp_path):
+    write_json(tmp_path / "file", {"loss": 1.0})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "file", {"loss": float("nan")})
+    assert json.loads((tmp_path / "file").read_text()) == {"loss": 1.0}
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

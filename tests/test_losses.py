@@ -1,0 +1,64 @@
+"""Losses by context on text of random bytes, with an oracle in place of a model."""
+
+import numpy as np
+import pytest
+
+from ringattn import config
+from ringattn.data import load_tokenizer
+from ringattn.data.corpus import build_corpus, encode
+from ringattn.data.formats import Document
+from ringattn.evaluation import losses
+from ringattn.evaluation.report import tables
+from ringattn.model.scoring import Scores
+
+
+def test_by_context_scores_the_same_tokens_at_every_length():
+    """Rows of every length end at the same tokens of the text."""
+    c, tokenizer, rng = (
+        config.Evaluation(lengths=(256, 384), batch_size=6),
+        load_tokenizer("bytes"),
+        np.random.default_rng(0),
+    )
+    scored = min(c.lengths) // 2
+    documents = [Document(str(number), rng.bytes(700)) for number in range(3)]
+    corpus, _, kinds = build_corpus(encode(documents, tokenizer), tokenizer)
+    text, last_targets = losses.Text([corpus], [kinds]), []
+
+    def oracle(batches):
+        for batch in batches:
+            last_targets.append(batch.targets[:, -scored:])
+            nats = np.zeros(batch.targets.shape, np.float32)
+            nats[:, -scored:] = 1.0
+            yield Scores(nats, batch.targets)
+
+    for length in c.lengths:
+        result = losses.by_context(oracle, tokenizer, c, text, length)
+        assert result["loss"] == 1.0
+        assert result["tokens"] == 3 * scored
+    np.testing.assert_array_equal(*last_targets)
+
+
+def test_changes_are_paired_by_row():
+    """Rows that are difficult at every length do not add to the change; its error is that of the differences."""
+    results = [
+        {"length": 8, "row_nats": [9.0, 90.0, 900.0], "row_tokens": [3.0, 3.0, 3.0], "row_documents": [0, 1, 2]},
+        {"length": 4, "row_nats": [10.0, 92.0, 903.0], "row_tokens": [3.0, 3.0, 3.0], "row_documents": [0, 1, 2]},
+    ]
+    longer, shortest = losses.changes(results)
+    # The rows change by -1, -2 and -3 nats: the standard error of their mean is 1 / sqrt(3), per row of 3 tokens.
+    assert longer == {"loss": pytest.approx(-6 / 9), "error": pytest.approx(1 / 3**0.5 / 3)}
+    assert shortest == {"loss": 0, "error": 0}
+    two_documents = [result | {"row_documents": [0, 0, 1]} for result in results]  # -1 and -2 of one, -3 of the other
+    assert losses.changes(two_documents)[0]["error"] == pytest.approx((2 * (1 + 1)) ** 0.5 / 9)
+    one_document = [result | {"row_documents": [0, 0, 0]} for result in results]
+    assert losses.changes(one_document)[0]["error"] is None
+    figures = {
+        "task": "loss_by_context",
+        "depth": None,
+        "loss": 1.0,
+        "bits_per_byte": None,
+        "accuracy": 0.5,
+        "tokens": 9,
+    }
+    (table,) = tables({"run": [result | figures for result in results]})
+    assert "| 8 | 1.0000 | 0.6667 ± 0.1925 | - | 50.0% | 9 | - | - |\n| 4 | 1.0000 | - | - |" in table

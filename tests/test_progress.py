@@ -1,0 +1,60 @@
+"""The display: plain lines off a terminal, a bar on one."""
+
+import pytest
+
+from ringattn.runs import progress
+from ringattn.runs.progress import Display
+
+
+def test_plain_lines_off_a_terminal(capsys):
+    with Display(10, label="hashing") as display:
+        display.update(5, "halfway")
+        with display.subtask("samples", 3) as advance:
+            advance(2)
+        display.print("[bold] x = [1, 2]: " + "long " * 50)
+    assert not display.is_terminal
+    assert capsys.readouterr().out == "[bold] x = [1, 2]: " + "long " * 50 + "\n"  # no bar, no markup, no wrapping
+
+
+def test_a_bar_on_a_terminal(capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    with Display(10, label="hashing") as display:
+        display.update(5, "halfway")
+        display.print("a line above it")
+    assert display.is_terminal
+    out = capsys.readouterr().out
+    assert "a line above it" in out
+    assert "5/10" in out
+    assert "halfway" in out
+
+
+@pytest.mark.parametrize("every_process", [False, True])
+def test_only_the_first_process_prints(capsys, monkeypatch, every_process):
+    monkeypatch.setattr(progress.jax, "process_index", lambda: 1)
+    with Display(10, every_process=every_process) as display:
+        display.print("a line")
+    assert capsys.readouterr().out == "a line\n" * every_process
+
+
+def test_every_process_does_not_start_jax(monkeypatch):
+    def refuse():
+        raise AssertionError("starts JAX")
+
+    monkeypatch.setattr(progress.jax, "process_index", refuse)
+    Display(10, every_process=True, in_bytes=True)
+
+
+def test_time_left_follows_the_speed_since_the_display_was_entered(monkeypatch):
+    class Clock:
+        now = 100.0
+
+        def monotonic(self):
+            return self.now
+
+    monkeypatch.setattr(progress, "time", Clock())
+    display = Display(40, 10)
+    Clock.now = 150.0
+    with display:
+        Clock.now = 200.0
+        assert display.time_left(20) == "1 min 40 s"  # 10 of 30 steps in 50 s

@@ -1,0 +1,41 @@
+"""Stored results of an evaluation."""
+
+from pathlib import Path
+
+import pytest
+
+from ringattn.evaluation.results import ResultFile
+
+
+def test_finished_results_survive_a_failed_write(tmp_path, monkeypatch):
+    path = tmp_path / "evaluations" / "cells.jsonl"
+    results = ResultFile(path)
+    results.add("first", {"loss": 1.0})
+    before = path.read_bytes()
+
+    def full(self, *_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", full)
+        with pytest.raises(ValueError, match=r"\(No space left on device\); .* keeps finished results"):
+            results.add("second", {})
+    assert path.read_bytes() == before
+    assert ResultFile(path).results == {"first": {"loss": 1.0}}
+
+
+def test_an_unfinished_line_is_removed(tmp_path):
+    path = tmp_path / "cells.jsonl"
+    ResultFile(path).add("first", {"loss": 1.0})
+    before = path.read_bytes()
+    with path.open("a") as file:
+        file.write('{"key": "0123')  # a line that was being written when the power failed
+    assert ResultFile(path).results == {"first": {"loss": 1.0}}
+    assert path.read_bytes() == before
+
+
+def test_a_damaged_line_is_an_error(tmp_path):
+    path = tmp_path / "cells.jsonl"
+    path.write_text('{"key": "0123"}\n')
+    with pytest.raises(ValueError, match=r"cells.jsonl has a damaged line \(.*\); remove it, or use another --name"):
+        ResultFile(path)

@@ -1,0 +1,70 @@
+"""The train step: compiles once, donates its state, weights all tokens equally."""
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+from ringattn import config
+from ringattn.data import Batch
+from ringattn.training import step as step_module
+from ringattn.training.stage import prepare_stage
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, make_mesh):
+    """A stage with two microbatches on two devices."""
+    directory = tmp_path_factory.mktemp("text")
+    for number in range(40):
+        text = np.random.default_rng(number).integers(97, 107, 60, dtype=np.uint8)
+        (directory / f"{number}.txt").write_bytes(text.tobytes())
+    c = config.Config(
+        model=config.Model(layers=1, dim=16, heads=2, kv_heads=1, head_dim=8, feed_forward=32),
+        data=config.Data(path=str(directory), seq_len=32, validation=0.2),
+        train=config.Train(batch_size=2, accumulate=2),
+        optimizer=config.Optimizer(weight_decay=0.0),
+    )
+    mesh = make_mesh(context=2)
+    chex.clear_trace_counter()
+    with jax.set_mesh(mesh), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step_module, "cross_entropy", chex.assert_max_traces(step_module.cross_entropy, n=1))
+        yield prepare_stage(c, mesh)
+
+
+def test_compiles_once_and_donates_its_state(run):
+    state, losses = run.initial_state(), []
+    structure = jax.eval_shape(run.initial_state)
+    for index in range(4):
+        before = state
+        state, metrics = run.train_step(state, run.place(run.training.batch(index)))  # a second trace would raise
+        losses.append(float(metrics.loss))
+        chex.assert_trees_all_equal_shapes_and_dtypes(state, structure)
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before.params))
+    assert run.train_step._cache_size() == 1
+    assert int(state.step) == 4
+    assert losses[-1] < losses[0]
+
+
+def test_a_batch_without_weight_has_no_gradient(run):
+    state = run.initial_state()
+    params = jax.device_get(state.params)
+    batch = run.training.batch(0)
+    state, metrics = run.train_step(state, run.place(batch._replace(weights=0 * batch.weights)))
+    assert (float(metrics.loss), float(metrics.grad_norm)) == (0.0, 0.0)
+    chex.assert_trees_all_equal(jax.device_get(state.params), params)
+    assert int(state.step) == 1
+
+
+def test_weights_are_relative_to_their_sum_over_all_microbatches(run):
+    batch = run.training.batch(0)
+    batch = batch._replace(weights=np.array([[1.0], [3.0]], np.float32) * np.ones_like(batch.weights))
+    single = [Batch(*(np.stack([x[row]] * 2) for x in batch)) for row in (0, 1)]
+    losses = []
+    for each in (batch, *single):
+        _, metrics = run.train_step(run.initial_state(), run.place(each))
+        losses.append(float(metrics.loss))
+    assert losses[0] == pytest.approx(0.25 * losses[1] + 0.75 * losses[2], rel=1e-6)
+    _, metrics = run.train_step(run.initial_state(), run.place(batch._replace(weights=5 * batch.weights)))
+    assert float(metrics.loss) == pytest.approx(losses[0], rel=1e-6)
