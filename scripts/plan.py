@@ -4,12 +4,12 @@ Compiles the step with the TPU compiler (pip install -e '.[tpu]'), which needs n
 device needs. The exit status is 1 if the step does not fit.
 """
 
-import json
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ringattn import config, planning
+from ringattn.runs.files import write_json
 
 SECTIONS = ("model", "data", "mesh", "attention", "optimizer", "train", "stages")
 """Config sections that affect the compiled step."""
@@ -42,7 +42,7 @@ def main() -> int:
                 plan = planning.plan(run.stage(options.stage), options.topology)
         print(*planning.report(plan), sep="\n")
         if options.json is not None:
-            Path(options.json).write_text(json.dumps(asdict(plan), indent=2) + "\n", encoding="utf-8")
+            write_json(Path(options.json), asdict(plan))
     return int(plan.refusal is not None)
 
 

@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import AxisType
 
 from ringattn import Mask, attention, permute, shard_attention
+from ringattn.attn.checks import Settings
 from ringattn.attn.kernels import xla
 from ringattn.attn.reference import reference_attention
 
@@ -384,3 +385,23 @@ def test_shard_attention_refuses_as_attention_does(make_mesh, wrong, message, un
         )
         with pytest.raises(ValueError, match=message):
             run(placed, ids)
+
+
+@pytest.mark.parametrize(("axis", "expected"), [(["outer", "inner"], ("outer", "inner")), (("ring",), "ring")])
+def test_an_axis_may_be_a_list(unchecked, axis, expected):
+    """A list, as from a JSON file, is hashable in Settings; a tuple of one name is that name."""
+    settings, same = (
+        Settings(
+            mask=Mask(),
+            layout="contiguous",
+            strategy="ring",
+            axis=each,
+            scale=None,
+            soft_cap=None,
+            kernel="auto",
+            reduce_dtype=None,
+        )
+        for each in (axis, expected)
+    )
+    assert settings.axis == expected
+    assert hash(settings) == hash(same)

@@ -1,4 +1,4 @@
-"""Checkpoints: kept, restored on any mesh, verified; damaged ones are skipped."""
+"""Checkpoints are kept, verified and restored on any mesh; damaged ones are skipped."""
 
 import json
 from pathlib import Path
@@ -183,7 +183,7 @@ def test_a_state_that_is_not_finite_is_not_saved(directory, mesh):
     assert saved_steps(directory) == [6, 4]
 
 
-def test_parameters_are_read_alone_and_nothing_is_written(directory, mesh, make_mesh, monkeypatch):
+def test_only_parameters_are_read_and_nothing_is_written(directory, mesh, make_mesh, monkeypatch):
     before = listing(directory)
     other, requested = make_mesh(context=8), []
     like = {"matrix": jax.ShapeDtypeStruct((16, 8), jnp.float32, sharding=jax.NamedSharding(other, P(FSDP)))}

@@ -60,6 +60,10 @@ def test_a_config_file_can_import_a_file_of_its_directory(tmp_path, base):
         assert config.read(child) == Config(name="c", model=Model(layers=layers), mesh=Mesh(simulate=8))
 
 
+def test_a_misspelt_config_option_is_named(capsys, base):
+    assert refusal(capsys, ["--confi", str(base)]) == "unknown '--confi': did you mean '--config'?"
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

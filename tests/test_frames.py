@@ -52,9 +52,9 @@ def test_a_run_on_video_writes_its_codebook_and_frames(run, monkeypatch):
     assert train(run) == 0
     directory = run.run_directory
     assert (directory / "plots" / "frames.png").read_bytes().startswith(b"\x89PNG")
-    kept = load_tokenizer(str(directory / "codebook.npy"), SIZE)
-    assert isinstance(kept, VideoTokenizer)
-    assert len(kept.preview) == 2  # every eighth of ten held-out frames
+    tokenizer = load_tokenizer(str(directory / "codebook.npy"), SIZE)
+    assert isinstance(tokenizer, VideoTokenizer)
+    assert len(tokenizer.preview) == 2  # every eighth of ten held-out frames
     assert "eval/bits_per_byte" not in read_rows(directory / "metrics.jsonl")[-1]
     assert (directory / "samples.txt").read_text().startswith("=== 1: prompt\n")
 

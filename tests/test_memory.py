@@ -15,13 +15,15 @@ def device(kind="TPU v5 lite", platform="tpu", **stats):
 def test_the_plan_excludes_results_that_reuse_donated_arguments():
     x = jax.ShapeDtypeStruct((512, 512), "float32")
     size = 512 * 512 * 4
-    kept, donated = (
+    separate, donated = (
         program_memory(jax.jit(lambda x: x + x, donate_argnums=numbers).lower(x).compile()) for numbers in ((), (0,))
     )
-    assert (kept.arguments, kept.results) == (size, size)
+    assert separate is not None
+    assert donated is not None
+    assert (separate.arguments, separate.results) == (size, size)
     assert (donated.arguments, donated.results) == (size, 0)
-    assert kept.total == kept.arguments + kept.temporaries + kept.results
-    assert kept.host == donated.host == 0
+    assert separate.total == separate.arguments + separate.temporaries + separate.results
+    assert separate.host == donated.host == 0
 
 
 def test_memory_of_devices():

@@ -54,9 +54,9 @@ def losses(text, mesh, strategy: Any = "ring", accumulate=1, **model) -> np.ndar
 
 @pytest.fixture(scope="module")
 def one_device(text):
-    found = losses(text, ring_mesh(1))
-    assert found[-1, 0] < 0.8 * found[0, 0]  # the model learns, so that a wrong gradient changes later losses
-    return found
+    result = losses(text, ring_mesh(1))
+    assert result[-1, 0] < 0.8 * result[0, 0]  # the model learns, so that a wrong gradient changes later losses
+    return result
 
 
 @pytest.mark.parametrize("sizes", [(8, 1), (1, 2), (1, 8), (2, 4), (1, 4, 2), (2, 2, 2), (1, 4, 1, 2)], ids=str)
@@ -124,7 +124,7 @@ def test_a_ring_of_simulated_devices_costs_at_most_twice_one_device(make_mesh, c
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("optimized")
-def test_rematerialisation_costs_at_most_a_third(make_mesh, capsys):
+def test_rematerialization_costs_at_most_a_third(make_mesh, capsys):
     """The quickstart's step with model.remat on and off."""
     c, mesh = config.read(QUICKSTART), make_mesh(context=8)
     runs = {f"remat {remat}": (mesh, replace(c, model=replace(c.model, remat=remat))) for remat in ("on", "off")}

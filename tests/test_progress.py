@@ -37,7 +37,7 @@ def test_only_the_first_process_prints(capsys, monkeypatch, every_process):
     assert capsys.readouterr().out == "a line\n" * every_process
 
 
-def test_every_process_does_not_start_jax(monkeypatch):
+def test_a_display_of_every_process_does_not_start_jax(monkeypatch):
     def refuse():
         raise AssertionError("starts JAX")
 

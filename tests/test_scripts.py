@@ -110,11 +110,11 @@ def test_help_lists_the_options_of_the_script_and_no_others(script):
 @pytest.mark.parametrize(
     ("script", "words", "message"),
     [
-        ("plan.py", ("--log.every", "1"), "--log.every is an option of scripts/train.py only"),
-        ("plan.py", ("--name", "x"), "--name is an option of scripts/train.py only"),
+        ("plan.py", ("--log.every", "1"), "--log.every is an option of scripts/train.py, not of this script"),
+        ("plan.py", ("--name", "x"), "--name is an option of scripts/train.py, not of this script"),
         ("plan.py", ("--stag", "1"), "unknown '--stag': did you mean '--stage'?"),
         ("plan.py", ("--stage", "x"), "--stage x must be an integer"),
-        ("prepare.py", ("--train.steps", "1"), "--train.steps is an option of scripts/train.py only"),
+        ("prepare.py", ("--train.steps", "1"), "--train.steps is an option of scripts/train.py, not of this script"),
         ("prepare.py", ("--data.pth", "x"), "unknown '--data.pth': did you mean '--data.path'?"),
         ("prepare.py", ("--output",), "--output needs a value: a string"),
         ("train.py", ("--topology", "v5e:8x8"), "unknown '--topology'"),

@@ -62,6 +62,7 @@ def test_planned_memory_is_compared_with_that_of_the_chip(monkeypatch):
     unknown = memory_statistics(compiled)
     monkeypatch.setitem(CHIPS, "cpu", CHIPS["TPU v5 lite"])
     memory = memory_statistics(compiled)
+    assert memory is not None
     assert unknown == memory | {"device": None}
     assert (memory["device"], memory["arguments"], memory["new_results"]) == (16 * 2**30, 512 * 512 * 4, 512 * 4)
     statistics = {"compile_seconds": 0.0, "parameters": 1, "flops_per_token": 1.0, "device_bytes": memory}

@@ -43,12 +43,12 @@ def events(directory):
 
 def scalars(directory):
     """(step, name, value) of the scalars that TensorBoard shows: a session start hides later steps before it."""
-    kept = []
+    shown = []
     for event in events(directory):
         if event.session_log.status == tensorboard_events.SessionLog.START:
-            kept = [each for each in kept if each[0] < event.step]
-        kept += [(event.step, each.tag, each.simple_value) for each in event.summary.value]
-    return kept
+            shown = [scalar for scalar in shown if scalar[0] < event.step]
+        shown += [(event.step, each.tag, each.simple_value) for each in event.summary.value]
+    return shown
 
 
 def parse_records(content):
@@ -82,9 +82,9 @@ def test_tensorboard_continues_from_the_checkpoint(make_config):
         with Writers(c, after, Display(4, after)) as writers:
             for step in steps:
                 writers.write(ROW | {"step": step, "loss": 10.0 * after + step, "eval/loss/0-63": 1.0})
-    found = scalars(c.run_directory / "tensorboard")
-    assert [(step, value) for step, name, value in found if name == "loss"] == [(1, 1), (2, 2), (3, 23), (4, 24)]
-    assert {name for _, name, _ in found} == {"loss", "eval/loss/0-63"}  # not the unknown mfu
+    written = scalars(c.run_directory / "tensorboard")
+    assert [(step, value) for step, name, value in written if name == "loss"] == [(1, 1), (2, 2), (3, 23), (4, 24)]
+    assert {name for _, name, _ in written} == {"loss", "eval/loss/0-63"}  # not the unknown mfu
 
 
 def test_wandb_is_offline_and_continues_the_same_run(make_config):
@@ -93,9 +93,9 @@ def test_wandb_is_offline_and_continues_the_same_run(make_config):
         with Writers(c, after, Display(4, after)) as writers:
             for step in steps:
                 writers.write(ROW | {"step": step, "eval/loss": 0.5})
-    found = list(records(c.run_directory))
-    assert [(row["step"], row["loss"], row["eval/loss"]) for _, row in found] == [(n, 2.5, 0.5) for n in (1, 2, 3)]
-    assert {name for name, _ in found} == {f"run-{(c.run_directory / 'wandb' / 'run_id').read_text()}"}
+    written = list(records(c.run_directory))
+    assert [(row["step"], row["loss"], row["eval/loss"]) for _, row in written] == [(n, 2.5, 0.5) for n in (1, 2, 3)]
+    assert {name for name, _ in written} == {f"run-{(c.run_directory / 'wandb' / 'run_id').read_text()}"}
 
 
 def test_a_failing_writer_is_dropped(make_config, capsys):

@@ -32,6 +32,8 @@ class Settings:
     reduce_dtype: str | None
 
     def __post_init__(self):
+        names = axis_names(self.axis)  # a list of names, as from a JSON file, could not be hashed
+        object.__setattr__(self, "axis", names[0] if len(names) == 1 else names)
         for name, x in {"scale": self.scale, "soft_cap": self.soft_cap}.items():
             object.__setattr__(self, name, None if x is None else float(x))  # settings are hashed; arrays cannot be
         if self.strategy not in STRATEGIES:

@@ -70,7 +70,9 @@ class Program:
         return (time.perf_counter() - begin) / calls
 
     def _memory(self) -> ProgramMemory:
-        return program_memory(self.compiled)
+        memory = program_memory(self.compiled)
+        assert memory is not None, "CPU, GPU and TPU compilers plan memory"
+        return memory
 
 
 def compile_program(function: Callable[[Any], Any], inputs: Any) -> Program:

@@ -12,6 +12,7 @@ parts are hand-written:
 
 import contextlib
 import dataclasses
+import difflib
 import functools
 import re
 import sys
@@ -75,8 +76,12 @@ def parse_with(
 ) -> tuple[ScriptOptions, Kind]:
     """Returns the script options and the config; see `parse`. Only `sections` of the config have options."""
     with reported_errors():
-        path = _Parser(Options()).parse(argv, add_help=False)[0].get("config")
+        values, rest = _Parser(Options()).parse(argv, add_help=False)
+        path = values.get("config")
         if path is None and not {"-h", "--help"} & set(argv):
+            misspelt = [word for word in rest if difflib.get_close_matches(word.partition("=")[0], ["--config"])]
+            if misspelt:
+                raise ValueError(unknown(misspelt[0].partition("=")[0], ["--config"]))
             raise ValueError(f"--config is required, such as --config {SCRIPTS[kind][1]}")
         config = kind() if path is None else read(Path(path), kind)
         parser = _Parser(options(), config, sections)
@@ -183,7 +188,7 @@ def _refusal(word: str, config: Any, valid: list[str]) -> str:
         return _unexpected(word)
     name = word[2:].partition("=")[0].replace("-", "_")
     if name in _Parser(Options(), config).kinds:
-        return f"--{name} is an option of {SCRIPTS[type(config)][0]} only; --help lists the options of this script"
+        return f"--{name} is an option of {SCRIPTS[type(config)][0]}, not of this script; --help lists its options"
     if not (name.startswith("stage") and isinstance(config, Config)):
         return unknown(f"--{name}", [f"--{option}" for option in valid if not option.startswith("stages.")])
     number = (re.findall(r"\d+", name) or ["1"])[0]

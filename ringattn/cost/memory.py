@@ -23,10 +23,11 @@ class ProgramMemory(NamedTuple):
         return self.arguments + self.temporaries + self.results
 
 
-def program_memory(compiled: jax.stages.Compiled) -> ProgramMemory:
-    """Returns the compiler's memory plan for `compiled`, which CPU, GPU and TPU compilers provide."""
+def program_memory(compiled: jax.stages.Compiled) -> ProgramMemory | None:
+    """Returns the compiler's memory plan for `compiled`; None if the backend has none (CPU, GPU and TPU have one)."""
     plan = compiled.memory_analysis()
-    assert plan is not None
+    if plan is None:
+        return None
     return ProgramMemory(
         arguments=plan.argument_size_in_bytes,
         temporaries=plan.temp_size_in_bytes,

@@ -17,9 +17,11 @@ Statistics = dict[str, Any]
 """The content of compiled.json."""
 
 
-def memory_statistics(compiled: jax.stages.Compiled) -> dict[str, int | None]:
-    """Returns the compiler's memory plan per device, its `total`, and the memory of a `device` (None: unknown)."""
+def memory_statistics(compiled: jax.stages.Compiled) -> dict[str, int | None] | None:
+    """Returns the compiler's memory plan per device, its `total`, and the memory of a `device`; None if unknown."""
     plan = program_memory(compiled)
+    if plan is None:
+        return None
     parts = {"arguments": plan.arguments, "temporaries": plan.temporaries, "new_results": plan.results}
     return parts | {"total": plan.total, "device": device_memory(jax.local_devices()[0])}
 
@@ -61,10 +63,10 @@ def describe_statistics(statistics: Statistics) -> Iterator[str]:
         f"compiled in {statistics['compile_seconds']:.1f} s: {statistics['parameters']:,} parameters, "
         f"{statistics['flops_per_token'] / 1e6:,.1f} MFLOPs per token"
     )
-    memory = statistics["device_bytes"]
-    limit = "" if memory["device"] is None else f" of {bytes_in_words(memory['device'])}"
-    parts = [f"{name} {bytes_in_words(memory[name])}" for name in ("arguments", "temporaries")]
-    yield f"memory per device: {bytes_in_words(memory['total'])}{limit} planned, {', '.join(parts)}"
+    if memory := statistics["device_bytes"]:
+        limit = "" if memory["device"] is None else f" of {bytes_in_words(memory['device'])}"
+        parts = [f"{name} {bytes_in_words(memory[name])}" for name in ("arguments", "temporaries")]
+        yield f"memory per device: {bytes_in_words(memory['total'])}{limit} planned, {', '.join(parts)}"
     sent = statistics["attention"]
     hops = f", {sent['hops']} of {sent['max_hops']} hops per layer" if sent["max_hops"] else ""
     forward, backward = (bytes_in_words(sent[f"{name}_bytes_sent"]) for name in ("forward", "backward"))

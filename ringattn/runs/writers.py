@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import jax
 
 from ringattn import config
+from ringattn.runs.files import write_text
 from ringattn.runs.metrics import Row
 from ringattn.runs.progress import Display
 from ringattn.units import first_line
@@ -80,7 +81,7 @@ class WeightsAndBiases:
         id_file = directory / "wandb" / "run_id"
         if not id_file.is_file():
             id_file.parent.mkdir(parents=True, exist_ok=True)
-            id_file.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
+            write_text(id_file, uuid.uuid4().hex[:12])
         self._run = package.init(
             project=os.environ.get("WANDB_PROJECT", "ringattn"),
             name=c.name,

@@ -91,6 +91,7 @@ def _planned_bytes(strategy: str, length: int, devices: int, layout: str, shape:
     ]
     with jax.set_mesh(mesh):
         planned = program_memory(jax.jit(forward_backward).lower(*arrays).compile())
+    assert planned is not None, "CPU, GPU and TPU compilers plan memory"
     return planned.temporaries, planned.arguments + planned.results
 
 
