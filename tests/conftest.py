@@ -16,7 +16,6 @@ import hypothesis
 import jax
 import jaxtyping
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -75,19 +74,3 @@ def optimized() -> Iterator[None]:
     """Compiles with LLVM's optimizations, for tests that measure time."""
     with jax_options(jax_disable_most_optimizations=False):
         yield
-
-
-@pytest.fixture(scope="module")
-def compile_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Compiles equal programs once per module, also those of its subprocesses."""
-    options = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    with pytest.MonkeyPatch.context() as patch, jax_options(**options):
-        for name, value in options.items():
-            patch.setenv(name.upper(), str(value))
-        compilation_cache.reset_cache()
-        yield
-    compilation_cache.reset_cache()

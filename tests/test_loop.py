@@ -17,7 +17,7 @@ from ringattn.runs.metrics import read_rows, stage_ends
 from ringattn.training import loop, train
 from ringattn.training.recorder import Recorder
 
-pytestmark = pytest.mark.usefixtures("quick_compile", "compile_once")
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ import pytest
 from ringattn.runs.checkpoint import saved_steps
 from ringattn.runs.metrics import read_rows
 
-pytestmark = pytest.mark.usefixtures("compile_once")
 ROOT = Path(__file__).parents[1]
 CONFIG = """
 from ringattn.config import Checkpoint, Config, Data, Log, Mesh, Model, Optimizer, Train, Validation

@@ -1,0 +1,71 @@
+"""The progress display of all scripts: a live progress bar on a terminal, plain lines otherwise."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ringattn.units import duration_in_words
+
+
+class Display:
+    """A progress bar and printed lines, by default from process 0 only. The bar is live inside the context."""
+
+    def __init__(
+        self,
+        total: int | None,
+        done: int = 0,
+        label: str = "",
+        *,
+        in_bytes: bool = False,
+        every_process: bool = False,
+    ):
+        """Counts from `done` to `total`, None if unknown. `in_bytes`: counts are bytes.
+
+        `every_process`: print from every process, without initializing JAX, which would claim the accelerator.
+        """
+        quiet = not every_process and jax.process_index() != 0
+        self._console = Console(quiet=quiet, highlight=False, soft_wrap=True)
+        count = DownloadColumn() if in_bytes else MofNCompleteColumn()
+        columns = (BarColumn(), count, TextColumn("{task.description}"), TimeRemainingColumn())
+        self._live = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
+        self._task = self._live.add_task(label, total=total, completed=done)
+        self._total, self._initial, self._start_time = total, done, time.monotonic()
+
+    def __enter__(self) -> "Display":
+        self._live.start()
+        self._start_time = time.monotonic()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
+
+    @property
+    def is_terminal(self) -> bool:
+        return self._console.is_terminal
+
+    def print(self, text: str) -> None:
+        """Prints a line above the bar."""
+        self._console.print(text, markup=False)
+
+    def update(self, done: int, description: str | None = None) -> None:
+        """Sets the progress bar to `done`."""
+        self._live.update(self._task, completed=done, description=description)
+
+    def time_left(self, done: int) -> str:
+        """Returns the estimated remaining time as text, from the mean speed inside the context."""
+        assert self._total is not None, "time_left requires a total"
+        seconds_per_unit = (time.monotonic() - self._start_time) / (done - self._initial)
+        return duration_in_words(seconds_per_unit * (self._total - done))
+
+    @contextmanager
+    def subtask(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Shows a second bar inside the context; yields a function that advances it by a count."""
+        task = self._live.add_task(name, total=total)
+        try:
+            yield lambda count: self._live.advance(task, count)
+        finally:
+            self._live.remove_task(task)
