@@ -1,6 +1,6 @@
 """Exact attention over a sequence that is sharded over a mesh axis. Start reading here, then sharded.py and ring.py.
 
-The package is usable alone: it imports only `ringattn.layout` and `ringattn.hardware`.
+The package can be used on its own: it imports only `ringattn.layout` and `ringattn.hardware`.
 """
 
 import math
@@ -40,7 +40,7 @@ def attention(
 
     `logit_ij = soft_cap(scale * q_i . k_j) - slope * |p_i - p_j|`, where p is the position. Key j is visible to query i
     if `mask` and `span_ids` allow it, and their segments are equal and >= 0. The output is the sum of the values
-    weighted by the softmax over the visible keys and the sink (whose value is 0). A query without keys has output 0.
+    weighted by the softmax over the visible keys and the sink (whose value is 0). Without visible keys the output is 0.
     Accumulates in float32 (float64 for float64). Differentiable in query, key, value, sinks and slopes, by first-order
     reverse mode only. A `jax.checkpoint` policy must save both "attention_out" and "attention_lse"; otherwise the
     backward pass rotates K/V once more.
@@ -51,7 +51,7 @@ def attention(
         i + M - L, as in chunked prefill (negative where i < L - M), unless `positions` is given.
       mask: causality, window and chunk, by positions.
       segment_ids: int32. Tokens see only their own segment. A negative id marks padding, which sees no key and which no
-        query sees. Each of the three id arguments takes one [B, L] array for queries and keys, or a pair (queries
+        query sees. Ids and positions are one [B, L] array for queries and keys, or a pair (queries
         [B, L], keys [B, M]).
       span_ids: int32. Tokens of one span (id >= 0) see each other in both directions, even under a causal mask
         (prefix-LM, image spans), within the window, chunk and segment; -1: no span.
@@ -75,7 +75,7 @@ def attention(
         usp) always sends in query's dtype.
 
     Returns:
-      [B, L, H, Dv] in query's dtype, sharded as query.
+      [B, L, H, Dv] in query's dtype, sharded like query.
 
     Raises:
       ValueError: if arguments are inconsistent with each other or with the mesh.

@@ -15,7 +15,7 @@ final send returns them to the owner, and overlaps with half of the local shard.
     local, second half     -             of remote n, to its owner (final send)
 
 Barriers. A barrier on the results of compute and transfer makes the next hop depend on both: XLA may start the transfer
-at any time before, but must finish it by then. Otherwise it could delay the transfer until after the compute.
+at any time before, but must finish it by then. Without it XLA could delay the transfer until after the compute.
 
 Hops. Those beyond the farthest needed shard in each direction are omitted. A run has one direction: see `hops.py`.
 """

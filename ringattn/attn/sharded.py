@@ -143,7 +143,7 @@ def _strategy(
         first_shard = lax.axis_index(outer) * lax.axis_size(inner)
         return exchange_over(inner, first_shard, Ring(outer, kernel, implied, reduce_dtype=reduce_dtype))
     assert strategy == "ring", strategy
-    # A shard on the inner ring can come from any member of the outer ring, so that its positions must be sent.
+    # A shard on the inner ring can come from any member of the outer ring, so its positions must be sent.
     inner_ring = Ring(inner, kernel, None, reduce_dtype=reduce_dtype)
     return partial(_attend, Ring(outer, inner_ring, implied, inner, reduce_dtype), logit_spec)
 
@@ -189,7 +189,7 @@ def _attend_backward(
     if inputs.slopes is not None and query_grads.slopes is not None:
         d_slopes = query_grads.slopes.astype(inputs.slopes.dtype).reshape(-1)
     if inputs.sinks is not None and sinks is not None:
-        # The sink's value is 0, so that its probability times -delta is the gradient of its logit.
+        # The sink's value is 0, so the gradient of its logit is -delta times its probability of its logit.
         sink_grads = -(shifted_exp(sinks[None, ..., None].astype(lse.dtype), lse) * delta).sum((0, 3))
         d_sinks = sink_grads.astype(inputs.sinks.dtype).reshape(-1)
     grads = {"query": d_query, "key": d_key, "value": d_value, "slopes": d_slopes, "sinks": d_sinks}

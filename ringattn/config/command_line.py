@@ -74,7 +74,7 @@ def parse_with(
     kind: type[Kind] = Config,
     sections: Collection[str] | None = None,
 ) -> tuple[ScriptOptions, Kind]:
-    """Returns the script options and the config; see `parse`. Only `sections` of the config have options."""
+    """Returns the script options and the config; see `parse`. Only `sections` of the config become options."""
     with reported_errors():
         values, rest = _Parser(Options()).parse(argv, add_help=False)
         path = values.get("config")
@@ -128,7 +128,7 @@ class _Parser:
             stages = enumerate(field.default, 1)
             return _group(name, [_group(str(n), self._options(stage, f"stages.{n}.")) for n, stage in stages])
         self.kinds[name] = field.type
-        store = functools.partial(self._words.__setitem__, name)  # tyro would box a converter's error
+        store = functools.partial(self._words.__setitem__, name)  # tyro would print a converter's error in a box
         spec = dataclasses.replace(_spec(field.type), nargs="*", choices=None, instance_from_str=store)
         spec = dataclasses.replace(spec, metavar=_metavar(field.type))
         text = field.helptext() if callable(field.helptext) else field.helptext
@@ -146,7 +146,7 @@ def _metavar(kind: Any) -> str:
     args = get_args(kind)
     if get_origin(kind) in UNIONS:
         names = [_metavar(part) for part in args if part is not NoneType]
-        names = [name for name in names if f"{name} ..." not in names]  # several values include a single one
+        names = [name for name in names if f"{name} ..." not in names]  # 'STR ...' already covers 'STR'
         return " or ".join(names + ["None"] * (NoneType in args))
     if get_origin(kind) is tuple:
         return f"{_metavar(args[0])} ..."

@@ -112,7 +112,7 @@ def common_prefix(prompt: np.ndarray, tokens: np.ndarray) -> int:
     """Returns the length of the common prefix of `prompt` and `tokens`.
 
     A token that spans the end of the prompt is not counted, so it is not masked out of the loss. Encoding the
-    completion separately would give other tokens: some tokenizers prepend a space.
+    completion separately would give different tokens: some tokenizers prepend a space.
     """
     common = min(prompt.size, tokens.size)
     same = prompt[:common] == tokens[:common]

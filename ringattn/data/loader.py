@@ -155,7 +155,7 @@ def _check_rows(tokens: int, seq_len: int, batch_size: int | None, name: str) ->
 
 
 def prefetch(loader: Loader, start: int, stop: int) -> Generator[Batch, None, None]:
-    """Yields the batches of steps `start` to `stop - 1`, prepared ahead in a thread. Raises errors of the thread.
+    """Yields the batches of steps `start` to `stop - 1`, prepared ahead in a thread. Re-raises its exceptions.
 
     The thread ends after the last batch, or when the generator is closed.
     """

@@ -32,7 +32,7 @@ from ringattn.model.scoring import Scores
 from ringattn.runs.progress import Display
 
 FORMAT = 1
-"""Version of a cell's result. Raise it when the content of results changes, so that stored ones are not reused."""
+"""Version of a cell's result. Increment it when the content of results changes, so that stored ones are not reused."""
 MEASURES = dict(zip(LOSSES, (losses.by_position, losses.by_context, losses.by_kind), strict=True))
 
 
@@ -113,7 +113,7 @@ def _comparison_note(subjects: list[Subject], texts: list[losses.Text | None]) -
 def _check(subject: Subject, c: config.Evaluation, mesh: jax.sharding.Mesh) -> losses.Text | None:
     """Returns the text of the loss tasks, None without such tasks.
 
-    Raises ValueError for every mistake that would otherwise end the evaluation later, except a lack of memory.
+    Raises ValueError for every error that would otherwise stop the evaluation later, except running out of memory.
     """
     subject.check(c, mesh)
     check_same("checkpoint", subject.weights)

@@ -1,4 +1,4 @@
-"""Starts devices and processes, and builds and checks the mesh of a config."""
+"""Initializes devices and processes, and builds and checks the mesh of a config."""
 
 import hashlib
 import math

@@ -57,7 +57,7 @@ def ring_boxes(sizes: Mapping[str, int], coords: Sequence[Sequence[int]]) -> np.
 
 
 def _splits(sizes: tuple[int, ...], box: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], ...]]:
-    """Yields all assignments of a factor of each side to each axis whose product over the sides is the axis size."""
+    """Yields all ways to factor the box's sides over the axes: the factors of an axis multiply to its size."""
     if not sizes:
         yield from [()] if math.prod(box) == 1 else []
         return

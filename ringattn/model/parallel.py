@@ -60,7 +60,7 @@ def init_normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, spec: jax.P)
 
 
 def tensor_sum(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Sums partial products over the tensor axis, which shards heads and feed-forward."""
+    """Sums partial products over the tensor axis, over which heads and feed-forward are sharded."""
     return lax.psum(x, TENSOR)
 
 

@@ -1,4 +1,4 @@
-"""Step metrics: read with a delay of one step, written to metrics.jsonl and shown on the display."""
+"""Step metrics: read with a delay of one step, written to metrics.jsonl and shown in the terminal."""
 
 import math
 import time

@@ -1,4 +1,4 @@
-"""The protocol of kernels: attention of one device's queries to one shard of keys and values (K/V).
+"""The interface of kernels, which compute attention of one device's queries to one shard of keys and values (K/V).
 
 Arrays have heads before the sequence, so that a tile of one head is contiguous. The R query heads that share a K/V
 head are adjacent: query [B, G, R, L, D], key [B, G, M, D], value [B, G, M, Dv], slopes [G, R].
@@ -56,14 +56,14 @@ class Residuals(NamedTuple):
 
 
 class QueryGrads(NamedTuple):
-    """Gradients that sum over all keys."""
+    """Gradients that are summed over all keys."""
 
     query: Float[Array, "B G R L D"]
     slopes: Slopes | None
 
 
 class KVGrads(NamedTuple):
-    """Gradients that sum over all queries."""
+    """Gradients that are summed over all queries."""
 
     key: Float[Array, "B G M D"]
     value: Float[Array, "B G M Dv"]
@@ -76,22 +76,22 @@ class Kernel(Protocol):
     Implemented by kernels (modules, one device) and by strategies (frozen dataclasses that communicate and call another
     kernel). Must be hashable: it is a static argument of a custom_vjp.
 
-    `carry` is the result over the preceding keys. A kernel continues from it, so that a ring holds one result and not
-    one per hop.
+    `carry` is the result for the keys processed so far. A kernel continues from it, so a ring holds one result, not one
+    per hop.
     """
 
     def forward(self, spec: LogitSpec, queries: Queries, kv: KV, slopes: Slopes | None, carry: Partial) -> Partial:
         """Returns attention to the keys of `carry` and of `kv` together.
 
-        `carry` and the result are normalized, in the dtype of `accumulation_dtype`. A query that sees no key keeps its
-        carry; out = 0 and lse = -inf if it never saw one.
+        `carry` and the result are normalized, in the dtype of `accumulation_dtype`. If a query sees no key of
+        `kv`, its carry is unchanged; out = 0 and lse = -inf if it has seen no key at all.
         """
         ...
 
     def backward(
         self, spec: LogitSpec, queries: Queries, kv: KV, slopes: Slopes | None, residuals: Residuals, carry: QueryGrads
     ) -> tuple[QueryGrads, KVGrads]:
-        """Returns `carry` plus the queries' gradients due to `kv`, and the gradients of `kv` due to these queries.
+        """Returns `carry` plus the contribution of `kv` to the query gradients, and these queries' to those of `kv`.
 
         Gradients include `spec.scale` and are in the dtype of `accumulation_dtype`.
         """
@@ -113,7 +113,7 @@ def zeros(shape: tuple[int, ...], *like: Queries | KV | Slopes | None) -> Array:
 
 
 def init_partial(queries: Queries, kv: KV, slopes: Slopes | None) -> Partial:
-    """Returns the Partial over no keys."""
+    """Returns the initial Partial: no keys processed, out = 0, lse = -inf."""
     out = zeros((*queries.query.shape[:-1], kv.value.shape[-1]), queries, kv, slopes)
     return Partial(out, out[..., 0] - jnp.inf)
 

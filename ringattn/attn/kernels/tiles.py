@@ -70,7 +70,7 @@ class TilePlan(NamedTuple):
     order: Int[Array, " pairs"]
     """Flat indices of all pairs, in the order of visits."""
     unmasked: Int[Array, ""]
-    """Number of pairs in which every query sees every key, so that no mask is computed."""
+    """Number of pairs in which every query sees every key, so no mask is computed."""
     visited: Int[Array, ""]
     """Number of unmasked and masked pairs. The empty pairs are skipped."""
     counts: tuple[int, int, int]
