@@ -21,13 +21,14 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 hypothesis.settings.register_profile("ringattn", deadline=None)  # no test depends on the speed of the machine
 hypothesis.settings.load_profile("ringattn")
-# Not in `config`, which holds no arrays and checks its types itself, with messages for users.
-rooms = {path.stem for path in (Path(__file__).parents[1] / "ringattn").iterdir()} - {
-    "config",
-    "__init__",
-    "__pycache__",
-}
-jaxtyping.install_import_hook([f"ringattn.{room}" for room in sorted(rooms)], "beartype.beartype")
+# Not in `config`, which holds no arrays and checks its types itself, with messages for users. Nor in the modules that make
+# tasks of strings: their functions are called a million times for one training set.
+root = Path(__file__).parents[1]
+modules = {".".join(path.relative_to(root).with_suffix("").parts) for path in (root / "ringattn").rglob("[!_]*.py")}
+unchecked_modules = ("ringattn.config", "ringattn.data.haystack", "ringattn.data.tasks")
+jaxtyping.install_import_hook(
+    [name for name in sorted(modules) if not name.startswith(unchecked_modules)], "beartype.beartype"
+)
 
 from ringattn.mesh.topology import arrange_devices
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ringattn import config
-from ringattn.data import haystack
+from ringattn.data import dataset, haystack
 from ringattn.evaluation import cells, evaluate
 from ringattn.model import scoring
 from ringattn.training import train
@@ -19,7 +19,15 @@ LONG, SHORT = 384, 256
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def small_task_data():
+    """Reduces the training documents of a task from four million tokens."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dataset, "TASK_TOKENS", 2**16)
+        yield
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, small_task_data):
     """A directory with three short runs: two on documents of two kinds, one on a task."""
     directory = tmp_path_factory.mktemp("evaluation")
     rng = np.random.default_rng(0)

@@ -11,7 +11,7 @@ import tokenizers
 from test_tokenizer import BOUNDARY, train
 
 from ringattn.config import RETRIEVAL, Data
-from ringattn.data import load_tokenizer, read
+from ringattn.data import dataset, load_tokenizer, read
 from ringattn.data.haystack import names, prose, sentences, words
 from ringattn.data.tasks import DEPTH_TASKS, PLACES, TASKS, check_fits, check_tokenizer, question, questions
 
@@ -209,7 +209,8 @@ def test_training_documents_mask_all_but_the_answer():
     assert max(depths) > 75
 
 
-def test_documents_of_a_task_fill_rows():
+def test_documents_of_a_task_fill_rows(monkeypatch):
+    monkeypatch.setattr(dataset, "TASK_TOKENS", 2**15)
     splits = read(Data(path=("task:needle:128", "task:passkey"), seq_len=256))
     assert [set(corpus.lengths.tolist()) for corpus in splits.training] == [{128}, {256}]
     assert splits.kinds[0][0] == "needle"
