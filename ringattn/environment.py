@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tomllib
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,25 @@ def environment() -> dict[str, Any]:
 
 
 def git_commit() -> str | None:
-    """Returns the commit of this checkout, with suffix '-dirty' for uncommitted changes; None outside a checkout."""
-    command = ("git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*")
+    """Returns the commit of the project's checkout, with suffix '-dirty' for uncommitted changes.
+
+    Returns None outside a checkout, also if the package lies in a repository of another project.
+    """
+    root = Path(__file__).resolve().parents[1]
     try:
-        result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-    except OSError:  # git is not installed
+        with (root / "pyproject.toml").open("rb") as file:
+            name = tomllib.load(file).get("project", {}).get("name")
+        if name != "ringattn" or Path(_git(root, "rev-parse", "--show-toplevel")).resolve() != root:
+            return None
+        return _git(root, "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*")
+    except (OSError, ValueError, subprocess.CalledProcessError):  # an installed package, no git, or no repository
         return None
-    return result.stdout.strip() or None
+
+
+def _git(directory: Path, *words: str) -> str:
+    # In a git hook, these variables name the repository of the hook.
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    result = subprocess.run(
+        ["git", *words], cwd=directory, env=environ, check=True, capture_output=True, text=True, encoding="utf-8"
+    )
+    return result.stdout.strip()

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from ringattn.environment import git_commit
+
 ROOT = Path(__file__).parents[1]
 TOP = {"pyproject.toml", "README.md", "LICENSE", "CONTRIBUTING.md"}
 TOP |= {"ringattn", "configs", "scripts", "tests", "notebooks"}
@@ -126,12 +128,11 @@ def test_forbidden_names_and_imports(path):
 
 
 def test_the_top_level_has_no_other_entries():
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
-    )
-    if listed.returncode:
+    if git_commit() is None:
         pytest.skip("no git checkout")
-    top = {line.split("/")[0] for line in listed.stdout.splitlines()}
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.check_output(command, cwd=ROOT, text=True)
+    top = {line.split("/")[0] for line in listed.splitlines()}
     assert {each for each in top if not each.startswith(".")} <= TOP
 
 
