@@ -3,6 +3,11 @@
 Writes a table, results.json and a plot to runs/<name>/. Running the same command again replaces them.
 """
 
+if __name__ == "__main__":  # first, because the imports below take seconds
+    from startup import signals
+
+    signals.end_on_signals("run the same command again to start over")
+
 import sys
 
 from ringattn import benchmark, config

@@ -4,6 +4,11 @@ Writes results, tables and plots to runs/<run>/evaluations/<name>/. Run the same
 evaluation.
 """
 
+if __name__ == "__main__":  # first, because the imports below take seconds
+    from startup import signals
+
+    signals.end_on_signals("run the same command again to resume")
+
 import sys
 
 from ringattn import config, evaluation

@@ -4,6 +4,11 @@ Compiles the step with the TPU compiler (pip install -e '.[tpu]'), which needs n
 device needs. The exit status is 1 if the step does not fit.
 """
 
+if __name__ == "__main__":  # first, because the imports below take seconds
+    from startup import signals
+
+    signals.end_on_signals()
+
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path

@@ -4,7 +4,11 @@ Training with --data.path shards/dna then memory-maps the shards, after verifyin
 tokenizing the text again. --data.seq_len, --data.overlap and --data.mixture do not affect the shards.
 """
 
-import signal
+if __name__ == "__main__":  # first, because the imports below take seconds
+    from startup import signals
+
+    signals.end_on_signals("run the same command again to start over")
+
 import sys
 from dataclasses import dataclass
 
@@ -26,8 +30,6 @@ def main() -> None:
     with config.reported_errors():
         if options.output is None:
             raise ValueError("--output is required, such as --output shards")
-        # Without this handler SIGTERM would not unwind the stack, and the temporary directory would remain.
-        signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))
         prepare(run.data, options.output)
 
 

@@ -4,6 +4,11 @@ Writes metrics, checkpoints and plots to the run directory, runs/<name>/. Run th
 newest checkpoint.
 """
 
+if __name__ == "__main__":  # first, because the imports below take seconds
+    from startup import signals
+
+    signals.end_on_signals("run the same command again to resume")
+
 import sys
 
 from ringattn import config, training

@@ -40,7 +40,7 @@ ROOMS = {
 """The other rooms of ringattn/ that each room may import."""
 MANY_PARAMETERS = {"attention", "choose_strategy", "shard_attention", "flax_attention", "reference_attention"}
 """Public functions whose options are keyword arguments."""
-FOREIGN = r"block_until_ready|BlockSpec|BlockSizes|block_(q|kv|k|size)\w*"
+FOREIGN = r"block_until_ready|set_blocking|BlockSpec|BlockSizes|block_(q|kv|k|size)\w*"
 """Names of other libraries with the word that our own names avoid: it has meant tile, shard, layer and segment."""
 
 SOURCES = sorted((ROOT / "ringattn").rglob("*.py"))

@@ -24,6 +24,7 @@ from ringattn.data.corpus import Corpus, EncodedDocument, ShardedTokens
 from ringattn.data.tokenizer import Tokenizer
 from ringattn.data.video import as_npy, read_npy
 from ringattn.runs.progress import Display
+from ringattn.runs.signals import before_ending
 
 FORMAT = "ringattn shards 1"
 SHARD_TOKENS = 2**27
@@ -116,13 +117,14 @@ def write_shards(
     except OSError as error:
         raise ValueError(f"cannot write to {directory} ({error.strerror}); choose another --output") from error
     try:
-        temporary.chmod(0o755)
-        writer = _Writer(temporary, shard_tokens)
-        for document in encoded:
-            writer.add(document)
-            on_progress(document.bytes_read, document.tokens.size)
-        writer.finish(tokenizer, data)
-        os.rename(temporary, directory)
+        with before_ending(lambda: shutil.rmtree(temporary, ignore_errors=True)):
+            temporary.chmod(0o755)
+            writer = _Writer(temporary, shard_tokens)
+            for document in encoded:
+                writer.add(document)
+                on_progress(document.bytes_read, document.tokens.size)
+            writer.finish(tokenizer, data)
+            os.rename(temporary, directory)
     except OSError as error:
         raise ValueError(f"cannot write to {directory} ({error.strerror}); choose another --output") from error
     finally:

@@ -1,36 +1,170 @@
-"""Ctrl-C (SIGINT) and SIGTERM stop a run after the current step."""
+"""Ctrl-C (SIGINT) and SIGTERM: a script ends with one line and status 128 + n; a training loop saves first.
 
+A signal handler in Python is not enough. It runs in the main thread between two instructions of Python, so it waits
+until XLA has compiled, and an exception that it raises is lost in a callback of the garbage collector (JAX has one) or
+in a destructor. In C, however, Python receives every signal at once and writes its number to a pipe
+(`signal.set_wakeup_fd`). In a script, a thread reads the pipe and ends the process with `os._exit`, which unwinds no
+stack, runs no destructor and waits for no thread of XLA. Nothing is lost: files are written atomically or row by row.
+
+This module imports only the standard library, because scripts/startup.py loads it before JAX.
+"""
+
+import atexit
+import io
+import os
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import Any
 
-from ringattn.runs.progress import Display
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SHOW_CURSOR = b"\x1b[?25h\n"
+"""Shows the cursor, which a progress bar hides, and moves it below the bar."""
 
 
-@dataclass
-class Stop:
-    number: int = 0
-    """Number of the signal received; 0 if none."""
+class _Script:
+    """The process of a script, and what the next signal does in it."""
+
+    def __init__(self, hint: str):
+        self.claims: list[Callable[[int], None]] = []
+        """Each takes one signal, which then does not end the process. The last one takes the next signal."""
+        self.cleanups: list[Callable[[], None]] = []
+        """Functions to call before a signal ends the process."""
+        self._hint, self._ending = hint, threading.Lock()
+
+    def listen(self) -> None:
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, args=(reader,), name="signals", daemon=True).start()
+        self.register()
+
+    def register(self) -> None:
+        """Makes Python receive the signals, except those that the process was started to ignore."""
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    signal.signal(number, self._clean_up)
+
+    def _watch(self, reader: int) -> None:
+        cleaning = False
+        while True:
+            number = os.read(reader, 1)[0]
+            if number not in SIGNALS:
+                continue
+            if self.claims:
+                # In a thread of its own: the second signal ends the process even if printing hangs in the first.
+                threading.Thread(target=self.claims.pop(), args=(number,), daemon=True).start()
+            elif self.cleanups and not cleaning:
+                cleaning = True
+            else:
+                self._end(number)
+
+    def _clean_up(self, number: int, frame: FrameType | None) -> None:
+        """Handles a signal in the main thread, which then writes nothing more of what the cleanups remove."""
+        if self.cleanups:
+            try:
+                for cleanup in self.cleanups:
+                    cleanup()
+            finally:
+                self._end(number)
+
+    def _end(self, number: int) -> None:
+        if self._ending.acquire(False):
+            try:
+                if os.isatty(1):
+                    os.write(1, SHOW_CURSOR)
+                os.write(2, f"stopped by {signal.Signals(number).name}{self._hint}\n".encode())
+            finally:
+                os._exit(128 + number)
+
+
+_script: _Script | None = None
+"""None in a process that only imports ringattn, such as a notebook."""
+
+
+def end_on_signals(hint: str = "") -> None:
+    """Makes SIGINT and SIGTERM end this process at any moment, with one line on stderr and status 130 or 143.
+
+    For the main thread of a script, before anything else. `hint` follows on the line, such as 'run the same command
+    again to resume'.
+    """
+    global _script
+    _script = _Script(hint and f"; {hint}")
+    _script.listen()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # os._exit would lose printed lines
+    # A forked child that wrote to the pipe would end its parent. While the interpreter shuts down, after the last
+    # function of atexit, which is the first one registered, no thread could end the process.
+    os.register_at_fork(after_in_child=_restore_defaults)
+    atexit.register(_restore_defaults)
+
+
+def _restore_defaults() -> None:
+    global _script
+    _script = None
+    signal.set_wakeup_fd(-1)
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
 
 
 @contextmanager
-def stopped_by_signal(display: Display) -> Iterator[Stop]:
-    """Records the first SIGINT or SIGTERM, so that the loop can finish its step; the second has its default effect."""
-    stop, previous = Stop(), {}
+def before_ending(cleanup: Callable[[], None]) -> Iterator[None]:
+    """Calls `cleanup` if a signal ends a script in this context. Elsewhere, an exception unwinds the stack."""
+    cleanups = [] if _script is None else _script.cleanups
+    cleanups.append(cleanup)
+    try:
+        yield
+    finally:
+        cleanups.remove(cleanup)
 
-    def restore() -> None:
-        for number, handler in previous.items():
+
+class Stop:
+    """Takes the first SIGINT or SIGTERM after `arm`, so that a loop can end after its step."""
+
+    def __init__(self, report: Callable[[str], None]):
+        self.number = 0
+        """Number of the signal received; 0 if none."""
+        self._report, self._previous = report, dict[int, Any]()
+
+    def arm(self) -> None:
+        """From now on, the first signal is recorded and reported. In a notebook, only the main thread takes signals."""
+        if _script is not None:
+            _script.claims.append(self._record)
+            _script.register()  # jax.distributed.initialize takes SIGTERM for itself
+        elif threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
+
+    def disarm(self) -> None:
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
+        self._previous = {}
+        with suppress(ValueError):  # already taken
+            if _script is not None:
+                _script.claims.remove(self._record)
 
-    def record(number: int, frame: FrameType | None) -> None:
-        stop.number = number
-        restore()
-        display.print(f"{signal.Signals(number).name}: saving after this step; send it again to stop immediately")
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.disarm()
+        self._record(number)
 
-    previous.update({number: signal.signal(number, record) for number in (signal.SIGINT, signal.SIGTERM)})
+    def _record(self, number: int) -> None:
+        self.number = number
+        self._report(f"{signal.Signals(number).name}: saving after this step; send it again to stop immediately")
+
+
+@contextmanager
+def stopped_by_signal(report: Callable[[str], None]) -> Iterator[Stop]:
+    """Yields a Stop, and disarms it at the end. `report` prints a line.
+
+    Before `arm`, and after the first signal, a signal has its earlier effect: it ends a script, and SIGINT raises
+    KeyboardInterrupt in a notebook.
+    """
+    stop = Stop(report)
     try:
         yield stop
     finally:
-        restore()
+        stop.disarm()

@@ -106,7 +106,7 @@ def _train_stage(c: config.Config, number: int, splits: Splits, directory: Path,
             display.print(f"resuming from step {done} of {directory}")
         write_description(directory, c, run.fingerprints(), run.tokenizer.files)
         with (
-            stopped_by_signal(display) as stop,  # outermost: exiting Checkpoints waits for the last write
+            stopped_by_signal(display.print) as stop,  # outermost: exiting Checkpoints waits for the last write
             MetricsFile(directory / "metrics.jsonl", after=done) as file,
             Checkpoints(directory / "checkpoints", c.checkpoint.keep) as checkpoints,
         ):
@@ -179,6 +179,7 @@ def advance(
 
         recorder = Recorder(write, display, _log_config(run))
         first, end = restored_step - run.start_step, run.end_step - run.start_step
+        stop.arm()
         with display, closing(prefetch(run.training, first, end)) as batches:
             for step, batch in enumerate(batches, restored_step + 1):
                 profile.before(step, recorder)
