@@ -1,5 +1,8 @@
 """The train step: compiles once, donates its state, weights all tokens equally."""
 
+import re
+from dataclasses import replace
+
 import chex
 import jax
 import numpy as np
@@ -7,6 +10,9 @@ import pytest
 
 from ringattn import config
 from ringattn.data import Batch
+from ringattn.data.placement import permute_and_place
+from ringattn.mesh.axes import abstract
+from ringattn.model.loss import cross_entropy
 from ringattn.training import step as step_module
 from ringattn.training.stage import prepare_stage
 
@@ -14,23 +20,28 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, make_mesh):
-    """A stage with two microbatches on two devices."""
+def base(tmp_path_factory):
+    """Config of a stage with two microbatches."""
     directory = tmp_path_factory.mktemp("text")
     for number in range(40):
         text = np.random.default_rng(number).integers(97, 107, 60, dtype=np.uint8)
         (directory / f"{number}.txt").write_bytes(text.tobytes())
-    c = config.Config(
+    return config.Config(
         model=config.Model(layers=1, dim=16, heads=2, kv_heads=1, head_dim=8, feed_forward=32),
         data=config.Data(path=str(directory), seq_len=32, validation=0.2),
         train=config.Train(batch_size=2, accumulate=2),
         optimizer=config.Optimizer(weight_decay=0.0),
     )
+
+
+@pytest.fixture(scope="module")
+def run(base, make_mesh):
+    """The stage on two devices."""
     mesh = make_mesh(context=2)
     chex.clear_trace_counter()
     with jax.set_mesh(mesh), pytest.MonkeyPatch.context() as patch:
         patch.setattr(step_module, "cross_entropy", chex.assert_max_traces(step_module.cross_entropy, n=1))
-        yield prepare_stage(c, mesh)
+        yield prepare_stage(base, mesh)
 
 
 def test_compiles_once_and_donates_its_state(run):
@@ -68,3 +79,37 @@ def test_weights_are_relative_to_their_sum_over_all_microbatches(run):
     assert losses[0] == pytest.approx(0.25 * losses[1] + 0.75 * losses[2], rel=1e-6)
     _, metrics = run.train_step(run.initial_state(), run.place(batch._replace(weights=5 * batch.weights)))
     assert float(metrics.loss) == pytest.approx(losses[0], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "strategy", "remat"),
+    [
+        ("float32", "ring", "on"),
+        ("float32", "gather", "off"),
+        ("float32", "ulysses", "off"),
+        ("bfloat16", "ring", "on"),
+    ],
+)
+def test_float32_products_have_the_highest_precision(base, make_mesh, monkeypatch, dtype, strategy, remat):
+    """Training, scoring and sampling: by default TPUs round float32 operands to bfloat16, and GPUs to TF32."""
+    monkeypatch.setattr(step_module, "cross_entropy", cross_entropy)  # without the limit of `run`
+    model = replace(base.model, dtype=dtype, remat=remat, heads=4, kv_heads=2)
+    c = replace(base, model=model, attention=replace(base.attention, strategy=strategy))
+    mesh = make_mesh(context=2)
+    with jax.set_mesh(mesh):
+        run = prepare_stage(c, mesh)
+        state, batch = abstract(jax.eval_shape(run.initial_state), mesh), run.training.batch(0)
+        rows = permute_and_place([batch.tokens, batch.positions, batch.segment_ids, batch.weights], mesh, "zigzag")
+        programs = [
+            run.train_step.lower(state, run.place(batch)),
+            run.scorer.step.lower(state.params, run.place(batch)),
+            run.next_logits.lower(state.params, *rows),
+        ]
+    for program, count in zip(programs, (20, 8, 8), strict=True):
+        products = re.findall(r"stablehlo.dot_general.*", program.as_text())
+        assert len(products) >= count
+        highest = [product for product in products if "precision = [HIGHEST, HIGHEST]" in product]
+        if dtype == "float32":
+            assert highest == products
+        else:
+            assert not [product for product in highest if "bf16" in product]

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import P, lax
 from jaxtyping import Array, Float, Int
 
+from ringattn.attn.kernels.protocol import matmul_precision
 from ringattn.mesh.axes import ACTIVATIONS, FSDP, TENSOR, TOKENS
 from ringattn.model.parallel import all_gather_param
 
@@ -101,7 +102,8 @@ def _per_token(hidden: Array, output: Array, targets: Array, vocabulary: int, pr
 def _logits(
     hidden: Float[Array, "B E"], rows: Float[Array, "v E"], ids: Int[Array, " v"], vocabulary: int
 ) -> Float[Array, "B v"]:
-    logits = jnp.einsum("be,ve->bv", hidden, rows, preferred_element_type=jnp.float32)
+    options = {"precision": matmul_precision(hidden.dtype), "preferred_element_type": jnp.float32}
+    logits = jnp.einsum("be,ve->bv", hidden, rows, **options)
     return jnp.where((ids < vocabulary)[None, :], logits, -jnp.inf)
 
 

@@ -15,6 +15,7 @@ from jax import P, lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from ringattn.attn.kernels.protocol import matmul_precision
 from ringattn.mesh.axes import ACTIVATIONS, FSDP, HEADS, TENSOR, TOKENS
 from ringattn.model.rope import rotate
 
@@ -81,7 +82,8 @@ def qkv_projection(
     @partial(jax.shard_map, in_specs=(ACTIVATIONS, P(), P(FSDP, TENSOR, None), (rotary, rotary)), out_specs=HEADS)
     def local(x, params, weights, angles):
         x = nnx.merge(graphdef, params)(x)
-        query, key, value = (jnp.einsum("ble,ehd->blhd", x, all_gather_param(each, dtype, 0)) for each in weights)
+        project = partial(jnp.einsum, "ble,ehd->blhd", precision=matmul_precision(dtype))
+        query, key, value = (project(x, all_gather_param(each, dtype, 0)) for each in weights)
         return rotate(query, *angles), rotate(key, *angles), value
 
     return local(x, params, weights, angles)
@@ -94,7 +96,8 @@ def output_projection(
 
     @partial(jax.shard_map, in_specs=(HEADS, P(TENSOR, None, FSDP)), out_specs=ACTIVATIONS)
     def local(heads, weight):
-        return tensor_sum(jnp.einsum("blhd,hde->ble", heads, all_gather_param(weight, dtype, 2)))
+        weight = all_gather_param(weight, dtype, 2)
+        return tensor_sum(jnp.einsum("blhd,hde->ble", heads, weight, precision=matmul_precision(dtype)))
 
     return local(heads, weight)
 
@@ -166,6 +169,7 @@ def all_logits(hidden: Float[Array, "B L E"], output: Float[Array, "V E"]) -> Fl
     @partial(jax.shard_map, in_specs=(ACTIVATIONS, P(TENSOR, FSDP)), out_specs=P(*TOKENS, TENSOR))
     def local(hidden, output):
         rows = all_gather_param(output, hidden.dtype, 1)
-        return jnp.einsum("ble,ve->blv", hidden, rows, preferred_element_type=jnp.float32)
+        options = {"precision": matmul_precision(hidden.dtype), "preferred_element_type": jnp.float32}
+        return jnp.einsum("ble,ve->blv", hidden, rows, **options)
 
     return jax.reshard(local(hidden, output), P(*TOKENS, None))

@@ -6,6 +6,7 @@ be in any layout. The attention function is an argument. The parameters of all l
 """
 
 from collections.abc import Callable
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -17,6 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from ringattn import config
+from ringattn.attn.kernels.protocol import matmul_precision
 from ringattn.mesh.axes import FSDP, TENSOR, TOKENS, VOCABULARY_MULTIPLE
 from ringattn.model.parallel import (
     Params,
@@ -81,7 +83,8 @@ class FeedForward(nnx.Module):
         self.down = init_normal(rngs, (c.layers, c.feed_forward, c.dim), std, P(None, TENSOR, FSDP))
 
     def __call__(self, x: Float[Array, "... E"]) -> Float[Array, "... E"]:
-        return tensor_sum((nnx.silu(x @ self.gate[...]) * (x @ self.up[...])) @ self.down[...])
+        matmul = partial(jnp.matmul, precision=matmul_precision(x.dtype))
+        return tensor_sum(matmul(nnx.silu(matmul(x, self.gate[...])) * matmul(x, self.up[...]), self.down[...]))
 
 
 class Layer(nnx.Module):

@@ -4,6 +4,7 @@ They only show what a run has learned: without a KV cache, each token costs a fo
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from flax import nnx
 from jax import P
 from jaxtyping import Array, Float, Int
 
+from ringattn.attn.kernels.protocol import matmul_precision
 from ringattn.data import Batch, Tokenizer
 from ringattn.mesh.axes import TENSOR, TOKENS
 from ringattn.model.build import MakeModel
@@ -38,13 +40,10 @@ def make_next_logits(make_model: MakeModel, vocabulary: int) -> NextLogits:
         model = nnx.merge(graphdef, params)
         hidden = model(tokens, positions, segment_ids)
         spec = P(TOKENS[0], None)
-        state = jnp.einsum("bl,ble->be", one_hot.astype(hidden.dtype), hidden, out_sharding=spec)
-        logits = jnp.einsum(
-            "be,ve->bv",
-            state,
-            jax.reshard(model.output_table().astype(hidden.dtype), P(TENSOR, None)),
-            out_sharding=P(None, None),
-        )
+        einsum = partial(jnp.einsum, precision=matmul_precision(hidden.dtype))
+        state = einsum("bl,ble->be", one_hot.astype(hidden.dtype), hidden, out_sharding=spec)
+        table = jax.reshard(model.output_table().astype(hidden.dtype), P(TENSOR, None))
+        logits = einsum("be,ve->bv", state, table, out_sharding=P(None, None))
         return logits.astype(jnp.float32)[:, :vocabulary]
 
     return next_logits

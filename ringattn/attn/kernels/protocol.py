@@ -12,6 +12,8 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from ringattn.attn.mask import Mask, Tokens
@@ -101,6 +103,11 @@ class Kernel(Protocol):
 def accumulation_dtype(dtype: np.dtype) -> np.dtype:
     """Returns the dtype in which sums over inputs of `dtype` are kept: float32, or float64 for float64."""
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+
+
+def matmul_precision(dtype: DTypeLike) -> lax.Precision:
+    """Returns the precision of products of `dtype`. By default TPUs round float32 inputs to bfloat16, GPUs to TF32."""
+    return lax.Precision.DEFAULT if jnp.dtype(dtype) == jnp.bfloat16 else lax.Precision.HIGHEST
 
 
 def zeros(shape: tuple[int, ...], *like: Queries | KV | Slopes | None) -> Array:

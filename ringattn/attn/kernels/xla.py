@@ -6,7 +6,6 @@ pass recomputes the probabilities of a tile from lse (FlashAttention-2, arXiv 23
 """
 
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float
 
 from ringattn.attn.kernels.protocol import (
@@ -18,6 +17,7 @@ from ringattn.attn.kernels.protocol import (
     Residuals,
     Slopes,
     accumulation_dtype,
+    matmul_precision,
     zeros,
 )
 from ringattn.attn.kernels.tiles import TilePair, pad, pad_to_tiles, plan_tiles
@@ -118,6 +118,5 @@ def _distance(queries: Queries, kv: KV, pair: TilePair) -> Float[Array, "rows_or
 
 def _dot(equation: str, a: Array, b: Array) -> Array:
     """Computes an einsum with accumulation in float32 (float64 for float64)."""
-    # HIGHEST, because TPUs and TF32 otherwise round float32 inputs.
-    precision = lax.Precision.DEFAULT if a.dtype == jnp.bfloat16 else lax.Precision.HIGHEST
-    return jnp.einsum(equation, a, b, precision=precision, preferred_element_type=accumulation_dtype(a.dtype))
+    options = {"precision": matmul_precision(a.dtype), "preferred_element_type": accumulation_dtype(a.dtype)}
+    return jnp.einsum(equation, a, b, **options)
