@@ -17,7 +17,7 @@ from ringattn.layout import Piece, pieces
 
 
 def hop_runs(mask: Mask, spans: bool, implied: ImpliedPositions | None, members: int) -> tuple[tuple[int, int], ...]:
-    """Returns the runs (direction, hops) of a ring of `members`: see `plan_hops`.
+    """Returns the runs of a ring of `members` as (direction, hops): see `plan_hops`.
 
     Makes every hop if `implied` is None, because the positions are then unknown at trace time. With spans, `causal`
     excludes no hop: a span can make any later key visible.

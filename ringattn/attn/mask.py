@@ -59,11 +59,11 @@ class Mask:
 
 
 class Tokens(NamedTuple):
-    """The ids of tokens that a mask reads, int32 [rows or 1, L] each.
+    """Positions, segment ids and span ids of tokens, int32 [rows, L] each; rows is 1 if all rows have the same.
 
-    A negative segment id marks padding, a negative span id no span.
+    A negative segment id marks padding. A negative span id means that the token has no span.
 
-    Precondition: any two positions differ by less than 2**31, so that their difference does not overflow int32.
+    Any two positions must differ by less than 2**31, so that their difference does not overflow int32.
     """
 
     positions: Ids
@@ -130,7 +130,7 @@ def relate(mask: Mask, q: Bounds, k: Bounds) -> tuple[Bool[Array, "..."], Bool[A
 
     `empty` is true only if no query sees any key, `full` only if every query sees every key. Both are false where the
     bounds do not decide. The bounds broadcast against each other, so one call compares all tiles of queries with all
-    tiles of keys. Every field of Mask must restrict `full`: `full` tiles are computed without a mask.
+    tiles of keys. `full` tiles are computed without a mask, so `full` must take every field of Mask into account.
     """
     empty, full = q.first > q.last, q.first <= q.last  # False and True, in the shape of the bounds
     if mask.causal:
