@@ -40,7 +40,7 @@ def ring_boxes(sizes: Mapping[str, int], coords: Sequence[Sequence[int]]) -> np.
     others = [n for n in range(len(sizes)) if n != context]
 
     def cost(split: Sequence[tuple[int, ...]]) -> tuple[bool, int]:
-        """Returns (a ring's sub-box has no Hamiltonian cycle, number of sides factored over a ring and another axis)."""
+        """Returns (rings have no Hamiltonian cycle, number of sides factored over both the ring and another axis)."""
         strided = [min(pair) > 1 for n in others for pair in zip(split[n], split[context], strict=True)]
         return closed_walk(split[context]) is None, sum(strided)
 
