@@ -132,7 +132,7 @@ def _resolve_spec(query: Array, spec: jax.P | None, mesh: AbstractMesh, axes: tu
     if axis_names(length) != axes:
         raise ValueError(f"spec={spec} shards the sequence over {length!r}, but axis={axis!r}; they must agree")
     if depth is not None:
-        raise ValueError(f"spec={spec} shards the head dim over {depth!r}, which attention cannot do; use None there")
+        raise ValueError(f"spec={spec} shards the head dim over {depth!r}, which is not supported; use None for it")
     missing = [name for entry in (batch, heads) for name in axis_names(entry) if name not in mesh.axis_names]
     if missing:
         raise ValueError(f"spec={spec} names {missing[0]!r}, which must be one of the mesh axes {mesh.axis_names}")

@@ -1,6 +1,6 @@
 """Visibility: which query sees which key, for single tokens (`visible`) and for sets of tokens (`relate`).
 
-Masks are evaluated on positions and ids, never on storage indices; so the same code handles every layout.
+Masks are evaluated on positions and ids, never on storage indices, so the same code handles every layout.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ class Mask:
       causal: p_j <= p_i, or both tokens have the same span (`span_ids` of `ringattn.attention`).
       window: p_i - left <= p_j <= p_i + right. An int, or (left, right): number of earlier and later tokens visible,
         excluding the query's own, as in `local_window_size` of `jax.nn.dot_product_attention`. Mistral's window W is
-        (W - 1, 0). A window restricts spans, too. None: no window.
+        (W - 1, 0). A window also restricts spans. None: no window.
       chunk: p_i // chunk == p_j // chunk. Chunks therefore start at absolute positions 0, chunk, 2 * chunk, ... None:
         no chunks.
 
@@ -72,9 +72,9 @@ class Tokens(NamedTuple):
 
 
 def visible(mask: Mask, queries: Tokens, keys: Tokens) -> Bool[Array | np.ndarray, "..."]:
-    """Returns bool [..., L, M]: query i sees key j.
+    """Returns bool [..., L, M]: True if query i sees key j.
 
-    This is the definition; `relate` conservatively tests this from bounds alone.
+    This is the definition of visibility. `relate` decides it conservatively, from bounds alone.
     """
     i, j = queries.positions[..., :, None], keys.positions[..., None, :]
     seen = (j <= i) if mask.causal else jnp.ones_like(j <= i)

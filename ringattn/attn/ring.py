@@ -14,8 +14,8 @@ final send returns them to the owner, and overlaps with half of the local shard.
     remote n               -             of remote n - 1
     local, second half     -             of remote n, to its owner (final send)
 
-Barriers. A barrier on the results of compute and transfer makes the next hop depend on both: XLA may start the transfer
-at any time before, but must finish it by then. Without it XLA could delay the transfer until after the compute.
+Barriers. An optimization barrier on the results of compute and transfer makes the next hop depend on both. Without the
+barrier, XLA could delay the transfer until after the compute.
 
 Hops. Hops that no device needs are omitted. The others form one run (direction, hops) per direction: see `hops.py`.
 """
@@ -48,7 +48,7 @@ class _Shard(NamedTuple):
     positions: Ids | None  # None if the layout implies them
     segments: Ids | None
     spans: Ids | None
-    owner: Int[Array, ""]  # the member of the ring that holds this shard as its local one
+    owner: Int[Array, ""]  # index of the member whose local shard this is
 
 
 class _BackwardState(NamedTuple):
@@ -192,7 +192,7 @@ def _halves(kv: KV) -> list[KV]:
         tokens = jax.tree.map(lambda x: x[:, start:stop], kv.tokens)
         return KV(kv.key[:, :, start:stop], kv.value[:, :, start:stop], tokens)
 
-    middle = (length + 1) // 2  # of an odd length, the extra key goes to the first half; either would do
+    middle = (length + 1) // 2  # of an odd length, the first half gets the extra key
     return [part(0, middle), part(middle, length)] if length > 1 else [kv]
 
 

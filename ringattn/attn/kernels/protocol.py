@@ -91,7 +91,7 @@ class Kernel(Protocol):
     def backward(
         self, spec: LogitSpec, queries: Queries, kv: KV, slopes: Slopes | None, residuals: Residuals, carry: QueryGrads
     ) -> tuple[QueryGrads, KVGrads]:
-        """Returns `carry` plus the contribution of `kv` to the query gradients, and these queries' to those of `kv`.
+        """Returns `carry` plus the query gradients due to `kv`, and the K/V gradients due to these queries.
 
         Gradients include `spec.scale` and are in the dtype of `accumulation_dtype`.
         """
