@@ -36,14 +36,14 @@ def flax_attention(
 
     Args:
       query, key, value: as in `ringattn.attention`.
-      is_causal: passed by Flax; makes `masking` causal.
-      masking: the `mask` of `ringattn.attention`, a name that Flax uses for an array.
+      is_causal: passed by Flax. True makes `masking` causal.
+      masking: the `mask` argument of `ringattn.attention`. Flax uses the name `mask` for an array.
       dtype: dtype to which query, key and value are cast, as in Flax.
       options: other keyword arguments of `ringattn.attention`: segment_ids, layout, strategy, axis, spec, ...
 
     Raises:
-      ValueError: for an array as mask or bias, for dropout, and for sown attention weights, which a ring does not
-        support; and as `ringattn.attention` does.
+      ValueError: for a mask or bias array, for dropout and for sown attention weights, which a ring does not support;
+        also in all cases in which `ringattn.attention` raises it.
     """
     for name, array in {"mask": mask, "bias": bias}.items():
         if array is not None:

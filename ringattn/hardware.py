@@ -1,4 +1,4 @@
-"""Peak FLOP/s, memory and link bandwidth of accelerators, per JAX device, by JAX's `device_kind`.
+"""Peak FLOP/s, memory and link bandwidth of accelerators, per JAX device, keyed by `device_kind`.
 
 Sources: for TPUs https://docs.cloud.google.com/tpu/docs/v5e (also v3, v4, v5p, v6e, tpu7x) and, for measured link
 bandwidth, https://jax-ml.github.io/scaling-book/tpus (about 10% below Google's nominal figure); for NVIDIA the data

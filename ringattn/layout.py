@@ -1,9 +1,9 @@
-"""Layouts: the order in which the tokens of a sequence are stored over the shards.
+"""Layouts: the order in which the tokens of a sequence are distributed over the shards.
 
-`contiguous` keeps the natural order. Under a causal mask, work is unbalanced: shard p-1 sees p times as many key
-shards as shard 0. `striped` assigns tokens to the p shards round-robin (Striped Attention, arXiv 2311.09431). `zigzag`
-cuts the sequence into 2p pieces and assigns pieces r and 2p-1-r to shard r, so that every shard does the same causal
-work at every hop.
+`contiguous` keeps the natural order. Under a causal mask, work is unbalanced: shard p-1 attends to p key shards, shard
+0 to one. `striped` assigns tokens to the p shards round-robin (Striped Attention, arXiv 2311.09431). `zigzag` cuts the
+sequence into 2p pieces and assigns pieces r and 2p-1-r to shard r, so that every shard does the same causal work at
+every hop.
 """
 
 from typing import Any, Literal, NamedTuple, get_args

@@ -177,7 +177,7 @@ def test_the_state_may_be_donated_while_it_is_written(tmp_path, mesh):
 
 def test_a_state_that_is_not_finite_is_not_saved(directory, mesh):
     broken = jax.tree.map(lambda x: x / 0 if x.dtype == jnp.float32 else x, state(mesh, 8))
-    message = r"is not finite after step 8, which is not saved; lower --optimizer"
+    message = r"contains NaN or infinity after step 8; no checkpoint saved; lower --optimizer"
     with Checkpoints(directory, 2) as checkpoints, pytest.raises(ValueError, match=message):
         checkpoints.save(8, broken)
     assert saved_steps(directory) == [6, 4]
@@ -203,7 +203,7 @@ def test_only_parameters_are_read_and_nothing_is_written(directory, mesh, make_m
 def test_damaged_parameters_are_refused(directory, mesh):
     like = {"matrix": jax.ShapeDtypeStruct((16, 8), jnp.float32, sharding=jax.NamedSharding(mesh, P()))}
     narrow = {"matrix": jax.ShapeDtypeStruct((16, 4), jnp.float32, sharding=like["matrix"].sharding)}
-    with pytest.raises(ValueError, match=r"4 is of another model: params.matrix is \[16, 8\] .* but \[16, 4\] in"):
+    with pytest.raises(ValueError, match=r"4 does not match: .* params.matrix is \[16, 8\] .* but \[16, 4\] in"):
         read_params(directory, 4, narrow)
     metadata = directory / "4" / "facts" / "metadata"
     content = json.loads(metadata.read_text())

@@ -46,7 +46,8 @@ def test_running_jax_is_reported_without_traceback():
     done = start_in_process("simulate=4", setup="import jax; jax.devices()", JAX_PLATFORMS="cpu")
     assert done.returncode == 2
     assert done.stderr == (
-        "error: mesh.simulate=4, but JAX already runs on 1 devices; start the mesh before using JAX\n"
+        "error: mesh.simulate=4, but JAX already runs on 1 devices; "
+        "restart Python and call ringattn.mesh.devices.start before other JAX code\n"
     )
 
 

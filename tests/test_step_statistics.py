@@ -54,7 +54,7 @@ def test_statistics_agree_with_the_program(small, make_mesh):
     lines = "\n".join(describe_statistics(statistics))
     assert f"compiled in {statistics['compile_seconds']:.1f} s: {statistics['parameters']:,} parameters" in lines
     assert "attention: ring, 3 of 3 hops per layer; each device sends " in lines
-    assert " planned, arguments " in lines
+    assert " required, arguments " in lines
 
 
 def test_planned_memory_is_compared_with_that_of_the_chip(monkeypatch):
@@ -69,7 +69,7 @@ def test_planned_memory_is_compared_with_that_of_the_chip(monkeypatch):
     statistics["attention"] = {"strategy": "ring", "hops": 1, "max_hops": 7, "forward_bytes_sent": 2048}
     statistics["attention"] |= {"backward_bytes_sent": 3 * 2**20}
     lines = list(describe_statistics(statistics))
-    assert " of 16 GiB planned, arguments 1 MiB, " in lines[1]
+    assert " of 16 GiB required, arguments 1 MiB, " in lines[1]
     assert (
         lines[2] == "attention: ring, 1 of 7 hops per layer; each device sends 2 KiB forward, 3 MiB backward per step"
     )

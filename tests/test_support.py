@@ -37,9 +37,9 @@ For ringattn, a probe in [tests/test_support.py](../../tests/test_support.py) ru
 *yes*: output and gradients agree with dense attention in float64 (for merged hops, the output). *no*: the feature is
 refused or does not exist. The last row follows "tested on" of the [front page](../../README.md#what-works).
 
-The other columns were read in November 2026, in the releases named in the header. Each entry links to the line of
-source code that shows it, or where the feature would have to be. *?*: the source does not tell. MaxText's ring on GPUs
-is that of TransformerEngine.
+The other columns are based on the source code of the releases in the header, as of November 2026. Each entry links to
+the line of source code that shows it, or to the place where the feature is missing. *?*: the source code does not say.
+On GPUs, MaxText uses TransformerEngine's ring.
 """
 
 

@@ -38,9 +38,10 @@ def attention(
 ) -> Float[Array, "B L H Dv"]:
     """Computes exact attention over a sequence that is sharded over `axis` of the mesh set by `jax.set_mesh`.
 
-    `logit_ij = soft_cap(scale * q_i . k_j) - slope * |p_i - p_j|`, where p is the position. Key j is visible to query i
-    if `mask` and `span_ids` allow it, and their segments are equal and >= 0. The output is the sum of the values
-    weighted by the softmax over the visible keys and the sink (whose value is 0). Without visible keys the output is 0.
+    `logit_ij = cap(scale * q_i . k_j) - slope * |p_i - p_j|`, where p is the position and cap applies `soft_cap`.
+    Key j is visible to query i if `mask` and `span_ids` allow it, and their segments are equal and >= 0. The output is
+    the softmax over the visible keys and the sink, times the values; the sink's value is 0. Without visible keys the
+    output is 0.
     Accumulates in float32 (float64 for float64). Differentiable in query, key, value, sinks and slopes, by first-order
     reverse mode only. A `jax.checkpoint` policy must save both "attention_out" and "attention_lse"; otherwise the
     backward pass rotates K/V once more.
@@ -57,12 +58,12 @@ def attention(
         (prefix-LM, image spans), within the window, chunk and segment; -1: no span.
       positions: int32, in storage order. Default: the positions that `layout` implies. If given, `layout` only
         constrains the lengths, the positions are sent with K/V, and no hop is skipped.
-      layout: order in which tokens are stored over `axis`, as by `ringattn.permute`: "contiguous", "striped" or
-        "zigzag". The same for every strategy; a pair of axes counts as one axis of outer * inner devices.
+      layout: storage order of the tokens, as produced by `ringattn.permute`: "contiguous", "striped" or "zigzag". It
+        does not depend on the strategy; a pair of axes counts as one axis of outer * inner devices.
       strategy: "ring"; "gather" (all-gathers K/V); "ulysses" (exchanges sequence shards for head shards); "usp"
         (ulysses inside a ring); "auto" (picks the strategy with the least exposed communication: `choose_strategy`).
-      axis: a mesh axis, or a pair (outer, inner): a nested ring, or for "usp" a ring over outer and an exchange over
-        inner.
+      axis: a mesh axis, or a pair (outer, inner). With a pair, "ring" is a nested ring, and "usp" is a ring over outer
+        and an all-to-all over inner.
       spec: PartitionSpec of query. Default: read from the array on an explicit mesh; P(None, axis) on an auto mesh,
         which replicates the batch and the heads.
       scale: default D ** -0.5.
@@ -131,7 +132,7 @@ def _resolve_spec(query: Array, spec: jax.P | None, mesh: AbstractMesh, axes: tu
     if axis_names(length) != axes:
         raise ValueError(f"spec={spec} shards the sequence over {length!r}, but axis={axis!r}; they must agree")
     if depth is not None:
-        raise ValueError(f"spec={spec} shards the head dim over {depth!r}, which attention cannot do; use None there")
+        raise ValueError(f"spec={spec} shards the head dim over {depth!r}, which is not supported; use None for it")
     missing = [name for entry in (batch, heads) for name in axis_names(entry) if name not in mesh.axis_names]
     if missing:
         raise ValueError(f"spec={spec} names {missing[0]!r}, which must be one of the mesh axes {mesh.axis_names}")

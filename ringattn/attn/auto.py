@@ -8,8 +8,8 @@ With c local tokens and b bytes per element, compute takes 4 c^2 H D / (utilisat
 
 Balanced causal work doubles the bound, because a hop then has half of the work. A backward pass multiplies it by 1.2:
 it does 2.5 times the work and sends 3 times the bytes (K/V, and dK/dV in float32). The factor 3 holds for bfloat16; for
-float32 inputs it is 2, so that their bound is conservative. Below the bound, the rest of the transfer is exposed. It is
-compared with the exposed time of an all-gather and of an exchange of heads. The links of TPUs are modelled as a ring,
+float32 inputs it is 2, so that their bound is conservative. Below the bound, part of the transfer is exposed. Its
+time is compared with the exposed time of an all-gather and of an all-to-all. The links of TPUs are modelled as a ring,
 those of other chips as a switch. Hops of a window may have less work than the model assumes.
 """
 
@@ -61,14 +61,14 @@ def choose_strategy(
       queries, keys: tokens per device.
       heads, kv_heads, head_dim, batch: sizes of one device's query, key and value; all have one head dim.
       dtype, mask: as in `ringattn.attention`.
-      layout: as in `ringattn.attention`; None if positions are given, so that every hop is made.
+      layout: as in `ringattn.attention`; None if positions are given: every hop is then made.
       device_kind: JAX's name of the chip, see `ringattn.hardware.CHIPS`.
 
     Returns:
       "ring", "ulysses" ("usp" for a pair of axes) or "gather", with reasons.
 
     Raises:
-      ValueError: if the tokens do not divide evenly in `layout`.
+      ValueError: if `layout` does not fit the number of tokens.
     """
     is_pair = isinstance(shards, tuple)
     outer, inner = shards if is_pair else (shards, 1)

@@ -12,10 +12,10 @@ from ringattn.attn.kernels.registry import choose_kernel
 from ringattn.attn.mask import Mask
 
 REDUCE_DTYPES = ("bfloat16", "float32")
-"""Without float16, in which gradients can overflow."""
+"""Excludes float16, because gradients can overflow."""
 Axis = str | tuple[str, str]
 TokenIds = Int[Array, "B L"] | tuple[Int[Array, "B L"], Int[Array, "B M"]] | None
-"""An id per token: one array for queries and keys, or a pair, (queries, keys)."""
+"""One id per token: a single array for queries and keys, or a pair (queries, keys)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class Settings:
         if self.reduce_dtype is not None and self.reduce_dtype not in REDUCE_DTYPES:
             raise ValueError(f"reduce_dtype={self.reduce_dtype!r} must be one of {_quoted(REDUCE_DTYPES)}, or None")
         if self.reduce_dtype is not None and self.strategy == "ulysses":
-            fix = "use None: its exchange sends gradients in query's dtype"
+            fix = "use None: its all-to-all sends gradients in query's dtype"
             raise ValueError(f"reduce_dtype={self.reduce_dtype!r} does not apply to strategy='ulysses'; {fix}")
 
     @property

@@ -1,4 +1,4 @@
-"""Hops that the ring makes, from the mask and the layout, at trace time.
+"""Determines the hops of a ring from the mask and the layout, at trace time.
 
 A member of a ring is one device, or all devices of the inner axis in a nested ring; it holds one or more consecutive
 shards. A run is a sequence of hops in one direction, starting from the local shard.
@@ -17,7 +17,7 @@ from ringattn.layout import Piece, pieces
 
 
 def hop_runs(mask: Mask, spans: bool, implied: ImpliedPositions | None, members: int) -> tuple[tuple[int, int], ...]:
-    """Returns the runs (direction, hops) of a ring of `members`: see `plan_hops`.
+    """Returns the runs of a ring of `members` as (direction, hops): see `plan_hops`.
 
     Makes every hop if `implied` is None, because the positions are then unknown at trace time. With spans, `causal`
     excludes no hop: a span can make any later key visible.
@@ -37,10 +37,10 @@ def needed_distances(
     """Returns the distances h > 0 for which some member r of the ring sees a key of member r - h.
 
     Exact for positions that `layout` implies, except with `chunk`: chunks are compared by a piece's first and last
-    token, which may keep a distance at which nothing is visible.
+    token, which may keep a distance at which no key is visible.
 
     Args:
-      mask: without spans, which a causal mask would have to allow for: see `hop_runs`.
+      mask: evaluated without spans. With spans, pass causal=False, as `hop_runs` does.
       layout: "contiguous", "striped" or "zigzag"; it must divide both lengths (`layout.check_length`).
       shards: number of shards of the sequence, a multiple of `shards_per_member`.
       local_queries, local_keys: tokens per shard. The queries are the last tokens of the sequence.

@@ -1,6 +1,6 @@
 """Visibility: which query sees which key, for single tokens (`visible`) and for sets of tokens (`relate`).
 
-Masks are evaluated on positions and ids, never on storage indices; so the same code handles every layout.
+Masks are evaluated on positions and ids, never on storage indices, so the same code handles every layout.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ class Mask:
       causal: p_j <= p_i, or both tokens have the same span (`span_ids` of `ringattn.attention`).
       window: p_i - left <= p_j <= p_i + right. An int, or (left, right): number of earlier and later tokens visible,
         excluding the query's own, as in `local_window_size` of `jax.nn.dot_product_attention`. Mistral's window W is
-        (W - 1, 0). A window restricts spans, too. None: no window.
+        (W - 1, 0). A window also restricts spans. None: no window.
       chunk: p_i // chunk == p_j // chunk. Chunks therefore start at absolute positions 0, chunk, 2 * chunk, ... None:
         no chunks.
 
@@ -59,11 +59,11 @@ class Mask:
 
 
 class Tokens(NamedTuple):
-    """The ids of tokens that a mask reads, int32 [rows or 1, L] each.
+    """Positions, segment ids and span ids of tokens, int32 [rows, L] each; rows is 1 if all rows have the same.
 
-    A negative segment id marks padding, a negative span id no span.
+    A negative segment id marks padding. A negative span id means that the token has no span.
 
-    Precondition: any two positions differ by less than 2**31, so that their difference does not overflow int32.
+    Any two positions must differ by less than 2**31, so that their difference does not overflow int32.
     """
 
     positions: Ids
@@ -72,9 +72,9 @@ class Tokens(NamedTuple):
 
 
 def visible(mask: Mask, queries: Tokens, keys: Tokens) -> Bool[Array | np.ndarray, "..."]:
-    """Returns bool [..., L, M]: query i sees key j.
+    """Returns bool [..., L, M]: True if query i sees key j.
 
-    This is the definition; `relate` conservatively tests this from bounds alone.
+    This is the definition of visibility. `relate` decides it conservatively, from bounds alone.
     """
     i, j = queries.positions[..., :, None], keys.positions[..., None, :]
     seen = (j <= i) if mask.causal else jnp.ones_like(j <= i)
@@ -130,7 +130,7 @@ def relate(mask: Mask, q: Bounds, k: Bounds) -> tuple[Bool[Array, "..."], Bool[A
 
     `empty` is true only if no query sees any key, `full` only if every query sees every key. Both are false where the
     bounds do not decide. The bounds broadcast against each other, so one call compares all tiles of queries with all
-    tiles of keys. Every field of Mask must restrict `full`: `full` tiles are computed without a mask.
+    tiles of keys. `full` tiles are computed without a mask, so `full` must take every field of Mask into account.
     """
     empty, full = q.first > q.last, q.first <= q.last  # False and True, in the shape of the bounds
     if mask.causal:

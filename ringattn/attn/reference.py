@@ -1,6 +1,6 @@
 """Reference implementation for tests and notebooks. Materializes all L x M logits.
 
-Evaluates masks independently of `mask.visible`, so that an error there is found.
+Evaluates masks independently of `mask.visible`, so that tests find errors in it.
 """
 
 import jax

@@ -5,7 +5,7 @@ online softmax. Each send overlaps with compute on the shard that is sent.
 
 Backward. The K/V rotate a second time, so that no remote shard is kept from the forward pass. The gradients dK/dV of a
 shard travel one hop behind their shard: while computing with shard h, a device sends the gradients of shard h - 1. A
-final send returns them to the owner, and overlaps with half of the local shard. With one run of n >= 2 hops:
+final send returns them to the owner, and overlaps with half of the local shard. With n >= 2 hops in one direction:
 
     compute                send K/V      send dK/dV
     local, first half      first send    -
@@ -14,10 +14,10 @@ final send returns them to the owner, and overlaps with half of the local shard.
     remote n               -             of remote n - 1
     local, second half     -             of remote n, to its owner (final send)
 
-Barriers. A barrier on the results of compute and transfer makes the next hop depend on both: XLA may start the transfer
-at any time before, but must finish it by then. Without it XLA could delay the transfer until after the compute.
+Barriers. An optimization barrier on the results of compute and transfer makes the next hop depend on both. Without the
+barrier, XLA could delay the transfer until after the compute.
 
-Hops. Those beyond the farthest needed shard in each direction are omitted. A run has one direction: see `hops.py`.
+Hops. Hops that no device needs are omitted. The others form one run (direction, hops) per direction: see `hops.py`.
 """
 
 from collections.abc import Callable
@@ -48,16 +48,16 @@ class _Shard(NamedTuple):
     positions: Ids | None  # None if the layout implies them
     segments: Ids | None
     spans: Ids | None
-    owner: Int[Array, ""]  # the member of the ring that holds this shard as its local one
+    owner: Int[Array, ""]  # index of the member whose local shard this is
 
 
 class _BackwardState(NamedTuple):
-    """The state between two hops: query gradients, the next remote shard, dK/dV of the previous one in two summands."""
+    """State between two hops of the backward pass. dK/dV of the previous remote shard are `received` + `added`."""
 
     query_grads: QueryGrads
-    remote: _Shard | None  # None after the last run
-    received: KVGrads | None  # from the devices that held the shard earlier; None before the second hop of a run
-    added: KVGrads | None  # computed on this device; None before the first hop of a run
+    remote: _Shard | None  # the shard to compute with next; None after the last hop
+    received: KVGrads | None  # computed by the devices before this one; None before the second hop of a run
+    added: KVGrads | None  # computed by this device; None before the first hop of a run
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ class Ring:
       axis: the mesh axis whose devices are the members of the ring.
       kernel: applied at each hop; in a nested ring, the Ring over the inner axis.
       implied: positions, if the layout implies them; None: positions are given, and sent with their shard.
-      inner: the inner axis, if the member's shards are sharded over it (nested ring). None: a device holds all shards
-        of its member (several under USP).
+      inner: in a nested ring, the inner axis: each of its devices holds one shard of the member. None: the member is
+        one device and holds all of its shards (several under USP).
       reduce_dtype: dtype in which dK/dV are sent; None: the dtype in which they are summed.
     """
 
@@ -192,7 +192,7 @@ def _halves(kv: KV) -> list[KV]:
         tokens = jax.tree.map(lambda x: x[:, start:stop], kv.tokens)
         return KV(kv.key[:, :, start:stop], kv.value[:, :, start:stop], tokens)
 
-    middle = (length + 1) // 2  # of an odd length, the extra key goes to the first half; either would do
+    middle = (length + 1) // 2  # of an odd length, the first half gets the extra key
     return [part(0, middle), part(middle, length)] if length > 1 else [kv]
 
 

@@ -51,7 +51,7 @@ def shard_attention(
 ) -> Float[Array, "B L H Dv"]:
     """Computes `ringattn.attention` on local shards, inside a `jax.shard_map` that is manual over `axis`.
 
-    Takes the arguments of `ringattn.attention`. All array arguments are local shards. There is no `spec`.
+    Takes the same arguments as `ringattn.attention`, except `spec`. All array arguments are local shards.
 
     Raises:
       ValueError: if the arguments are inconsistent with each other.
@@ -97,7 +97,7 @@ def local_attention(
     logit_spec = LogitSpec(settings.mask, scale, settings.soft_cap)
     strategy = _auto_strategy(settings, axis, query, key, extras) if settings.strategy == "auto" else settings.strategy
     attend = _strategy(strategy, axis, implied, logit_spec, settings)
-    # All inputs vary over the same mesh axes: pcast transposes to psum, which sums gradients of replicated inputs.
+    # All inputs must vary over the same mesh axes. Transposed, pcast is a psum over the gradients of replicated inputs.
     inputs = Inputs(query, key, value, q_tokens, kv_tokens, extras.slopes, extras.sinks)
     out = attend(jax.tree.map(lambda x: varying_like(x, *jax.tree.leaves(inputs)), inputs))
     return out if segments[0] is None else zero_padding(out, segments[0])
@@ -189,7 +189,7 @@ def _attend_backward(
     if inputs.slopes is not None and query_grads.slopes is not None:
         d_slopes = query_grads.slopes.astype(inputs.slopes.dtype).reshape(-1)
     if inputs.sinks is not None and sinks is not None:
-        # The sink's value is 0, so the gradient of its logit is -delta times its probability of its logit.
+        # The sink's value is 0, so the gradient of its logit is -delta times the sink's probability.
         sink_grads = -(shifted_exp(sinks[None, ..., None].astype(lse.dtype), lse) * delta).sum((0, 3))
         d_sinks = sink_grads.astype(inputs.sinks.dtype).reshape(-1)
     grads = {"query": d_query, "key": d_key, "value": d_value, "slopes": d_slopes, "sinks": d_sinks}

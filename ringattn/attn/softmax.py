@@ -2,8 +2,8 @@
 
 Two values per query summarize attention over a set of keys: the normalized output, and lse, the log of the sum of
 exponentials. Partials form a commutative monoid under `merge`, with `init_partial` as identity (Milakov and
-Gimelshein, arXiv 1805.02867); a kernel merges by continuing from its `carry`. Ring, gather
-and ulysses pass Partials on and do not depend on the normalization. Values are float32, or float64 for float64 inputs.
+Gimelshein, arXiv 1805.02867). A kernel merges by continuing from its `carry`. Ring, gather and ulysses only pass
+Partials on. Values are float32, or float64 for float64 inputs.
 """
 
 from typing import NamedTuple

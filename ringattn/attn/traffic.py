@@ -1,4 +1,4 @@
-"""Bytes that a device sends in attention, by formula, without tracing and without devices.
+"""Computes the bytes that a device sends in attention, without tracing and without devices.
 
 An all-gather counts as p - 1 sends of the local shard. A reduce-scatter and an all-to-all count as (p - 1) / p of
 their input. These are the bytes of bandwidth-optimal algorithms.
@@ -18,9 +18,9 @@ class Traffic(NamedTuple):
     """Hops and bytes of one attention call on one device."""
 
     hops: int
-    """Hops that K/V make along the ring in a forward pass, and again in a backward pass; 0 without a ring."""
+    """Number of K/V hops in a forward pass, the same as in a backward pass; 0 without a ring."""
     max_hops: int
-    """Hops without a mask."""
+    """Number of hops without a mask."""
     forward: int
     """Bytes sent in a forward pass."""
     backward: int

@@ -81,12 +81,12 @@ class Benchmark:
     rings: tuple[int, ...] = (-1,)
     """Ring sizes. A ring of size N uses the first N devices; -1: all devices."""
     shard_tokens: tuple[int, ...] = (1024,)
-    """Tokens per device; a row has this number times the ring size."""
+    """Tokens per device. The row length is this number times the ring size."""
     subjects: tuple[str, ...] = ("ring zigzag", "dense")
     """Methods to time: 'ring|gather|ulysses contiguous|striped|zigzag [window=N] [documents=N]', 'dense',
     'ringattention [documents=N]'."""
     baselines: tuple[str, ...] = ("dense",)
-    """Subjects relative to which speedups are reported."""
+    """Baselines: subjects to compare with. The speedup of every subject over each baseline is reported."""
     heads: int = 8
     """Number of query heads (H); must be a multiple of kv_heads."""
     kv_heads: int = 8
@@ -96,7 +96,7 @@ class Benchmark:
     dtype: Dtype = "float32"
     """Dtype of queries, keys and values."""
     seconds: int = 60
-    """Measurement time in seconds per length and ring size, without compilation; at least three rounds are measured."""
+    """Measurement time per row length and ring size, in seconds, without compilation. At least three rounds run."""
 
     def __post_init__(self) -> None:
         check_types(self)

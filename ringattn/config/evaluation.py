@@ -23,8 +23,9 @@ class Evaluation:
     runs: tuple[str, ...] = ("runs/quickstart",)
     """Run directories (evaluates the newest checkpoint) or checkpoints, such as runs/quickstart/checkpoints/400."""
     tasks: tuple[str, ...] = ("loss_by_position", "loss_by_context")
-    """Losses (loss_by_position, loss_by_context, loss_by_kind) and retrieval tasks (passkey, needle, multi_key,
-    multi_value, multi_query, variables, common_words, frequent_words, lines, where_person, where_thing)."""
+    """Tasks to run. loss_by_position: loss by position in the row; loss_by_context: loss of the same tokens by context
+    length; loss_by_kind: loss by kind of document, such as .py. Retrieval tasks: passkey, needle, multi_key,
+    multi_value, multi_query, variables, common_words, frequent_words, lines, where_person, where_thing."""
     lengths: tuple[int, ...] = (256, 512, 1024, 2048)
     """Row lengths in tokens. Each task runs at each length."""
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)

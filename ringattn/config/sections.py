@@ -79,7 +79,7 @@ class Data:
     seq_len: int = 2048
     """Tokens per row (L)."""
     overlap: int = 0
-    """Number of tokens that each further row of a document repeats from the preceding row, masked out of the loss."""
+    """Number of tokens by which consecutive rows of one document overlap. Overlapping tokens count once in the loss."""
     frame_size: tuple[int, ...] = (32, 48)
     """Height and width to which video frames are resized; multiples of 4, because a token is a 4 x 4 patch."""
     validation: float = 0.05
@@ -119,10 +119,10 @@ class Mesh:
     data: int = 1
     """Number of devices over which the batch is sharded; -1: the remaining devices."""
     context_outer: int = 1
-    """Number of groups of `context` devices over which each row is sharded: the outer ring of a nested ring, or the
-    ring of strategy usp; -1: the remaining devices."""
+    """Size of the outer context axis: the outer ring of a nested ring, or the ring of strategy usp. Each row is sharded
+    over context_outer * context devices. -1: the remaining devices."""
     context: int = -1
-    """Number of devices over which each row is sharded, per group if context_outer > 1; -1: the remaining devices."""
+    """Size of the context axis. Each row is sharded over context_outer * context devices. -1: the remaining devices."""
     tensor: int = 1
     """Number of devices over which heads, feed-forward and vocabulary are sharded; -1: the remaining devices."""
     simulate: int = 0
@@ -251,7 +251,7 @@ class Config:
     resume: Resume = "auto"
     """Resume from the newest checkpoint. auto: if one exists; must: fail if none exists; never: fail if one exists."""
     profile: str | None = None
-    """Steps to profile, as START:STOP (inclusive), counted from 1 at this launch. None: no profile."""
+    """Steps to profile, as START:STOP, both inclusive. Step 1 is the first step of this launch. None: no profile."""
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
     mesh: Mesh = field(default_factory=Mesh)
@@ -290,7 +290,7 @@ class Config:
         return sum(self.stage(earlier).train.steps for earlier in range(1, number))
 
     def stage_after(self, step: int) -> int:
-        """Returns the number of the stage of the next update after `step`; the last stage if none remains."""
+        """Returns the number of the stage that update `step + 1` belongs to; the last stage if training is complete."""
         ends = [self.steps_before(number + 1) for number in range(1, len(self.stages) + 1)]
         return next((number for number, end in enumerate(ends, 1) if end > step), len(ends))
 

@@ -66,7 +66,7 @@ def describe_statistics(statistics: Statistics) -> Iterator[str]:
     if memory := statistics["device_bytes"]:
         limit = "" if memory["device"] is None else f" of {bytes_in_words(memory['device'])}"
         parts = [f"{name} {bytes_in_words(memory[name])}" for name in ("arguments", "temporaries")]
-        yield f"memory per device: {bytes_in_words(memory['total'])}{limit} planned, {', '.join(parts)}"
+        yield f"memory per device: {bytes_in_words(memory['total'])}{limit} required, {', '.join(parts)}"
     sent = statistics["attention"]
     hops = f", {sent['hops']} of {sent['max_hops']} hops per layer" if sent["max_hops"] else ""
     forward, backward = (bytes_in_words(sent[f"{name}_bytes_sent"]) for name in ("forward", "backward"))

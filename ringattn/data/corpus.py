@@ -1,4 +1,4 @@
-"""Token documents: storage in memory or files, split into training and validation, and cutting of long documents."""
+"""Token documents: storage in memory or in files, split into training and validation, and cut into rows."""
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence

@@ -77,8 +77,8 @@ class Loader:
     at the end of an epoch is completed with rows of the next epoch. Pieces of documents longer than a row overlap by
     `overlap` tokens. `name` is used in messages.
 
-    Raises ValueError if a single corpus has fewer rows than a batch, if one of several has no full row, if all targets
-    are masked out of the loss, or if `seed` is negative.
+    Raises ValueError if a single corpus has fewer rows than a batch, if one of several corpora has no full row, if all
+    targets are masked out of the loss, or if `seed` is negative.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class Loader:
 
     @property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits that depend on all tokens, document boundaries and proportions of the mixture."""
+        """Digest of all tokens, document boundaries and mixture proportions, 16 hexadecimal digits."""
         return fingerprint([source.fingerprint for source in self._sources], self._proportions)
 
     def batch(self, step: int) -> Batch:
@@ -129,7 +129,7 @@ class Loader:
 
 
 def fingerprint(corpora: Sequence[str], mixture: tuple[float, ...] | None) -> str:
-    """Returns 16 hexadecimal digits that identify corpora, given as fingerprints, and their mixture."""
+    """Returns a digest of the fingerprints `corpora` and of their mixture, 16 hexadecimal digits."""
     return hashlib.sha256("/".join([*corpora, *map(str, mixture or ())]).encode()).hexdigest()[:16]
 
 

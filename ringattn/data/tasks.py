@@ -1,8 +1,8 @@
 """Retrieval tasks: a long text (the haystack) with inserted facts (the needles), a question about them, and the answer.
 
 Needles and questions follow the published definitions. The wording is shorter, so that a task fits in few byte tokens,
-and the haystack is text that ships with Python. The answer is scored with teacher forcing, not sampled, so the question
-fixes an order where a definition asks for a set.
+and the haystack is text that ships with Python. The answer is scored with teacher forcing, not sampled. If a
+definition asks for a set, the question therefore states an order.
 """
 
 import hashlib

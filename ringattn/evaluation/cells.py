@@ -47,10 +47,13 @@ class Cell:
 
 
 def evaluate(c: config.Evaluation) -> int:
-    """Evaluates all runs and writes reports; reuses results that an interrupted evaluation has stored.
+    """Evaluates all runs and writes reports. Reuses the stored results of an interrupted evaluation.
 
-    Returns the process's exit status: 0, or 130 after Ctrl-C. Raises ValueError, with a fix, before computing anything
-    if config, runs, text and devices do not fit each other, and later if a file cannot be read or written.
+    Returns the exit status of the process: 0, or 130 after Ctrl-C.
+
+    Raises:
+      ValueError: before any computation, if config, runs, text and devices are inconsistent; later, if a file cannot be
+        read or written.
     """
     subjects = [find_subject(path, c) for path in c.runs]
     if len({subject.name for subject in subjects}) < len(subjects):
@@ -168,7 +171,7 @@ def _results(
 def _cell_key(
     cell: Cell, subject: Subject, text: losses.Text | None, c: config.Evaluation, mesh: jax.sharding.Mesh
 ) -> str:
-    """Digest of everything that a cell's result depends on."""
+    """Returns a digest of everything that the result of a cell depends on."""
     stage = subject.stage
     content = [
         asdict(cell),
@@ -181,7 +184,7 @@ def _cell_key(
     if cell.task in LOSSES:
         assert text is not None
         content += [text.fingerprint, c.lengths if cell.task == "loss_by_context" else None]
-    else:  # one sample represents the haystack, which depends on the version of Python, and the task's wording
+    else:  # the tokens of one sample change with the haystack (the Python version) and with the wording of the task
         sample = question(cell.task, subject.tokenizer, cell.length, cell.depth or 0.0, retrieval.sample_seeds(c)[0])
         content.append(sample.tokens.tolist())
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]

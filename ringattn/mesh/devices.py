@@ -26,6 +26,7 @@ from ringattn.mesh.axes import (
 from ringattn.mesh.topology import arrange_devices
 
 FORCED = "--xla_force_host_platform_device_count"
+START_FIRST = "restart Python and call ringattn.mesh.devices.start before other JAX code"
 
 
 def start(section: config.Mesh) -> jax.sharding.Mesh:
@@ -46,7 +47,7 @@ def start(section: config.Mesh) -> jax.sharding.Mesh:
     mesh = build_mesh(section)
     if section.simulate and jax.default_backend() != "cpu":
         running = f"JAX already runs on {jax.default_backend()}"
-        raise ValueError(f"mesh.simulate={section.simulate}, but {running}; start the mesh before using JAX")
+        raise ValueError(f"mesh.simulate={section.simulate}, but {running}; {START_FIRST}")
     return mesh
 
 
@@ -78,7 +79,10 @@ def resolve(section: config.Mesh, devices: int) -> dict[str, int]:
 
 
 def _nearest(fixed: Mapping[str, int], devices: int) -> str:
-    """Returns the options for the mesh of `devices` devices that changes the fewest fixed sizes by the least factor."""
+    """Returns the options of a mesh of `devices` devices that changes as few of the `fixed` sizes as possible.
+
+    Of several such meshes, it takes the one with the smallest factors between old and new sizes.
+    """
     divisors = [size for size in range(1, devices + 1) if devices % size == 0]
     fitting = [sizes for sizes in product(divisors, repeat=len(AXES)) if math.prod(sizes) == devices]
 
@@ -139,7 +143,7 @@ def _simulate(count: int) -> None:
         jax.config.update("jax_num_cpu_devices", count)
     except RuntimeError:
         running = f"JAX already runs on {jax.device_count()} devices"
-        raise ValueError(f"mesh.simulate={count}, but {running}; start the mesh before using JAX") from None
+        raise ValueError(f"mesh.simulate={count}, but {running}; {START_FIRST}") from None
 
 
 def _join_processes() -> None:

@@ -29,7 +29,7 @@ def arrange_devices(sizes: Mapping[str, int], devices: Sequence[Any]) -> jax.sha
 
 
 def ring_boxes(sizes: Mapping[str, int], coords: Sequence[Sequence[int]]) -> np.ndarray | None:
-    """Returns indices into `coords` in the shape of `sizes`, each ring in a sub-box; None unless they fill a box."""
+    """Returns indices into `coords` in the shape of `sizes`, each ring in a sub-box; None if `coords` fill no box."""
     sides = [sorted(set(side)) for side in zip(*coords, strict=True)]
     cells = {tuple(coord): index for index, coord in enumerate(coords)}
     box = tuple(map(len, sides))
@@ -40,7 +40,7 @@ def ring_boxes(sizes: Mapping[str, int], coords: Sequence[Sequence[int]]) -> np.
     others = [n for n in range(len(sizes)) if n != context]
 
     def cost(split: Sequence[tuple[int, ...]]) -> tuple[bool, int]:
-        """Returns (rings have no cycle, number of sides on which another axis shares a ring's side)."""
+        """Returns (rings have no Hamiltonian cycle, number of sides factored over both the ring and another axis)."""
         strided = [min(pair) > 1 for n in others for pair in zip(split[n], split[context], strict=True)]
         return closed_walk(split[context]) is None, sum(strided)
 

@@ -45,14 +45,14 @@ class Checkpoints:
     def save(self, step: int, tree: Any) -> None:
         """Starts an asynchronous write of `tree`, whose arrays may be donated immediately.
 
-        Raises ValueError, and writes nothing, if `tree` is not finite: no run could resume from it. Also raises any
-        error of the previous write.
+        Raises ValueError, and writes nothing, if `tree` contains NaN or infinity: no run could resume from it. Also
+        raises any error of the previous write.
         """
         arrays = _named(tree)
         non_finite = [name for name, finite in jax.device_get(_is_finite(arrays)).items() if not finite]
         if non_finite:
             fix = f"lower --{option('optimizer.learning_rate')} and start a new run with another --name"
-            raise ValueError(f"{non_finite[0]} is not finite after step {step}, which is not saved; {fix}")
+            raise ValueError(f"{non_finite[0]} contains NaN or infinity after step {step}; no checkpoint saved; {fix}")
         metadata = {"shapes": _shapes(arrays), "sums": _checksums(arrays)}
         args = ocp.args.Composite(state=ocp.args.StandardSave(arrays), facts=ocp.args.JsonSave(metadata))
         self._manager.save(step, args=args, force=True)
@@ -63,7 +63,7 @@ class Checkpoints:
         `like` is an abstract tree with shardings, which the restored arrays get. Damaged checkpoints are renamed to
         `damaged-<step>`, so that the run can write those steps again.
 
-        Raises ValueError if the newest intact checkpoint is of another model, or if none can be read.
+        Raises ValueError if the newest intact checkpoint does not match `like`, or if none can be read.
         """
         damaged: dict[int, str] = {}
         target = _named(like)
@@ -78,7 +78,7 @@ class Checkpoints:
                 damaged[step] = f"checkpoint {step} is damaged ({first_line(error)})"
                 continue
             if arrays is None:
-                raise ValueError(f"{self._directory / str(step)} is of another model: {_difference(metadata, target)}")
+                raise ValueError(f"{self._directory / str(step)} does not match: {_difference(metadata, target)}")
             self._rename_damaged(list(damaged))
             messages = [f"{reason}; using an earlier checkpoint" for reason in damaged.values()]
             return jax.tree.unflatten(jax.tree.structure(like), list(arrays.values())), messages
@@ -97,7 +97,7 @@ class Checkpoints:
 def read_params(directory: Path, step: int, like: Tree) -> Tree:
     """Returns the parameters of checkpoint `step` in `directory`, with the shardings of `like`. Writes nothing.
 
-    Raises ValueError if the checkpoint is damaged or of another model.
+    Raises ValueError if the checkpoint is damaged or does not match `like`.
     """
     target = {f"params.{name}": leaf for name, leaf in _named(like).items()}
     try:
@@ -111,7 +111,7 @@ def read_params(directory: Path, step: int, like: Tree) -> Tree:
         raise
     except Exception as error:  # reading a damaged file can raise any exception
         raise ValueError(f"{directory / str(step)} is damaged ({first_line(error)}); use another checkpoint") from error
-    raise ValueError(f"{directory / str(step)} is of another model: {_difference(metadata, target)}")
+    raise ValueError(f"{directory / str(step)} does not match: {_difference(metadata, target)}")
 
 
 def params_digest(directory: Path, step: int) -> str:
@@ -177,9 +177,9 @@ def _checksums(arrays: dict[str, jax.Array]) -> dict[str, int]:
 
 
 def _difference(metadata: dict[str, Any], target: dict[str, Any]) -> str:
-    """Returns the first array whose shape differs, and a fix, as text."""
+    """Returns a message that names the first array whose shape differs, both shapes and a fix."""
     stored, expected = metadata["shapes"], _shapes(target)
     name = next(name for name in [*expected, *stored] if stored.get(name) != expected.get(name))
     fix = "restore the config's model and data sections, or start a new run with another --name"
     stored_shape, shape = stored.get(name, "missing"), expected.get(name, "missing")
-    return f"{name} is {stored_shape} in the checkpoint but {shape} in the config's model; {fix}"
+    return f"the shape of {name} is {stored_shape} in the checkpoint but {shape} in the config's model; {fix}"

@@ -117,7 +117,7 @@ def _train_stage(c: config.Config, number: int, splits: Splits, directory: Path,
                 return None
             # A signal during the last step of a stage must not start the next stage.
             status, name = 128 + stop.number, signal.Signals(stop.number).name
-            result = f"stopped by {name} after step {run.end_step}, saved"
+            result = f"stopped by {name} after step {run.end_step}; checkpoint saved"
         if status == 0:
             finish(run, state, directory)
         display.print(f"{result}; run directory {directory}")
@@ -200,7 +200,7 @@ def advance(
                 if to_validate or to_save:
                     recorder.restart_clock()
                 if signal_number and not is_last:
-                    stopped = f"stopped by {signal.Signals(signal_number).name} after step {step}, saved"
+                    stopped = f"stopped by {signal.Signals(signal_number).name} after step {step}; checkpoint saved"
                     return 128 + signal_number, state, stopped
     return 0, state, result
 

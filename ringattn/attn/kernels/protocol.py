@@ -93,7 +93,7 @@ class Kernel(Protocol):
     def backward(
         self, spec: LogitSpec, queries: Queries, kv: KV, slopes: Slopes | None, residuals: Residuals, carry: QueryGrads
     ) -> tuple[QueryGrads, KVGrads]:
-        """Returns `carry` plus the contribution of `kv` to the query gradients, and these queries' to those of `kv`.
+        """Returns `carry` plus the query gradients due to `kv`, and the K/V gradients due to these queries.
 
         Gradients include `spec.scale` and are in the dtype of `accumulation_dtype`.
         """
@@ -111,9 +111,10 @@ def matmul_precision(dtype: DTypeLike) -> lax.Precision:
 
 
 def zeros(shape: tuple[int, ...], *like: Queries | KV | Slopes | None) -> Array:
-    """Returns zeros to accumulate into.
+    """Returns an accumulator of zeros.
 
-    Their dtype is the `accumulation_dtype` of the first array in `like`. They vary over the mesh as all its arrays do.
+    Its dtype is the `accumulation_dtype` of the first array in `like`. It varies over every mesh axis over which an
+    array in `like` varies.
     """
     leaves = jax.tree.leaves(like)
     return varying_like(jnp.zeros(shape, accumulation_dtype(leaves[0].dtype)), *leaves)
@@ -126,6 +127,6 @@ def init_partial(queries: Queries, kv: KV, slopes: Slopes | None) -> Partial:
 
 
 def init_query_grads(queries: Queries, kv: KV, slopes: Slopes | None) -> QueryGrads:
-    """Returns the queries' gradients due to no keys."""
+    """Returns the initial query gradients: no keys processed, all zero."""
     like = queries, kv, slopes
     return QueryGrads(zeros(queries.query.shape, *like), None if slopes is None else zeros(slopes.shape, *like))

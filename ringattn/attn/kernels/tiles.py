@@ -119,17 +119,17 @@ def _tile_bounds(tokens: Tokens, size: int, dim: int) -> Bounds:
 
 
 def tile_size(length: int, max_size: int) -> int:
-    """Returns the largest divisor <= max_size of half the length; of the length itself if it is odd.
+    """Returns the tile size: the largest divisor of length / 2 (of an odd length itself) that is at most max_size.
 
-    Tiles do not cross the middle, because the two halves of a zigzag shard are far apart in the sequence: the bounds of
-    a tile with tokens of both would exclude nothing.
+    Tiles do not cross the middle of a shard. The two halves of a zigzag shard are far apart in the sequence, so the
+    position bounds of a tile with tokens of both halves would be too wide to skip any pair.
     """
     half = length // 2 if length % 2 == 0 else length
     return _largest_divisor(half, max_size)
 
 
 def pad_to_tiles(queries: Queries, kv: KV) -> tuple[Queries, KV]:
-    """Pads lengths whose only suitable tile sizes are small (e.g. prime lengths)."""
+    """Pads queries and keys whose lengths would give very small tiles, such as prime lengths: see `_tileable`."""
     length, kv_length = queries.query.shape[3], kv.key.shape[2]
     size, kv_size = (_tileable(n, max_size) for n, max_size in zip((length, kv_length), TILE, strict=True))
     if (size, kv_size) == (length, kv_length):
@@ -153,7 +153,10 @@ def pad(x: Array | np.ndarray, dim: int, size: int, value: int = 0) -> Array:
 
 
 def _tileable(length: int, max_size: int) -> int:
-    """Returns the length, or the next multiple of max_size if its tiles would be smaller than a quarter of max_size."""
+    """Returns the length to pad to: `length`, or the next multiple of max_size if the tiles of `length` are too small.
+
+    Too small is less than a quarter of max_size, or of half the length if that is shorter.
+    """
     half = length // 2 if length % 2 == 0 else length
     return length if tile_size(length, max_size) * 4 >= min(half, max_size) else -(-length // max_size) * max_size
 

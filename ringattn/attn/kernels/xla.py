@@ -1,4 +1,4 @@
-"""Attention by tiles in plain XLA, for any device: holds one tile of logits, and computes only visible tiles.
+"""Tiled attention in plain XLA, for any device. Holds one tile of logits and skips tiles without visible keys.
 
 The bounds of positions, segments and spans decide beforehand which pairs of tiles are computed (`tiles.plan_tiles`), so
 the work follows the mask in every layout and for packed documents. The forward pass is online softmax; the backward
