@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import shutil
 import signal
 from dataclasses import replace
@@ -41,9 +42,38 @@ def base(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def finished(base):
-    """Directory of a completed run."""
-    assert train(base) == 0
+def second_starts():
+    """Second starts of the run of `finished`: the moment, the error, and whether all files remained unchanged."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def finished(base, second_starts):
+    """Directory of a completed run. A file that is opened twice in a process is locked as in two processes."""
+
+    def files():
+        return {path: path.stat().st_mtime_ns for path in base.run_directory.rglob("*")}
+
+    def before(patch, owner, name):
+        original = vars(owner)[name]
+
+        def start_again(*args):
+            patch.setattr(owner, name, original)  # once, and not in the second start
+            before_it = files()
+            try:
+                refusal = str(train(base))
+            except ValueError as error:
+                refusal = str(error)
+            second_starts.append((name, refusal, files() == before_it))
+            return original(*args)
+
+        patch.setattr(owner, name, start_again)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ringattn.runs.lock.INTERVAL", 0.001)
+        for owner, name in (loop, "read"), (loop, "compile_step"), (Recorder, "step"), (loop.Checkpoints, "save"):
+            before(patch, owner, name)
+        assert train(base) == 0
     return base.run_directory
 
 
@@ -67,6 +97,18 @@ def test_a_complete_directory(base, finished):
     assert rows[2]["tokens"] == 4 * 2 * 32
     assert rows[2]["tokens_per_second"] == pytest.approx(64 / rows[2]["step_seconds"])
     assert rows[-1]["eval/bits_per_byte"] > rows[-1]["eval/loss"] / np.log(2)  # boundary tokens have no byte
+
+
+def test_a_second_start_is_refused_at_any_moment(finished, second_starts):
+    """And the first one writes a complete directory: see above."""
+    assert [moment for moment, *_ in second_starts] == ["read", "compile_step", "step", "save"]
+    for moment, refusal, unchanged in second_starts:
+        in_use = (
+            rf"{finished} is in use by process {os.getpid()} on host .*: wait for it, stop it, or use another --name"
+        )
+        assert re.fullmatch(in_use, refusal), moment
+        assert unchanged, moment
+    assert not (finished / ".lock").exists()
 
 
 def test_statistics_of_the_compiled_step(finished):

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ringattn.runs.lock import locked
+
 ROOT = Path(__file__).parents[1]
 FLAGS = [
     *("--model.layers", "1", "--model.dim", "16", "--model.feed_forward", "32", "--model.head_dim", "8"),
@@ -89,6 +91,85 @@ def test_processes_with_different_data_or_config_do_not_train_together(text, dif
     assert [status for *_, status in done] == [2, 2], done
     assert f"{differs} of process 0 differs from that of process 1; start all" in done[0][1]
     assert not (text / "runs").exists()
+
+
+def one_line(stderr):
+    """The error of a process, without what JAX's coordinator logs."""
+    lines = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    assert (len(lines), "Traceback" in stderr) == (1, False), stderr
+    return lines[0]
+
+
+def test_processes_without_a_shared_directory_are_refused_at_the_start(text):
+    directories = (text / "one", text / "two")
+    relative = command(text, "--data.path", str(text / "one"), "--mesh.simulate", "4")
+    relative[relative.index("--log.directory") + 1] = "runs"
+    done = run_processes(relative, relative, directories=directories)
+    assert [status for *_, status in done] == [2, 2], done
+    host = socket.gethostname()
+    problem = f"error: runs/quickstart of process 0 on host {host} is not visible to process 1 on host {host}"
+    fix = "use a --log.directory on a file system that all hosts share"
+    assert [one_line(stderr) for _, stderr, _ in done] == [f"{problem}; {fix}"] * 2
+    assert not any("parameters" in stdout for stdout, *_ in done)  # printed before the step is compiled
+    assert not list(text.glob("*/runs"))
+
+
+def test_a_second_start_of_two_processes_does_not_join(text):
+    """At the address of the first start it would abort that one."""
+    run = text / "runs" / "quickstart"
+    both = command(text, "--data.path", str(text / "one"), "--mesh.simulate", "4")
+    with locked(run / ".lock", run, "", ""):
+        done = run_processes(both, both)
+        assert [path.name for path in run.iterdir()] == [".lock"]
+    assert [status for *_, status in done] == [2, 2], done
+    in_use = f"error: {run} is in use by process {os.getpid()} on host "
+    assert all(one_line(stderr).startswith(in_use) for _, stderr, _ in done)
+    assert not any("[Gloo]" in stdout + stderr for stdout, stderr, _ in done)
+
+
+def test_processes_agree_on_locks_and_checkpoints(tmp_path):
+    """One that starts between the check and the lock is refused in all processes, too."""
+    code = f"""
+import sys
+from pathlib import Path
+import jax
+from ringattn import config
+from ringattn.runs import shared
+shared.PATIENCE, shared.check_free, directory = 0.2, lambda *_: None, Path({str(tmp_path)!r})
+
+def attempt(action):
+    try:
+        print(action(), flush=True)
+    except ValueError as error:
+        print(error, flush=True)
+
+def claim(name):
+    with shared.claimed([directory / name], config.Mesh(simulate=1), "fix", "unwritable"):
+        shared.check_shared(directory / name)
+        return f"claimed {{name}}"
+
+attempt(lambda: claim("free"))
+attempt(lambda: claim("held"))
+own = directory / str(jax.process_index())
+(own / "checkpoints" / "4").mkdir(parents=True)
+attempt(lambda: shared.newest_step(own))
+if jax.process_index():
+    (own / "checkpoints" / "4").rmdir()
+attempt(lambda: shared.newest_step(own))
+"""
+    with locked(tmp_path / "held" / ".lock", tmp_path / "held", "", ""):
+        done = run_processes(*[[sys.executable, "-c", code]] * 2)
+    host = socket.gethostname()
+    for index, (stdout, stderr, status) in enumerate(done):
+        assert status == 0, stderr
+        free, held, same, different = [line for line in stdout.splitlines() if "[Gloo]" not in line]
+        assert (free, same) == ("claimed free", "4")
+        assert held.startswith(f"{tmp_path / 'held'} is in use by process {os.getpid()} on host ")
+        assert different == (
+            f"the newest checkpoint in {tmp_path / str(index)} is 4 for process 0 on host {host}, 0 for process 1 on "
+            f"host {host}; use a --log.directory on a file system that all hosts share"
+        )
+    assert not (tmp_path / "free").exists()
 
 
 def test_processes_join_into_one_mesh():

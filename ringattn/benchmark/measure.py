@@ -21,6 +21,7 @@ from ringattn.benchmark.timing import Program, calls_per_sample, compile_program
 from ringattn.environment import environment
 from ringattn.mesh.devices import ring_mesh, start
 from ringattn.runs.files import write_json, write_text
+from ringattn.runs.shared import claimed
 from ringattn.units import first_line
 
 Key: TypeAlias = tuple[str, str]
@@ -32,10 +33,16 @@ def benchmark(c: config.Benchmark) -> int:
 
     Rewrites results.json and the plot after each length and ring size, and replaces those of an earlier run. Returns
     the exit status of the process, 0. Raises ValueError, with a fix, if the config does not fit the devices or the run
-    directory. A subject that cannot run is reported and skipped.
+    directory, or if another process writes there. A subject that cannot run is reported and skipped.
     """
-    start(config.Mesh(simulate=c.simulate))
-    rings = ring_sizes(c)
+    mesh = config.Mesh(simulate=c.simulate)
+    with claimed([Path(c.directory) / c.name], mesh, "use another --name", "use another --directory"):
+        start(mesh)
+        return _benchmark_claimed(c, ring_sizes(c))
+
+
+def _benchmark_claimed(c: config.Benchmark, rings: list[int]) -> int:
+    """Measures in a run directory that no other process writes. Returns the exit status of the process."""
     directory, console = prepare_directory(c), make_console()
     kind = jax.devices()[0].device_kind
     console.print(f"{jax.device_count()} {kind} devices, results go to {directory}")

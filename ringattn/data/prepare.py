@@ -8,6 +8,7 @@ from ringattn.data.corpus import encode
 from ringattn.data.dataset import find_tokenizer
 from ringattn.data.shards import are_shards, open_shards, write_shards
 from ringattn.data.sources import read_documents, total_bytes
+from ringattn.runs.lock import locked
 from ringattn.runs.progress import Display
 
 _INTERVAL = 5.0  # seconds between progress lines if the output is not a terminal
@@ -50,20 +51,27 @@ def prepare(data: Data, output: str) -> None:
         raise ValueError(f"--output {output!r} must name a directory, such as --output shards")
     if are_shards(data.path):
         raise ValueError(f"data.path={data.path!r} already contains shards; pass it to scripts/train.py")
-    if directory.exists():
-        _check_same(directory, data)
-        print(f"nothing to do: {directory} already contains these shards, complete and unchanged")
-        return
-    source = Path(data.path).expanduser().resolve()
-    if source.is_dir() and directory.resolve().is_relative_to(source):
-        problem = f"--output {directory} is inside data.path={data.path!r}, which would then contain its own shards"
-        raise ValueError(f"{problem}; choose a directory outside it")
+    if not directory.exists():
+        source = Path(data.path).expanduser().resolve()
+        if source.is_dir() and directory.resolve().is_relative_to(source):
+            problem = f"--output {directory} is inside data.path={data.path!r}, which would then contain its own shards"
+            raise ValueError(f"{problem}; choose a directory outside it")
+        # The lock file lies beside the output, which is renamed into place once complete.
+        file, fix = directory.with_name(f".{directory.name}.lock"), "choose another --output"
+        with locked(file, directory, fix, fix):
+            if not directory.exists():  # no other process has just written it
+                return _write(data, data.path, directory)
+    _check_same(directory, data)
+    print(f"nothing to do: {directory} already contains these shards, complete and unchanged")
+
+
+def _write(data: Data, path: str, directory: Path) -> None:
     tokenizer = find_tokenizer(data)
     video = tokenizer.name == "video"
-    total = total_bytes(data.path, video)
+    total = total_bytes(path, video)
     with Display(total, in_bytes=True, every_process=True) as display:
         progress = _Progress(display, total)
-        write_shards(directory, encode(read_documents(data.path, video), tokenizer), tokenizer, data, progress.add)
+        write_shards(directory, encode(read_documents(path, video), tokenizer), tokenizer, data, progress.add)
         display.print(f"{directory}: {progress.summary()}")
 
 

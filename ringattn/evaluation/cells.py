@@ -27,9 +27,11 @@ from ringattn.evaluation.batches import ScoreFn
 from ringattn.evaluation.report import describe, write_report
 from ringattn.evaluation.results import Result, ResultFile
 from ringattn.evaluation.subject import Subject, find_subject
-from ringattn.mesh.devices import check_same, start
+from ringattn.mesh.devices import start
+from ringattn.mesh.processes import check_same
 from ringattn.model.scoring import Scores
 from ringattn.runs.progress import Display
+from ringattn.runs.shared import claimed
 
 FORMAT = 1
 """Version of a cell's result. Increment it when the content of results changes, so that stored ones are not reused."""
@@ -52,12 +54,19 @@ def evaluate(c: config.Evaluation) -> int:
     Returns the exit status of the process: 0, or 130 after Ctrl-C.
 
     Raises:
-      ValueError: before any computation, if config, runs, text and devices are inconsistent; later, if a file cannot be
-        read or written.
+      ValueError: before any computation, if config, runs, text and devices are inconsistent or another process writes the
+        same evaluation; later, if a file cannot be read or written.
     """
     subjects = [find_subject(path, c) for path in c.runs]
     if len({subject.name for subject in subjects}) < len(subjects):
         raise ValueError(f"runs={c.runs}: the runs must have different names; evaluate them one at a time")
+    directories = [output_directory(subject, c) for subject in subjects]
+    with claimed(directories, c.mesh, "use another --name", "fix this and run the same command again"):
+        return _evaluate_claimed(c, subjects)
+
+
+def _evaluate_claimed(c: config.Evaluation, subjects: list[Subject]) -> int:
+    """Evaluates into output directories that no other process writes. Returns the exit status of the process."""
     try:
         mesh = start(c.mesh)
         check_same("config", repr(c))

@@ -1,14 +1,11 @@
 """Initializes devices and processes, and builds and checks the mesh of a config."""
 
-import hashlib
 import math
 import os
 from collections.abc import Mapping
 from itertools import product
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 from ringattn import config
 from ringattn.config import option
@@ -23,6 +20,7 @@ from ringattn.mesh.axes import (
     context_shards,
     describe_sizes,
 )
+from ringattn.mesh.processes import join_processes
 from ringattn.mesh.topology import arrange_devices
 
 FORCED = "--xla_force_host_platform_device_count"
@@ -41,14 +39,19 @@ def start(section: config.Mesh) -> jax.sharding.Mesh:
       ValueError: if the axis sizes do not multiply to the number of devices (the message suggests a mesh), if JAX is
         already initialized on other devices, or if `jax.distributed.initialize` fails.
     """
-    if section.simulate:
-        _simulate(section.simulate)
-    _join_processes()
+    join(section)
     mesh = build_mesh(section)
     if section.simulate and jax.default_backend() != "cpu":
         running = f"JAX already runs on {jax.default_backend()}"
         raise ValueError(f"mesh.simulate={section.simulate}, but {running}; {START_FIRST}")
     return mesh
+
+
+def join(section: config.Mesh) -> None:
+    """Does the first part of `start`, which does not start the devices of a single process. Raises ValueError."""
+    if section.simulate:
+        _simulate(section.simulate)
+    join_processes()
 
 
 def build_mesh(section: config.Mesh) -> jax.sharding.Mesh:
@@ -125,16 +128,6 @@ def _check_multiple(name: str, value: int, rule: str, unit: int, reason: str = "
         raise ValueError(f"{name}={value} must be a multiple of {rule} = {unit}{reason}; use {fix}")
 
 
-def check_same(name: str, text: str) -> None:
-    """Raises ValueError in every process unless `text` is equal in all; `name` is used in messages."""
-    if jax.process_count() > 1:
-        digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.int32)
-        different = np.flatnonzero(np.any(multihost_utils.process_allgather(digest) != digest, axis=-1))
-        if different.size:
-            problem = f"{name} of process {jax.process_index()} differs from that of process {different[0]}"
-            raise ValueError(f"{problem}; start all processes with the same command and the same files")
-
-
 def _simulate(count: int) -> None:
     jax.config.update("jax_platforms", "cpu")
     if FORCED in os.environ.get("XLA_FLAGS", ""):
@@ -144,19 +137,3 @@ def _simulate(count: int) -> None:
     except RuntimeError:
         running = f"JAX already runs on {jax.device_count()} devices"
         raise ValueError(f"mesh.simulate={count}, but {running}; {START_FIRST}") from None
-
-
-def _join_processes() -> None:
-    environ = os.environ
-    tasks, hosts = environ.get("SLURM_STEP_NUM_TASKS", "1"), environ.get("TPU_WORKER_HOSTNAMES", "")
-    multi_process = "JAX_COORDINATOR_ADDRESS" in environ or tasks != "1" or "," in hosts
-    if not multi_process or jax.distributed.is_initialized():
-        return
-    count, index = environ.get("JAX_NUM_PROCESSES"), environ.get("JAX_PROCESS_ID")
-    try:  # JAX itself reads only the address from the environment; None makes it ask the cluster
-        jax.distributed.initialize(
-            num_processes=int(count) if count else None, process_id=int(index) if index else None
-        )
-    except ValueError as error:
-        fix = "set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
-        raise ValueError(f"cannot join the other processes ({error}); {fix}") from None

@@ -12,12 +12,14 @@ from ringattn.cost.flops import peak_flops, step_flops
 from ringattn.cost.step_statistics import describe_statistics
 from ringattn.data import Splits, VideoTokenizer, prefetch, read
 from ringattn.mesh.axes import context_shards
-from ringattn.mesh.devices import build_mesh, check_divisible, check_same, start
+from ringattn.mesh.devices import build_mesh, check_divisible, start
+from ringattn.mesh.processes import check_same
 from ringattn.runs.checkpoint import Checkpoints, saved_steps
 from ringattn.runs.directory import check_data, check_resumable, write_description
 from ringattn.runs.files import write_json, write_text
 from ringattn.runs.metrics import MetricsFile, Row, read_rows
 from ringattn.runs.progress import Display
+from ringattn.runs.shared import check_shared, claimed, newest_step
 from ringattn.runs.signals import Stop, stopped_by_signal
 from ringattn.runs.writers import Writers
 from ringattn.training.frames import plot_frames
@@ -34,16 +36,25 @@ def train(c: config.Config) -> int:
     Returns the exit status of the process: 0, or 128 + signal number if a signal stopped the run.
 
     Raises:
-      ValueError: if config, data, devices and run directory are inconsistent, or if the loss or gradient norm becomes
-        non-finite.
+      ValueError: if config, data, devices and run directory are inconsistent, if another process trains the run, or
+        if the loss or gradient norm becomes non-finite.
     """
     directory = c.run_directory
+    with claimed([directory], c.mesh, "use another --name", "use another --log.directory"):
+        check_same("config", repr(c))
+        check_shared(directory)
+        return _train_claimed(c, directory)
+
+
+def _train_claimed(c: config.Config, directory: Path) -> int:
+    """Trains the run in `directory`, which no other start writes. Returns the exit status of the process."""
+    launch_step = newest_step(directory)
     check_resumable(c, directory)
     current = _current_stage(c, directory)
     with config.stage_errors(c.stages, current):
         start(c.stage(current).mesh)
     splits = _checked_data(c, current)
-    status, launch_step = None, max(saved_steps(directory / "checkpoints"), default=0)
+    status = None
     while status is None:
         # Each stage starts from the newest checkpoint, like a resumed run.
         current = _current_stage(c, directory)
@@ -54,7 +65,7 @@ def train(c: config.Config) -> int:
 
 def _current_stage(c: config.Config, directory: Path) -> int:
     """Returns the index (from 1) of the stage that continues from the newest checkpoint."""
-    return c.stage_after(max(saved_steps(directory / "checkpoints"), default=0))
+    return c.stage_after(newest_step(directory))
 
 
 def _checked_data(c: config.Config, current: int) -> Splits:
@@ -85,7 +96,6 @@ def _train_stage(c: config.Config, number: int, splits: Splits, directory: Path,
     steps = c.steps_before(len(c.stages) + 1)
     with jax.set_mesh(mesh):
         run = prepare_stage(c, mesh, number, splits)
-        check_same("config", repr(c))
         check_same("data", repr(run.fingerprints()))
         state, damage = _initial_or_restored(run, directory)
         done = int(state.step)
