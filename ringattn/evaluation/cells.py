@@ -54,8 +54,8 @@ def evaluate(c: config.Evaluation) -> int:
     Returns the exit status of the process: 0, or 130 after Ctrl-C.
 
     Raises:
-      ValueError: before any computation, if config, runs, text and devices are inconsistent or another process writes the
-        same evaluation; later, if a file cannot be read or written.
+      ValueError: before any computation, if config, runs, text and devices are inconsistent, or if another process
+        writes the same evaluation; later, if a file cannot be read or written.
     """
     subjects = [find_subject(path, c) for path in c.runs]
     if len({subject.name for subject in subjects}) < len(subjects):
