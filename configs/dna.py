@@ -1,11 +1,12 @@
-"""A model of a genome with one token per base: rows of 8,192 bases on a ring of 8 simulated devices.
+"""Genome model with one token per base, on rows of 8,192 bases and a ring of 8 simulated devices.
 
     python scripts/train.py --config configs/dna.py --data.path genome.fa.gz
 
-Takes a FASTA file, plain or gzip, such as E. coli K-12 in Debian's package ragout-examples. Expect about two minutes on
-two idle CPU cores and a validation loss near 1.358 nats per base (a uniform guess scores ln 4 = 1.386). Nearby bases
-are the best predictors, so a window of 255 preceding bases learns faster than full attention and needs one hop instead
-of seven. Each row repeats the last 256 bases of the preceding row, so that every later base has its full window.
+Takes a FASTA file, plain or gzipped, such as E. coli K-12 in the Debian package ragout-examples. Expect about two
+minutes on two idle CPU cores and a validation loss near 1.358 nats per base (a uniform guess scores ln 4 = 1.386).
+Nearby bases are the best predictors, so a model with a window of 255 preceding bases learns faster than with full
+attention, and needs one hop instead of seven. Each row repeats the last 256 bases of the preceding row, so that every
+later base has its full window.
 """
 
 from ringattn.config import Attention, Checkpoint, Config, Data, Log, Mesh, Model, Optimizer, Train, Validation

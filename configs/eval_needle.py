@@ -1,4 +1,4 @@
-"""Evaluates retrieval by the model of `needle`: needles at five depths in rows of three lengths.
+"""Evaluates needle retrieval of the model `needle`, at five depths in rows of three lengths.
 
     python scripts/eval.py --config configs/eval_needle.py
 

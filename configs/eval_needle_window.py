@@ -1,9 +1,9 @@
-"""Compares the models of `needle` and `needle_window`, also in rows of twice the training length.
+"""Compares the models `needle` and `needle_window`, including rows of twice the training length.
 
     python scripts/eval.py --config configs/eval_needle_window.py
 
 Both heat maps are in runs/needle/evaluations/eval_needle_window/comparison/plots/needle.png. The windowed model finds
-needles up to 128 tokens back, even in longer rows. The other model fails in rows beyond its training length.
+needles up to 128 tokens back, even in longer rows. The other model fails in rows longer than its training rows.
 """
 
 from dataclasses import replace

@@ -3,8 +3,8 @@
     python scripts/train.py --config configs/gather.py
 
 Expect the losses of the quickstart, up to rounding. Every device stores the K/V of the whole row for one layer at a
-time, so memory grows with the row length instead of the local length. In return each layer needs one exchange
-instead of seven.
+time, so memory grows with the row length instead of the local length. In return, each layer needs one collective
+instead of seven hops.
 """
 
 from dataclasses import replace

@@ -2,7 +2,7 @@
 
     python scripts/plan.py --config configs/llama3_8b_10m.py --topology v5p:4x4x4
 
-Expect it to fit in 64 chips with 95.7 GiB each.
+Expect it to fit on 64 chips with 95.7 GiB each.
 """
 
 from dataclasses import replace

@@ -2,7 +2,7 @@
 
     python scripts/plan.py --config configs/llama3_8b_1m.py --topology v5e:8x8
 
-Expect it to fit in 64 chips with 15.75 GiB each. To train it on such devices, use scripts/train.py with the path of
+Expect it to fit on 64 chips with 15.75 GiB each. To train it on such devices, use scripts/train.py with the path of
 Llama's tokenizer.json as --data.tokenizer.
 """
 

@@ -4,8 +4,8 @@
     python scripts/eval.py --config configs/eval_needle.py
 
 Each document is prose with a hidden seven-digit number, followed by a question about the number; all but the answer is
-masked out of the loss. Documents of 128 and 256 bytes, packed into rows, are learned first and speed up learning those
-of 512. Expect about twelve minutes on two CPU cores.
+masked out of the loss. The model first learns documents of 128 and 256 bytes, packed into rows, which speeds up
+learning those of 512. Expect about twelve minutes on two CPU cores.
 """
 
 from ringattn.config import Attention, Checkpoint, Config, Data, Log, Mesh, Model, Optimizer, Train, Validation

@@ -1,9 +1,9 @@
-"""The needle model with a sliding window of 64 preceding tokens, which hides needles further back.
+"""The needle model with a sliding window of 64 preceding tokens, so that needles further back are not visible.
 
     python scripts/train.py --config configs/needle_window.py
     python scripts/eval.py --config configs/eval_needle_window.py
 
-Two layers reach back 128 tokens. The heat map also reveals a wrong mask.
+Two layers together reach back 128 tokens. The heat map would also show an error in the mask.
 """
 
 from dataclasses import replace

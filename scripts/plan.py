@@ -1,7 +1,7 @@
-"""Plans a train step: python scripts/plan.py --config configs/llama3_8b_1m.py --topology v5e:8x8 [--json FILE]
+"""Plans a training step: python scripts/plan.py --config configs/llama3_8b_1m.py --topology v5e:8x8 [--json FILE]
 
-Compiles the step with the TPU compiler (pip install -e '.[tpu]'), which needs no TPU, and reports the memory that each
-device needs. The exit status is 1 if the step does not fit.
+Compiles the step with the TPU compiler (pip install -e '.[tpu]'), without a TPU, and reports the memory required per
+device. The exit status is 1 if the step does not fit.
 """
 
 if __name__ == "__main__":  # first, because the imports below take seconds

@@ -1,7 +1,7 @@
 """Writes token shards: python scripts/prepare.py --config configs/dna.py --data.path genome.fa.gz --output shards/dna
 
-Training with --data.path shards/dna then memory-maps the shards, after verifying them, instead of reading and
-tokenizing the text again. --data.seq_len, --data.overlap and --data.mixture do not affect the shards.
+Training with --data.path shards/dna then verifies and memory-maps the shards instead of reading and tokenizing the
+text again. --data.seq_len, --data.overlap and --data.mixture do not affect the shards.
 """
 
 if __name__ == "__main__":  # first, because the imports below take seconds
@@ -22,7 +22,7 @@ SECTIONS = ("data",)
 @dataclass(frozen=True, kw_only=True)
 class Options(config.Options):
     output: str | None = None
-    """New directory for the shards; if it exists, its shards are verified. Required."""
+    """Directory to create for the shards. If it exists, its shards are verified. Required."""
 
 
 def main() -> None:

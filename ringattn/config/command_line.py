@@ -188,7 +188,7 @@ def _refusal(word: str, config: Any, valid: list[str]) -> str:
         return _unexpected(word)
     name = word[2:].partition("=")[0].replace("-", "_")
     if name in _Parser(Options(), config).kinds:
-        return f"--{name} is an option of {SCRIPTS[type(config)][0]}, not of this script; --help lists its options"
+        return f"--{name} is an option of {SCRIPTS[type(config)][0]}, not of this script; see this script's --help"
     if not (name.startswith("stage") and isinstance(config, Config)):
         return unknown(f"--{name}", [f"--{option}" for option in valid if not option.startswith("stages.")])
     number = (re.findall(r"\d+", name) or ["1"])[0]

@@ -41,7 +41,7 @@ class Evaluation:
     path: str | None = None
     """Text for the losses, as in data.path of a training config. None: the held-out text of each run."""
     layout: Layout = "zigzag"
-    """Order in which a row's tokens are sharded, as in attention.layout of a training config."""
+    """Order of a row's tokens over the devices, as in attention.layout of a training config."""
     strategy: Strategy = "ring"
     """Communication strategy, as in attention.strategy of a training config."""
     mesh: Mesh = field(default_factory=Mesh)

@@ -32,7 +32,7 @@ class Model:
     feed_forward: int = 768
     """Hidden dimension of the SwiGLU feed-forward layer (F)."""
     vocabulary: int | None = None
-    """Vocabulary size (V). None: that of the tokenizer."""
+    """Vocabulary size (V). None: the size of the tokenizer's vocabulary."""
     rope_theta: float = 10_000.0
     """RoPE base frequency."""
     rope_scaling: RopeScaling = "none"
@@ -143,11 +143,11 @@ class Mesh:
 @section("attention.")
 class Attention:
     layout: Layout = "zigzag"
-    """Order in which a row's tokens are sharded. zigzag and striped balance causal attention."""
+    """Order of a row's tokens over the devices. zigzag and striped balance causal attention."""
     strategy: Strategy = "ring"
     """Communication strategy. ring: K/V rotate; gather: K/V are all-gathered; ulysses: all-to-all between sequence and
-    heads; usp: ulysses over mesh.context, ring over mesh.context_outer; auto: the one with the lowest estimated
-    cost."""
+    heads; usp: ulysses over mesh.context, ring over mesh.context_outer; auto: the strategy with the least exposed
+    communication."""
     window: int | None = None
     """Sliding window: number of preceding tokens a token attends to, besides itself. None: no window."""
 
