@@ -28,7 +28,7 @@ def environment() -> dict[str, Any]:
 def git_commit() -> str | None:
     """Returns the commit of the project's checkout, with suffix '-dirty' for uncommitted changes.
 
-    Returns None outside a checkout, also if the package lies in a repository of another project.
+    Returns None outside a checkout, or if the package is inside the repository of another project.
     """
     root = Path(__file__).resolve().parents[1]
     try:

@@ -1,6 +1,6 @@
-"""Loads ringattn/runs/signals.py before the package ringattn, which imports JAX for seconds.
+"""Loads ringattn/runs/signals.py before the package ringattn, whose import of JAX takes seconds.
 
-In these seconds Ctrl-C would print a traceback, or be lost in a callback of JAX.
+Otherwise, Ctrl-C during the import would print a traceback or be lost in a callback of JAX.
 """
 
 import signal

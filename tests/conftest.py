@@ -21,8 +21,8 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 hypothesis.settings.register_profile("ringattn", deadline=None)  # no test depends on the speed of the machine
 hypothesis.settings.load_profile("ringattn")
-# Without `config`, which holds no arrays and checks its types itself, with messages for users, and without the modules
-# that build tasks from strings: their functions are called a million times for one training set.
+# Excludes `config`, which has no arrays and checks its types itself. Excludes the modules that generate task texts,
+# because their functions are called a million times for one training set.
 root = Path(__file__).parents[1]
 modules = {".".join(path.relative_to(root).with_suffix("").parts) for path in (root / "ringattn").rglob("[!_]*.py")}
 unchecked_modules = ("ringattn.config", "ringattn.data.haystack", "ringattn.data.tasks")

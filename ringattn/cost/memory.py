@@ -9,7 +9,7 @@ from ringattn.hardware import CHIPS
 
 
 class ProgramMemory(NamedTuple):
-    """The compiler's memory plan per device. `results` excludes results that reuse the memory of donated arguments."""
+    """Memory of a compiled program per device. `results` excludes results that reuse memory of donated arguments."""
 
     arguments: int
     temporaries: int
@@ -24,7 +24,7 @@ class ProgramMemory(NamedTuple):
 
 
 def program_memory(compiled: jax.stages.Compiled) -> ProgramMemory | None:
-    """Returns the compiler's memory plan for `compiled`; None if the backend has none (CPU, GPU and TPU have one)."""
+    """Returns the memory analysis of `compiled`; None if the backend has none (CPU, GPU and TPU have one)."""
     plan = compiled.memory_analysis()
     if plan is None:
         return None

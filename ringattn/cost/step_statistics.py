@@ -18,7 +18,7 @@ Statistics = dict[str, Any]
 
 
 def memory_statistics(compiled: jax.stages.Compiled) -> dict[str, int | None] | None:
-    """Returns the compiler's memory plan per device, its `total`, and the memory of a `device`; None if unknown."""
+    """Returns the memory of `compiled` per device, its `total`, and the memory of a `device`; None if unknown."""
     plan = program_memory(compiled)
     if plan is None:
         return None
@@ -39,7 +39,7 @@ def attention_statistics(c: config.Config, mesh: jax.sharding.Mesh) -> Statistic
     )
     mask = attention_mask(c)
     strategy = c.attention.strategy
-    # As attention() does: if either axis has size 1, it runs a plain ring over both.
+    # Like attention(), which runs a plain ring over both axes if either has size 1.
     over = (outer, inner) if strategy == "usp" or min(outer, inner) > 1 else outer * inner
     if strategy == "auto":
         kind = mesh.devices.flat[0].device_kind

@@ -1,4 +1,4 @@
-"""Building a model from a config, and its forward pass as a function of parameters."""
+"""Builds a model from a config, and its forward pass as a function of the parameters."""
 
 from collections.abc import Callable
 from functools import partial
@@ -24,9 +24,9 @@ def attention_mask(c: config.Config) -> Mask:
 
 
 def model_factory(c: config.Config, vocabulary: int) -> MakeModel:
-    """Returns make_model() -> the model of `c`, initialized from its seed; call it under a mesh.
+    """Returns a function that creates the model of `c`, initialized from train.seed. Call it under a mesh.
 
-    Raises ValueError if `model.vocabulary` is smaller than `vocabulary`, the tokenizer's.
+    Raises ValueError if `model.vocabulary` is smaller than `vocabulary`, the tokenizer's vocabulary size.
     """
     model_vocabulary = vocabulary if c.model.vocabulary is None else c.model.vocabulary
     if model_vocabulary < vocabulary:

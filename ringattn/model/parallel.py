@@ -56,7 +56,7 @@ _all_gather.defvjp(_gather_forward, _gather_backward)
 
 
 def init_normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, spec: jax.P) -> nnx.Param:
-    """Returns a normal float32 parameter, generated sharded; its values depend on the seed but not on the mesh."""
+    """Returns a float32 parameter, normally distributed and created sharded. Its values do not depend on the mesh."""
     return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32, out_sharding=spec))
 
 

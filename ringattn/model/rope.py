@@ -1,8 +1,8 @@
-"""Rotary position embedding (RoPE, arXiv 2104.09864), in Hugging Face's half-split form of Llama.
+"""Rotary position embedding (RoPE, arXiv 2104.09864), in the half-split form of Hugging Face's Llama.
 
 Scaling methods lower the frequencies for contexts beyond the training length: linear (position interpolation, arXiv
 2306.15595), NTK-aware (a larger theta, which keeps the highest frequency and divides the lowest by `rope_factor`), YaRN
-(arXiv 2309.00071) and Llama 3.1's.
+(arXiv 2309.00071) and the method of Llama 3.1.
 """
 
 import math
@@ -48,9 +48,9 @@ def rotations(
 
     `positions` are counted from the start of each segment; tokens may be in any order.
 
-    A float32 product of position and frequency would be off by 0.4 radians at ten million tokens. Angles are equal
-    modulo one turn, so each frequency is split into a multiple of 2**-32 turns, whose int32 product with the position
-    wraps around at full turns, and a remainder, whose float32 product is small.
+    A float32 product of position and frequency would be off by 0.4 radians at ten million tokens. Angles
+    matter only modulo one turn. Each frequency is therefore split into a multiple of 2**-32 turns, whose int32 product
+    with the position wraps around at full turns, and a remainder, whose float32 product is small.
     """
     turns = frequencies(c) / (2 * math.pi)
     units = np.round(turns * 2**32)

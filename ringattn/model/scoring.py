@@ -26,7 +26,7 @@ class Scores(NamedTuple):
     nats: Float[np.ndarray, "B L"]
     """float32: -log p(target)."""
     predictions: Int[np.ndarray, "B L"]
-    """int32: the argmax id for each target (the lowest id on ties)."""
+    """int32: the argmax prediction of each target; the lowest id on ties."""
 
 
 @dataclass(frozen=True)

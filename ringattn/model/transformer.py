@@ -88,7 +88,7 @@ class FeedForward(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """x = x + attention(norm(x)); x = x + feed_forward(norm(x)). Each of the two modules has its norm."""
+    """x = x + attention(norm(x)); x = x + feed_forward(norm(x)). Each module contains its norm."""
 
     def __init__(self, c: config.Model, attend: AttentionFunction, rngs: nnx.Rngs):
         self.dtype, self.in_chunks = c.dtype, c.remat != "off"
@@ -124,7 +124,7 @@ saved, so that K/V do not rotate a third time."""
 class Transformer(nnx.Module):
     """Maps tokens to hidden states. The loss applies the output projection in chunks and never stores all logits.
 
-    Create it under `jax.set_mesh` of an explicit mesh, preferably inside `jax.jit`, so that no device ever holds a
+    Create it under `jax.set_mesh` with an explicit mesh, preferably inside `jax.jit`, so that no device ever holds a
     whole parameter. The residual stream is in the compute dtype, because it dominates memory at long context; RMSNorm
     reads it in float32.
     """

@@ -1,4 +1,4 @@
-"""The description of a run in its directory, and checks that a config can resume it."""
+"""Writes the description of a run to its directory, and checks that a config can resume it."""
 
 import json
 from dataclasses import asdict, replace
@@ -49,7 +49,7 @@ def check_data(directory: Path, fingerprints: dict[str, str], path: str | tuple[
 
 
 def check_resumable(c: config.Config, directory: Path) -> None:
-    """Raises ValueError if `c.resume` does not allow to resume, or if `c` changes a field that must not change.
+    """Raises ValueError if `c.resume` does not allow resuming, or if `c` changes a field that must not change.
 
     Stages that have not started may be changed, added or removed.
     """
@@ -94,7 +94,7 @@ def _as_option(value: Any) -> str:
 
 
 def _check_steps(previous: config.Config, c: config.Config, stage: int, step: int, directory: Path) -> None:
-    """Raises ValueError if `stage`, the newest that has started, has fewer steps than checkpoint `step` has done."""
+    """Raises ValueError if `stage`, the current stage, has fewer steps than checkpoint `step` has completed."""
     done, steps = step - previous.steps_before(stage), c.stage(stage).train.steps
     if steps < done and len(c.stages) > 1:  # a run with a single stage is complete, which is not an error
         flag = config.flag(c.stages, stage, "train.steps")

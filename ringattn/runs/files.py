@@ -22,5 +22,5 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes `content` as indented JSON, like `write_bytes`; NaN and infinity as Python's json module reads them."""
+    """Writes `content` as indented JSON, like `write_bytes`. NaN and infinity are written as NaN and Infinity."""
     write_text(path, json.dumps(content, indent=2) + "\n")

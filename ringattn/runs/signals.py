@@ -1,10 +1,10 @@
-"""Ctrl-C (SIGINT) and SIGTERM: a script ends with one line and status 128 + n; a training loop saves first.
+"""Ctrl-C (SIGINT) and SIGTERM: a script ends with one line and status 128 + n; a training loop first saves.
 
-A signal handler in Python is not enough. It runs in the main thread between two instructions of Python, so it waits
-until XLA has compiled, and an exception that it raises is lost in a callback of the garbage collector (JAX has one) or
-in a destructor. In C, however, Python receives every signal at once and writes its number to a pipe
-(`signal.set_wakeup_fd`). In a script, a thread reads the pipe and ends the process with `os._exit`, which unwinds no
-stack, runs no destructor and waits for no thread of XLA. Nothing is lost: files are written atomically or row by row.
+A Python signal handler is not sufficient. It runs in the main thread between two bytecode instructions, so it waits for
+XLA compilation, and an exception that it raises is lost in a callback of the garbage collector (JAX has one) or in a
+destructor. Python's C handler, in contrast, writes the signal number to a pipe at once (`signal.set_wakeup_fd`). In a
+script, a thread reads the pipe and ends the process with `os._exit`, which unwinds no stack, runs no destructors and
+does not wait for XLA's threads. No data is lost: files are written atomically or row by row.
 
 This module imports only the standard library, because scripts/startup.py loads it before JAX.
 """
@@ -26,11 +26,11 @@ SHOW_CURSOR = b"\x1b[?25h\n"
 
 
 class _Script:
-    """The process of a script, and what the next signal does in it."""
+    """Signal handling in the process of a script."""
 
     def __init__(self, hint: str):
         self.claims: list[Callable[[int], None]] = []
-        """Each takes one signal, which then does not end the process. The last one takes the next signal."""
+        """Handlers of one signal each, which then does not end the process. The last one handles the next signal."""
         self.cleanups: list[Callable[[], None]] = []
         """Functions to call before a signal ends the process."""
         self._hint, self._ending = hint, threading.Lock()
@@ -43,7 +43,7 @@ class _Script:
         self.register()
 
     def register(self) -> None:
-        """Makes Python receive the signals, except those that the process was started to ignore."""
+        """Registers the handlers, except for signals that the process was started to ignore."""
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 if signal.getsignal(number) is not signal.SIG_IGN:
@@ -56,7 +56,7 @@ class _Script:
             if number not in SIGNALS:
                 continue
             if self.claims:
-                # In a thread of its own: the second signal ends the process even if printing hangs in the first.
+                # In a separate thread, so that a second signal ends the process even if printing hangs in the first.
                 threading.Thread(target=self.claims.pop(), args=(number,), daemon=True).start()
             elif self.cleanups and not cleaning:
                 cleaning = True
@@ -64,7 +64,7 @@ class _Script:
                 self._end(number)
 
     def _clean_up(self, number: int, frame: FrameType | None) -> None:
-        """Handles a signal in the main thread, which then writes nothing more of what the cleanups remove."""
+        """Runs the cleanups in the main thread, so that it does not write again what they remove."""
         if self.cleanups:
             try:
                 for cleanup in self.cleanups:
@@ -89,16 +89,16 @@ _script: _Script | None = None
 def end_on_signals(hint: str = "") -> None:
     """Makes SIGINT and SIGTERM end this process at any moment, with one line on stderr and status 130 or 143.
 
-    For the main thread of a script, before anything else. `hint` follows on the line, such as 'run the same command
-    again to resume'.
+    Call it first in the main thread of a script. `hint` is appended to the line, such as 'run the same command again to
+    resume'.
     """
     global _script
     _script = _Script(hint and f"; {hint}")
     _script.listen()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # os._exit would lose printed lines
-    # A forked child that wrote to the pipe would end its parent. While the interpreter shuts down, after the last
-    # function of atexit, which is the first one registered, no thread could end the process.
+    # A forked child that wrote to the pipe would end its parent. During interpreter shutdown, no thread could end the
+    # process. atexit calls the function that was registered first as the last one.
     os.register_at_fork(after_in_child=_restore_defaults)
     atexit.register(_restore_defaults)
 
@@ -114,7 +114,7 @@ def _restore_defaults() -> None:
 
 @contextmanager
 def before_ending(cleanup: Callable[[], None]) -> Iterator[None]:
-    """Calls `cleanup` if a signal ends a script in this context. Elsewhere, an exception unwinds the stack."""
+    """Calls `cleanup` if a signal ends a script in this context. Outside scripts, an exception unwinds the stack."""
     cleanups = [] if _script is None else _script.cleanups
     cleanups.append(cleanup)
     try:
@@ -124,7 +124,7 @@ def before_ending(cleanup: Callable[[], None]) -> Iterator[None]:
 
 
 class Stop:
-    """Takes the first SIGINT or SIGTERM after `arm`, so that a loop can end after its step."""
+    """Records the first SIGINT or SIGTERM after `arm`, so that a loop can stop after its step."""
 
     def __init__(self, report: Callable[[str], None]):
         self.number = 0
@@ -132,10 +132,10 @@ class Stop:
         self._report, self._previous = report, dict[int, Any]()
 
     def arm(self) -> None:
-        """From now on, the first signal is recorded and reported. In a notebook, only the main thread takes signals."""
+        """Starts to record and report the first signal. In a notebook, this works only in the main thread."""
         if _script is not None:
             _script.claims.append(self._record)
-            _script.register()  # jax.distributed.initialize takes SIGTERM for itself
+            _script.register()  # jax.distributed.initialize replaces the SIGTERM handler
         elif threading.current_thread() is threading.main_thread():
             self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
 
@@ -160,7 +160,7 @@ class Stop:
 def stopped_by_signal(report: Callable[[str], None]) -> Iterator[Stop]:
     """Yields a Stop, and disarms it at the end. `report` prints a line.
 
-    Before `arm`, and after the first signal, a signal has its earlier effect: it ends a script, and SIGINT raises
+    Before `arm`, and after the first signal, a signal has its usual effect: it ends a script, and SIGINT raises
     KeyboardInterrupt in a notebook.
     """
     stop = Stop(report)

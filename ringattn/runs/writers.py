@@ -23,7 +23,7 @@ from ringattn.runs.progress import Display
 from ringattn.units import first_line
 
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
-"""The package that each writer requires, by its field in config section `log`, also the name of its pip extra."""
+"""Package that each writer requires. The keys are fields of the config section `log` and names of pip extras."""
 
 
 def check_packages(c: config.Log) -> None:

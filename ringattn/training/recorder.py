@@ -16,7 +16,7 @@ from ringattn.units import bytes_in_words
 
 @dataclass(frozen=True)
 class LogConfig:
-    """The steps to log, and the constants of their rows."""
+    """Steps to log, and constants for their rows."""
 
     every: int
     """Steps between rows."""
@@ -26,7 +26,7 @@ class LogConfig:
     peak_flops: float | None
     """Peak FLOP/s of all devices together; None if unknown."""
     token_offset: int = 0
-    """Tokens after step s: token_offset + s * tokens_per_step. Nonzero if earlier stages have other batches."""
+    """Tokens after step s are token_offset + s * tokens_per_step. 0 if all stages have the same tokens per step."""
     always: tuple[int, ...] = (1,)
     """Steps that are logged regardless of `every`."""
 

@@ -1,6 +1,6 @@
 """Sampled continuations of held-out text.
 
-They only show what a run has learned: without a KV cache, each token costs a forward pass over a short sequence.
+For inspection only: without a KV cache, each token requires a forward pass over the whole, short sequence.
 """
 
 from collections.abc import Callable

@@ -118,7 +118,7 @@ def prepare_stage(
 ) -> Run:
     """Prepares a stage, without allocating device memory. Call it under `jax.set_mesh(mesh)`.
 
-    `splits` is the dataset; None: read it.
+    Reads the dataset if `splits` is None.
     """
     c, start_step = full_config.stage(stage_number), full_config.steps_before(stage_number)
     check_packages(c.log)
