@@ -199,7 +199,7 @@ def test_the_fix_for_a_missing_package_is_printed_in_full(tmp_path, monkeypatch,
     assert benchmark(c) == 0
     output = capsys.readouterr().out
     assert f"skipped dense, forward and forward+backward: {fix}" in output
-    assert f"results go to {directory}" in output
+    assert f"writing results to {directory}" in output
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A benchmark from its config to its run directory, for every length and ring size."""
+"""Runs a benchmark: measures all subjects at every length and ring size, and writes the run directory."""
 
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -45,7 +45,7 @@ def _benchmark_claimed(c: config.Benchmark, rings: list[int]) -> int:
     """Measures in a run directory that no other process writes. Returns the exit status of the process."""
     directory, console = prepare_directory(c), make_console()
     kind = jax.devices()[0].device_kind
-    console.print(f"{jax.device_count()} {kind} devices, results go to {directory}")
+    console.print(f"{jax.device_count()} {kind} devices, writing results to {directory}")
     results: list[Result] = []
     for size, tokens in product(rings, c.shard_tokens):
         case = Case(size * tokens, size, c.heads, c.kv_heads, c.head_dim, c.dtype)
@@ -62,7 +62,7 @@ def _benchmark_claimed(c: config.Benchmark, rings: list[int]) -> int:
 
 
 def describe_heads(c: config.Benchmark) -> str:
-    heads = f"{c.heads} heads" + (f" ({c.kv_heads} of K/V)" if c.kv_heads != c.heads else "")
+    heads = f"{c.heads} heads" + (f" ({c.kv_heads} K/V heads)" if c.kv_heads != c.heads else "")
     return f"{heads} of {c.head_dim}, {c.dtype}"
 
 
@@ -80,7 +80,7 @@ def ring_sizes(c: config.Benchmark) -> list[int]:
 
 
 def prepare_directory(c: config.Benchmark) -> Path:
-    """Creates the run directory with config.json. Raises ValueError if it is not writable or of another kind of run."""
+    """Creates the run directory with config.json. Raises ValueError if it is not writable or has another kind of run."""
     directory = Path(c.directory) / c.name
     path = directory / "config.json"
     if path.is_file():
@@ -106,7 +106,7 @@ def benchmark_environment() -> dict[str, Any]:
 
 
 def measure(c: config.Benchmark, case: Case, console: Console) -> list[Result]:
-    """Measures every pass of every subject; a skipped one has a reason instead of numbers."""
+    """Measures every pass of every subject. Skipped ones have a reason instead of numbers."""
     programs: dict[Key, tuple[Program, int]] = {}
     reasons: dict[Key, str] = {}
     for key, outcome in compile_all(c, case):

@@ -37,7 +37,7 @@ Result = TypedDict(
         "speed": NotRequired[dict[str, Speed]],
     },
 )
-"""One pass of one subject at one length and ring size, a row of results.json. A skipped one has only the reason."""
+"""One pass of one subject at one length and ring size, a row of results.json. If skipped, it has only the reason."""
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")
 """Okabe and Ito's palette for colour-blind readers, without yellow, which is faint on white."""

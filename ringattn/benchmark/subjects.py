@@ -1,4 +1,4 @@
-"""The compared subjects: each is a function of the same arrays, sharded as the subject needs them."""
+"""The subjects (methods to compare): functions of the same arrays, sharded as each subject requires."""
 
 import importlib
 import math
@@ -98,7 +98,7 @@ def make_attend(subject: Subject, mesh: jax.sharding.Mesh) -> Attend:
 
 
 def _ringattention(mesh: jax.sharding.Mesh) -> Attend:
-    """`ring_attention` of PyPI ringattention 0.1.2 (arXiv 2310.01889), in its JAX form, which runs on any device."""
+    """`ring_attention` of PyPI ringattention 0.1.2 (arXiv 2310.01889): its plain JAX version, for any device."""
     ring_attention = _import_ring_attention()
 
     def attend(query: jax.Array, key: jax.Array, value: jax.Array, ids: jax.Array | None) -> jax.Array:
@@ -111,7 +111,7 @@ def _ringattention(mesh: jax.sharding.Mesh) -> Attend:
         settings |= {"policy": jax.checkpoint_policies.nothing_saveable, "precision": None, "prevent_cse": True}
 
         def local(query: jax.Array, key: jax.Array, value: jax.Array, ids: jax.Array | None) -> jax.Array:
-            # It computes less without a bias, and without ids for one document.
+            # Without a bias, and without ids for a single document, it computes less.
             return ring_attention(query, key, value, None, ids, None, CONTEXT, True, settings)
 
         specs = (HEADS, HEADS, HEADS, P())
@@ -121,7 +121,7 @@ def _ringattention(mesh: jax.sharding.Mesh) -> Attend:
 
 
 def _import_ring_attention() -> Callable[..., jax.Array]:
-    """Imports ringattention with `jax.lib.xla_bridge`, which its import reads and jax 0.8 removed."""
+    """Imports ringattention. Supplies `jax.lib.xla_bridge`, which it requires and which jax 0.8 removed."""
     names: Any = vars(jax.lib)
     names["xla_bridge"] = types.SimpleNamespace(get_backend=jax.extend.backend.get_backend)
     try:

@@ -1,13 +1,12 @@
 """Timing: all programs are compiled first, then each is timed once per round.
 
-The speed of a machine drifts with its temperature and its other processes. Subjects are therefore compared within a
-round, seconds apart, by the ratio of their times. The order is drawn anew for every round, so that no subject always
-follows the same one. While one program is timed, the others keep only their inputs in memory; results are dropped at
-once.
+The speed of a machine drifts with its temperature and its other processes. Subjects are therefore compared by the ratio
+of their times within a round, seconds apart. Each round has a new random order, so that no subject always follows the
+same one. While one program is timed, the others keep only their inputs in memory; results are freed immediately.
 
-Memory that a call allocates is part of its time. However, after a program that frees gigabytes, the next one must claim
-its memory from the system page by page, which is not part of its time. The program after a large one therefore makes
-one untimed call first, and so does every program with short calls.
+The time of a call includes its memory allocation. However, after a program frees gigabytes, the next program has to
+get its memory from the system page by page, which should not count. A program that follows a large one therefore makes
+one untimed call first, as does every program with short calls.
 """
 
 import math
@@ -27,9 +26,9 @@ SAMPLE_SECONDS = 0.05
 """Shortest sample; shorter calls are repeated."""
 MIN_ROUNDS = 3
 LARGE_BYTES = 2**30
-"""Temporary memory from which on a program slows the next one's first call."""
+"""Minimum temporary memory of a program that slows down the first call of the next one."""
 MEMORY_SHARE = {"cpu": 0.5}
-"""Largest share of the free memory that a program may take, by platform (default 1); CPU memory is the system's."""
+"""Maximum fraction of the free memory that a program may use, by platform (default 1). On CPU: of system memory."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +44,11 @@ class Program:
 
     @property
     def temp_bytes(self) -> int:
-        """Temporary memory per device, without arguments and results, as the compiler plans it."""
+        """Temporary memory per device, without arguments and results, as reported by the compiler."""
         return self._memory().temporaries
 
     def check_memory(self) -> None:
-        """Raises MemoryError if a call would take too much of the free memory."""
+        """Raises MemoryError if a call would use too much of the free memory."""
         memory, (first, *others) = self._memory(), self.devices
         sharing = 1 + len(others) if first.platform == "cpu" else 1  # simulated devices share the system's memory
         needed, free = (memory.temporaries + memory.results) * sharing, free_memory(first)
@@ -64,14 +63,14 @@ class Program:
         begin = time.perf_counter()
         for _ in range(calls):
             result = self.compiled(self.inputs)
-            if simulated:  # else a device that starts the next call takes cores from those still in this one
+            if simulated:  # otherwise a device that starts the next call slows the others down
                 jax.block_until_ready(result)
         jax.block_until_ready(result)
         return (time.perf_counter() - begin) / calls
 
     def _memory(self) -> ProgramMemory:
         memory = program_memory(self.compiled)
-        assert memory is not None, "CPU, GPU and TPU compilers plan memory"
+        assert memory is not None, "CPU, GPU and TPU compilers report memory"
         return memory
 
 
@@ -90,7 +89,7 @@ def calls_per_sample(program: Program) -> int:
 def rounds(programs: Mapping[Key, tuple[Program, int]], seconds: int) -> Iterator[dict[Key, float]]:
     """Yields the seconds per call of every program, once per round, for `seconds` and at least MIN_ROUNDS rounds.
 
-    `programs` has each program with its `calls_per_sample`.
+    `programs` maps each key to a program and its `calls_per_sample`.
     """
     names, begin, done, previous = list(programs), time.perf_counter(), 0, None
     while done < MIN_ROUNDS or (time.perf_counter() - begin) * (done + 1) / done <= seconds:

@@ -96,6 +96,6 @@ class Sample:
             else:
                 codes.append(points[int(draw * len(points))])
             distance = squares - points @ (2 * codes[-1]) + squares.dtype.type(np.square(codes[-1]).sum())
-            # Rounding gives patches equal to a code a small distance. Without the threshold they could be drawn again.
+            # Because of rounding, patches equal to a code have a small distance. The threshold excludes them.
             distances = np.minimum(distances, np.where(distance < 1e-4, np.float32(0), distance))
         return np.stack(codes)

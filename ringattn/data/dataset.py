@@ -1,4 +1,4 @@
-"""Reads the tokenizer, and the training and validation documents of each path, of the config section `data`."""
+"""Reads what the config section `data` specifies: the tokenizer, and training and validation documents."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -16,7 +16,7 @@ from ringattn.data.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer
 from ringattn.data.video import load_video
 
 TASK_TOKENS = 2**22
-"""Tokens generated per task, for training and validation. With many fewer, a small model memorizes them."""
+"""Tokens generated per task, for training and validation. With far fewer, a small model memorizes them."""
 
 
 class Splits(NamedTuple):
@@ -34,8 +34,8 @@ class Splits(NamedTuple):
 def read(data: Data, run_directory: Path | None = None) -> Splits:
     """Reads and tokenizes the documents of `data`. Token shards are memory-mapped.
 
-    A tokenizer file or codebook in `run_directory` takes precedence over the one that `data` names or that would be
-    learned. Raises ValueError if documents, tokenizer or shards cannot be read or do not match.
+    A tokenizer file or codebook in `run_directory` takes precedence over the tokenizer that `data`
+    specifies. Raises ValueError if documents, tokenizer or shards cannot be read or do not match.
     """
     shards, tokenizer = _open(data, run_directory)
     splits = []

@@ -1,4 +1,4 @@
-"""File formats: plain text, one document per file, and JSONL, Parquet and FASTA, many documents read one at a time."""
+"""File formats: plain text (one document per file); JSONL, Parquet and FASTA (many documents, read one at a time)."""
 
 import gzip
 import hashlib

@@ -14,7 +14,7 @@ def integer_counts(proportions: tuple[float, ...]) -> tuple[int, ...]:
     """Returns the smallest integers with the ratio of `proportions` (all positive): (0.7, 0.3) gives (7, 3).
 
     Proportions are rounded to fractions with denominators of at most 1,000. Raises ValueError if the integers sum to
-    more than 100,000, or one is 0.
+    more than 100,000, or if one of them is 0.
     """
     fractions = [Fraction(proportion).limit_denominator(1000) for proportion in proportions]
     integers = [int(fraction * lcm(*(other.denominator for other in fractions))) for fraction in fractions]

@@ -48,7 +48,7 @@ class Shards:
     fingerprint: str
     """Fingerprint of the tokenizer."""
     size: int
-    """Vocabulary size of the tokenizer; all tokens are smaller."""
+    """Vocabulary size of the tokenizer; all token ids are smaller."""
     validation: float | None
     """Fraction held out when the codebook was learned; None for tokenizers without a codebook."""
     path: str

@@ -11,7 +11,7 @@ from typing import NoReturn
 from ringattn.data.formats import VIDEO, Document, reader_for
 
 STDLIB = "stdlib"
-# Excludes tests, which repeat much; pydoc_data, whose topics are added as documents; lib2to3, absent in Python 3.13.
+# Excludes tests, which are repetitive; pydoc_data, whose topics are added as documents; lib2to3, absent in Python 3.13.
 _NOT_STDLIB = frozenset({"test", "tests", "idle_test", "lib2to3", "pydoc_data", "site-packages", "dist-packages"})
 
 _log = logging.getLogger(__name__)

@@ -1,6 +1,6 @@
 """Tokenizers for text: bytes, or the vocabulary of a local tokenizer.json.
 
-One id, the *boundary*, precedes every document. Encoding any text never yields it.
+One id, the *boundary*, precedes every document. Encoding never produces it.
 """
 
 import hashlib

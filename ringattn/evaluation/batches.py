@@ -22,10 +22,10 @@ def as_batch(tokens: Integer[np.ndarray, " L"], targets: Integer[np.ndarray, " L
 
 
 def score_in_batches(score: ScoreFn, rows: Iterable[Batch], size: int) -> Iterator[tuple[Batch, Scores]]:
-    """Yields batches of `size` of the `rows` [1, L], with their scores; the last batch may be smaller.
+    """Groups `rows` [1, L] into batches of `size` and yields each with its scores; the last batch may be smaller.
 
-    The model scores the last batch padded to `size` with copies of its first row, whose scores are dropped, so that it
-    compiles for one shape. `rows` is consumed as the model asks for batches.
+    Before scoring, the last batch is padded to `size` with copies of its first row, so that the model compiles for one
+    shape; the scores of the copies are dropped. `rows` is consumed lazily.
     """
     remaining, unpadded = iter(rows), deque[Batch]()
 

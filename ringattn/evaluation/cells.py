@@ -143,7 +143,7 @@ def _check(subject: Subject, c: config.Evaluation, mesh: jax.sharding.Mesh) -> l
 
 
 def _read_text(subject: Subject, c: config.Evaluation) -> losses.Text:
-    """The text at `c.path`, or else the run's held-out text; ValueError if that has changed since training."""
+    """Returns the text at `c.path`, or the run's held-out text. Raises ValueError if the latter has changed."""
     data = subject.stage.data
     if c.path is not None:
         return losses.Text(*read_all(replace(data, path=c.path, mixture=None), subject.directory))

@@ -1,4 +1,4 @@
-"""Losses on text: by position in the row, by length of the context of the same tokens, by kind of document."""
+"""Losses on text: by position in the row, by context length for the same tokens, by kind of document."""
 
 import hashlib
 import math
@@ -44,7 +44,7 @@ class Text:
     def windows(self, length: int, count: int, seed: int) -> list[tuple[Corpus, int, int]]:
         """Up to `count` windows of `length` tokens, each within one document: (corpus, document, first token).
 
-        Windows do not overlap; `seed` draws which are used. Raises ValueError if every document is shorter.
+        Windows do not overlap. `seed` selects the windows. Raises ValueError if every document is shorter.
         """
         windows = [
             (corpus, int(document), begin)
@@ -81,9 +81,9 @@ def by_position(score: ScoreFn, tokenizer: Tokenizer, c: Evaluation, text: Text,
 
 
 def by_context(score: ScoreFn, tokenizer: Tokenizer, c: Evaluation, text: Text, length: int) -> Result:
-    """Loss of the same tokens for every length: the last tokens of rows that all end where the longest ones end.
+    """Loss of the same tokens at every length.
 
-    Only the context before them differs.
+    Rows of all lengths end at the same token. The last tokens are scored, so that only their context differs.
     """
     longest, scored = max(c.lengths), min(c.lengths) // 2
     windows = text.windows(longest, c.samples, c.seed)
@@ -111,10 +111,9 @@ def by_context(score: ScoreFn, tokenizer: Tokenizer, c: Evaluation, text: Text, 
 
 
 def changes(results: list[Result]) -> list[Mean]:
-    """For each result of `by_context`, the loss minus that of the shortest rows, with its standard error.
+    """Returns, for each result of `by_context`, the loss minus the loss of the shortest rows, with standard error.
 
-    The error is that of paired differences: the tokens are the same, so their difficulty cancels, and the change is
-    known more precisely than either loss.
+    The differences are paired: all rows score the same tokens, so the change is more precise than either loss.
     """
     shortest = np.array(min(results, key=lambda result: result["length"])["row_nats"])
     return [
@@ -126,7 +125,7 @@ def changes(results: list[Result]) -> list[Mean]:
 
 
 def by_kind(score: ScoreFn, tokenizer: Tokenizer, c: Evaluation, text: Text, length: int) -> Result:
-    """Loss of packed rows, each kind of document on its own; lists the kinds that do not fill one row."""
+    """Loss of packed rows, separately per kind of document. Also lists the kinds that do not fill one row."""
     totals: dict[str, Total] = {}
     for corpus, kinds in zip(text.corpora, text.kinds, strict=True):
         for kind in sorted(set(kinds)):
@@ -180,7 +179,7 @@ def _document_numbers(windows: list[tuple[Corpus, int, int]]) -> list[int]:
 
 
 def _mean_and_error(sums: np.ndarray, counts: np.ndarray, documents: list[int]) -> Mean:
-    """The mean over tokens, from each row's sum of losses and number of tokens, with its standard error.
+    """Returns the mean over tokens and its standard error, from the sum of losses and number of tokens per row.
 
     Rows of one document are correlated, so the error treats documents as the independent samples (the sandwich
     estimator for clusters).
@@ -194,7 +193,7 @@ def _mean_and_error(sums: np.ndarray, counts: np.ndarray, documents: list[int]) 
 
 
 def _draw(available: int, count: int, seed: int) -> list[int]:
-    """Up to `count` different numbers below `available`, in an order drawn by `seed`."""
+    """Returns up to `count` different numbers below `available`, in a random order that depends on `seed`."""
     keys = np.atleast_1d(np.random.PCG64(seed).random_raw(available)) if available else np.zeros(0)
     return np.argsort(keys, kind="stable")[:count].tolist()
 

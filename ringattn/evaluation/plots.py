@@ -22,9 +22,9 @@ LOSS_LABEL = "loss (nats per token)"
 
 
 def write_plots(runs: Runs, directory: Path) -> None:
-    """Writes a PNG per task with depths and per loss, and retrieval.png for the other retrieval tasks."""
+    """Writes a PNG for each task with depths and for each loss, and retrieval.png for the other retrieval tasks."""
     directory.mkdir(exist_ok=True)
-    for old in directory.glob("*.png"):  # else plots of tasks that are no longer evaluated would remain
+    for old in directory.glob("*.png"):  # otherwise plots of tasks that are no longer evaluated would remain
         old.unlink()
     results = [result for run_results in runs.values() for result in run_results]
     for task in dict.fromkeys(result["task"] for result in results if result["depth"] is not None):

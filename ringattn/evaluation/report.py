@@ -1,4 +1,4 @@
-"""The report of an evaluation, of one run or several: results.json, a Markdown table, plots."""
+"""The report of an evaluation of one or several runs: results.json, Markdown tables, plots."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
@@ -18,10 +18,10 @@ COLUMNS = ("bits per byte", "accuracy", "tokens", "rows", "documents")
 
 
 def write_report(runs: dict[str, list[Result]], c: config.Evaluation, directory: Path, facts: dict[str, Any]) -> None:
-    """Writes config.json, results.json, table.md and plots/ of each run's results; replaces earlier ones.
+    """Writes config.json, results.json, table.md and plots/ for the results of `runs`. Replaces existing files.
 
-    results.json also holds `facts`; a `note` among them also precedes the table. Raises ValueError if a file cannot be
-    written.
+    `facts` are added to results.json. If they contain a `note`, it also precedes the table. Raises ValueError if a file
+    cannot be written.
     """
     results = [{"run": run} | result for run, run_results in runs.items() for result in run_results]
     content = facts | {"config": asdict(c), "environment": environment(), "results": results}
@@ -33,7 +33,7 @@ def write_report(runs: dict[str, list[Result]], c: config.Evaluation, directory:
         write_text(directory / "table.md", "\n\n".join(paragraphs) + "\n")
         plots.write_plots(runs, directory / "plots")
     except OSError as error:
-        fix = "fix this and run the same command again, which keeps finished results"
+        fix = "fix the cause and run the same command again; it keeps finished results"
         raise ValueError(f"cannot write to {directory} ({error.strerror}); {fix}") from error
 
 

@@ -8,11 +8,11 @@ from typing import Any
 import jax
 
 Result = dict[str, Any]
-"""Result of one cell: an object of cells.jsonl and results.json. The measurement decides which names it has."""
+"""Result of one cell: an object of cells.jsonl and results.json. Its names depend on the task."""
 
 
 class ResultFile:
-    """cells.jsonl: one line per finished cell, under a key of everything the result depends on. Only appended to."""
+    """cells.jsonl: one line per finished cell, with a key that identifies everything it depends on. Append-only."""
 
     def __init__(self, path: Path):
         """Reads the finished results. Raises ValueError if the file cannot be read or written."""
@@ -28,7 +28,7 @@ class ResultFile:
                 row = json.loads(line)
                 self.results[row["key"]] = row["result"]
         except OSError as error:
-            fix = "fix this and run the same command again"
+            fix = "fix the cause and run the same command again"
             raise ValueError(f"cannot write to {path} ({error.strerror}); {fix}") from error
         except (ValueError, LookupError, TypeError) as error:
             raise ValueError(f"{path} has a damaged line ({error}); remove it, or use another --name") from error
@@ -41,5 +41,5 @@ class ResultFile:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"key": key, "result": result}) + "\n")
         except OSError as error:
-            fix = "fix this and run the same command again, which keeps finished results"
+            fix = "fix the cause and run the same command again; it keeps finished results"
             raise ValueError(f"cannot write to {self._path} ({error.strerror}); {fix}") from error

@@ -21,9 +21,9 @@ def measure(score: ScoreFn, tokenizer: Tokenizer, c: Evaluation, task: str, leng
     """The result of a cell: `samples` rows of `length` tokens.
 
     A sample may ask for several answers. `right` is the number of samples with an exact match: all tokens of all
-    answers are the most likely ones. `rate` is its share of `samples`, with the 95 % interval `low` to `high`.
-    `answers` is the share of single answers that match. `nats` is the mean over samples of -log p(all answers), and
-    `nats_error` its standard error.
+    answers are the most likely ones. `rate` is right / samples, with the 95 % interval `low` to `high`.
+    `answers` is the fraction of individual answers that match. `nats` is the mean over samples of -log p(all answers),
+    and `nats_error` its standard error.
     """
     questions: deque[Question] = deque()
 

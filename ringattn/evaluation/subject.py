@@ -1,4 +1,4 @@
-"""A checkpoint to evaluate, on any mesh and with any layout and strategy, whatever it was trained with."""
+"""A checkpoint to evaluate on any mesh, layout and strategy, independent of those used in training."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -23,12 +23,12 @@ class Subject:
     """A run's checkpoint. Nothing is placed on devices before `load`."""
 
     name: str
-    """The run's name; 'name@step' if a step was asked for."""
+    """The run's name, or 'name@step' if a step was specified."""
     directory: Path
     """The run directory."""
     step: int
     trained_length: int
-    """Tokens of the longest rows that it was trained on."""
+    """Maximum number of tokens per row in training."""
     stage: config.Config
     """Config of the checkpoint's stage, with the evaluation's mesh, layout and strategy."""
 
@@ -42,12 +42,12 @@ class Subject:
         return params_digest(self.directory / "checkpoints", self.step)
 
     def check(self, c: config.Evaluation, mesh: jax.sharding.Mesh) -> None:
-        """Raises ValueError, with a fix, if lengths, batch size or model do not fit `mesh`, or lengths the run."""
+        """Raises ValueError if lengths, batch size or model do not fit the mesh, or if a length is too long."""
         for length in c.lengths:
             check_length(length, c.layout, context_shards(mesh), "lengths", "mesh.context_outer * mesh.context")
             if length > self.trained_length and not c.longer:
                 trained = f"{self.name} was trained on rows of at most {self.trained_length} tokens"
-                fix = f"use at most {self.trained_length}, or --longer True to evaluate beyond"
+                fix = f"use at most {self.trained_length}, or --longer True to allow longer rows"
                 raise ValueError(f"lengths: {length}, but {trained}; {fix}")
         size = mesh.shape[DATA]
         if c.batch_size % size:
@@ -62,7 +62,7 @@ class Subject:
             raise ValueError(f"{self.name} cannot be evaluated on this mesh ({error}); {fix}") from error
 
     def load(self, mesh: jax.sharding.Mesh) -> ScoreFn:
-        """Reads the parameters onto `mesh`, under which it is called. Raises ValueError if they cannot be read."""
+        """Reads the parameters onto `mesh`. Call it under `jax.set_mesh(mesh)`. Raises ValueError on failure."""
         make_model = model_factory(self.stage, self.tokenizer.size)
         like = abstract(jax.eval_shape(jax.jit(lambda: nnx.split(make_model())[1])), mesh)
         params = read_params(self.directory / "checkpoints", self.step, like)

@@ -1,4 +1,4 @@
-"""Plans of training steps: compiled for devices that need not be present, with the memory each device needs.
+"""Plans training steps: compiles them for devices that need not be present, and reports the memory per device.
 
 .. include:: README.md
 """

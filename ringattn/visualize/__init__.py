@@ -1,4 +1,4 @@
-"""Figures of rings, masks, work and memory for README, notebooks and reports, computed by the code that trains.
+"""Figures of rings, masks, work and memory for README, notebooks and reports, computed with the training code.
 
 `draw` and `animate` return SVG. `mask_figure`, `balance_figure`, `memory_figure`, `reach_figure` and `overlap_figure`
 return matplotlib figures. `schedule_text`, `balance_text` and `memory_text` return text for terminals.

@@ -1,7 +1,7 @@
 """python -m ringattn.visualize [FILE.svg] [--devices 4] [--layout contiguous] [--animate]: draws or prints the ring.
 
 Without a file it prints the K/V shard of each device at each hop, and the balance of causal work. With --memory it
-prints attention's memory per device, after half a minute of compiling.
+prints the memory of attention per device, after half a minute of compilation.
 """
 
 import argparse
@@ -29,11 +29,11 @@ def main() -> None:
         "--layout", default="contiguous", choices=LAYOUTS, help="order of the tokens (default contiguous)"
     )
     parser.add_argument("--animate", action="store_true", help="write an animated SVG, hop by hop")
-    parser.add_argument("--memory", action="store_true", help="print the memory per device that the compiler plans")
+    parser.add_argument("--memory", action="store_true", help="print the compiler's memory per device")
     args = parser.parse_args()
     if args.memory:
         if args.file is not None or args.animate:
-            parser.error("--memory prints text: leave out the file and --animate")
+            parser.error("--memory prints text; omit the file and --animate")
         start(Mesh(simulate=args.devices))
         lengths = [args.devices * tokens for tokens in MEMORY_TOKENS]
         print(memory_text(memory_curves(lengths, args.devices, args.layout)))

@@ -1,7 +1,6 @@
-"""Numbers behind the memory curves: bytes per device for attention, as the compiler plans them.
+"""Memory of attention in bytes per device, as reported by the compiler, and a linear law fitted to it.
 
-The compiled function is `ringattn.attention`, the code that trains. Nothing is executed. A linear law is fitted to the
-compiler's numbers.
+The compiled function is `ringattn.attention`, as in training. Nothing is executed.
 """
 
 import functools
@@ -42,13 +41,13 @@ LLAMA = Shape(heads=32, kv_heads=8, head_dim=128, dtype="float32")
 def attention_bytes(
     strategy: str, length: int, devices: int, layout: str = "zigzag", shape: Shape = LLAMA, total: bool = False
 ) -> int:
-    """Bytes per device for causal attention of one row, forward and backward, as the compiler plans them.
+    """Bytes per device for causal attention of one row, forward and backward, as reported by the compiler.
 
     Nothing is executed, so the program may be larger than this machine's memory.
 
     Args:
       strategy: as in `ringattn.attention`; or "dense": `jax.nn.dot_product_attention` of the whole row on one device,
-        whatever `devices` is, with at most MAX_DENSE_LOGITS logits.
+        regardless of `devices`, with at most MAX_DENSE_LOGITS logits.
       length: tokens of the row.
       devices: size of the ring, over the first devices of the process.
       layout: order of the row over the shards.
@@ -91,7 +90,7 @@ def _planned_bytes(strategy: str, length: int, devices: int, layout: str, shape:
     ]
     with jax.set_mesh(mesh):
         planned = program_memory(jax.jit(forward_backward).lower(*arrays).compile())
-    assert planned is not None, "CPU, GPU and TPU compilers plan memory"
+    assert planned is not None, "CPU, GPU and TPU compilers report memory"
     return planned.temporaries, planned.arguments + planned.results
 
 

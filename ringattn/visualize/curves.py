@@ -1,4 +1,4 @@
-"""Matplotlib figures of memory, of the longest row that fits, and of the law of overlap by chip."""
+"""Matplotlib figures of memory, of the longest row that fits, and of the local tokens that overlap requires."""
 
 from collections.abc import Mapping
 from typing import TypedDict
@@ -37,7 +37,7 @@ def memory_figure(
       curves: {strategy, or other name of a line: {tokens or devices: bytes}}.
       label: label of the horizontal axis.
       marks: {name: bytes} of horizontal lines, such as the memory of a chip.
-      logarithmic: makes both axes logarithmic, so that the slope of a line is its power; else both are linear.
+      logarithmic: makes both axes logarithmic, so that the slope of a line is its exponent; otherwise both are linear.
     """
     figure = Figure(figsize=SIZE, layout="constrained", dpi=DPI)
     axes = figure.subplots()
@@ -100,7 +100,7 @@ def _tick_at_points(axes: Axes, curves: Mapping[str, Curve]) -> None:
 
 
 def overlap_figure(min_tokens: Mapping[str, Mapping[str, float | int]]) -> Figure:
-    """Bars of {chip: {kind of work: local tokens from which on a hop hides its transfer}}; all chips have all kinds."""
+    """Bars of {chip: {kind of work: minimum local tokens for a hop to hide its transfer}}; all chips have all kinds."""
     kinds = list(next(iter(min_tokens.values())))
     figure = Figure(figsize=(SIZE[0], 1.5 + 0.24 * len(kinds) * len(min_tokens)), layout="constrained", dpi=DPI)
     axes, height = figure.subplots(), 0.8 / len(kinds)
@@ -117,6 +117,6 @@ def overlap_figure(min_tokens: Mapping[str, Mapping[str, float | int]]) -> Figur
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
     axes.set_axisbelow(True)
     axes.grid(axis="x", alpha=0.3)
-    axes.set(xlabel="local tokens", title="Local tokens from which on a hop hides its transfer")
+    axes.set(xlabel="local tokens", title="Minimum local tokens for a hop to hide its transfer")
     axes.legend(fontsize=9)
     return figure

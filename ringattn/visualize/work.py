@@ -1,6 +1,6 @@
 """Numbers behind the figures: owners of K/V shards by hop, visible pairs, compute per device and hop.
 
-Everything is computed by `ringattn.layout` and `ringattn.attn`, the code that trains.
+Everything is computed with `ringattn.layout` and `ringattn.attn`, as in training.
 """
 
 from dataclasses import dataclass
@@ -24,8 +24,8 @@ class Row:
       layout: order of the tokens over the shards.
       mask: as in `ringattn.attention`.
       segment_ids, span_ids: int32 [length] in natural order, or None; as in `ringattn.attention`.
-      tile: side of a kernel's tiles in tokens. All pairs of a tile count as computed if any is visible; 1 counts the
-        visible pairs alone.
+      tile: side of a kernel's tiles in tokens. All pairs of a tile count as computed if any is visible; 1 counts
+        only the visible pairs.
 
     Raises ValueError if the length does not fit the layout, the ids do not have this length, or the tile does not
     divide a shard.
