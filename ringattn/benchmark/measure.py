@@ -80,7 +80,7 @@ def ring_sizes(c: config.Benchmark) -> list[int]:
 
 
 def prepare_directory(c: config.Benchmark) -> Path:
-    """Creates the run directory with config.json. Raises ValueError if it is not writable or has another kind of run."""
+    """Creates the run directory with config.json. Raises ValueError if it is not writable or of another kind."""
     directory = Path(c.directory) / c.name
     path = directory / "config.json"
     if path.is_file():
