@@ -63,7 +63,7 @@ class Program:
 
 
 def draw_program(source: random.Random) -> Program:
-    """Draws a program that `attention` can run on eight devices, small enough for a dense oracle."""
+    """Draws a program for eight devices that is small enough for a dense oracle."""
     strategy = source.choice(["ring"] * 3 + ["nested", "gather", "ulysses", "usp"])
     outer_inner = [(2, 2), (2, 3), (3, 2), (2, 4), (4, 2), (1, 3), (4, 1)]
     two = strategy in ("nested", "usp") or (strategy != "ring" and source.random() < 0.2)
@@ -222,7 +222,7 @@ def rival(program: Program) -> Callable[[Arrays], tuple[Any, Arrays]]:
 
 
 class Measured(NamedTuple):
-    """Norms for one array: of its difference from the exact array, of the exact array, of the rival's error."""
+    """Norms of an array's difference from the exact array, of the exact array, and of the rival's error."""
 
     difference: float
     size: float

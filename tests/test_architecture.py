@@ -41,7 +41,7 @@ ROOMS = {
 MANY_PARAMETERS = {"attention", "choose_strategy", "shard_attention", "flax_attention", "reference_attention"}
 """Public functions whose options are keyword arguments."""
 FOREIGN = r"block_until_ready|set_blocking|BlockSpec|BlockSizes|block_(q|kv|k|size)\w*"
-"""Names of other libraries with the word that our own names avoid: it has meant tile, shard, layer and segment."""
+"""Names of other libraries that contain "block", which our own names avoid because it is ambiguous."""
 
 SOURCES = sorted((ROOT / "ringattn").rglob("*.py"))
 OURS = SOURCES + sorted((ROOT / "scripts").glob("*.py")) + sorted((ROOT / "configs").glob("*.py"))

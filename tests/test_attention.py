@@ -1,4 +1,4 @@
-"""The public function: the meshes and transformations it runs in, and the arguments it refuses."""
+"""The public function: supported meshes and transformations, and rejected arguments."""
 
 from collections.abc import Callable
 from typing import Any
@@ -389,7 +389,7 @@ def test_shard_attention_refuses_as_attention_does(make_mesh, wrong, message, un
 
 @pytest.mark.parametrize(("axis", "expected"), [(["outer", "inner"], ("outer", "inner")), (("ring",), "ring")])
 def test_an_axis_may_be_a_list(unchecked, axis, expected):
-    """A list, as from a JSON file, is hashable in Settings; a tuple of one name is that name."""
+    """Settings convert a list, as from a JSON file, to a hashable value, and a tuple of one name to that name."""
     settings, same = (
         Settings(
             mask=Mask(),

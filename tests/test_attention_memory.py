@@ -1,4 +1,4 @@
-"""Bytes per device for attention, as the compiler plans them, and the law that is fitted to them."""
+"""Memory of attention per device, as reported by the compiler, and the law that is fitted to it."""
 
 import numpy as np
 import pytest

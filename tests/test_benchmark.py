@@ -91,7 +91,7 @@ SMALL = config.Benchmark(
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """Directory and results of a small benchmark that replaced the results of an earlier run."""
+    """Directory and results of a small benchmark, which replaced the results of an earlier run."""
     c = replace(SMALL, directory=str(tmp_path_factory.mktemp("runs")))
     directory = measure.prepare_directory(c)
     (directory / "results.json").write_text("results of an earlier run")

@@ -1,4 +1,4 @@
-"""Loss by number of preceding tokens, and the validation of a run."""
+"""Loss by number of preceding tokens, and validation."""
 
 import jax
 import numpy as np

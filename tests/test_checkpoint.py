@@ -56,7 +56,7 @@ def restore(directory, mesh, width=8):
 
 
 def listing(directory):
-    """Every file and directory with its time of modification."""
+    """Modification times of all files and directories."""
     return {path: path.stat().st_mtime_ns for path in (directory, *directory.rglob("*"))}
 
 

@@ -1,4 +1,4 @@
-"""A run's description in its directory, and which configs may resume it."""
+"""The description of a run, and which configs can resume it."""
 
 import json
 from dataclasses import replace
@@ -24,7 +24,7 @@ STAGED = replace(SINGLE, stages=STAGES)
 
 
 def begin(directory: Path, c: config.Config, step: int) -> Path:
-    """Makes `directory` that of a run of `c` with a checkpoint of `step`."""
+    """Makes `directory` the run directory of `c`, with a checkpoint of `step`."""
     (directory / "checkpoints" / str(step)).mkdir(parents=True)
     write_description(directory, c, {}, {})
     return directory
@@ -111,7 +111,7 @@ def test_a_run_without_checkpoint_can_only_be_started(tmp_path):
     ],
 )
 def test_stages_that_have_started_must_not_change(tmp_path, change, message):
-    """The run has done two of the four steps of stage 2."""
+    """The run has completed two of the four steps of stage 2."""
     directory = begin(tmp_path, STAGED, 6)
     check_resumable(STAGED, directory)
     with pytest.raises(ValueError, match=message):

@@ -20,7 +20,7 @@ LONG, SHORT = 384, 256
 
 @pytest.fixture(scope="module")
 def small_task_data():
-    """Reduces the training documents of a task from four million tokens."""
+    """Generates 65,536 tokens per task instead of four million."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dataset, "TASK_TOKENS", 2**16)
         yield
@@ -52,7 +52,7 @@ def runs(tmp_path_factory, small_task_data):
 
 @pytest.fixture
 def base(runs, tmp_path):
-    """Config of an evaluation with every kind of task, of a copy of the runs."""
+    """Config of an evaluation with every kind of task, on a copy of the runs."""
     shutil.copytree(runs, tmp_path / "runs")
     return config.Evaluation(
         name="all",
@@ -113,7 +113,7 @@ def test_writes_results_a_table_and_plots(base, capsys):
 
 
 def test_the_loss_equals_the_validation_loss(base):
-    """The evaluation's loss over all held-out rows is that of the training loop."""
+    """The evaluation's loss over all held-out rows equals the training loop's validation loss."""
     run = Path(base.runs[0])
     validation = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     c = replace(base, tasks=("loss_by_kind",), lengths=(LONG,), samples=1000)

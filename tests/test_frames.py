@@ -1,4 +1,4 @@
-"""A run on video: its codebook, its plot of frames, and that a resumed run keeps its codebook."""
+"""A run on video: its codebook, which a resumed run keeps, and its plot of frames."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The laws of the ring, read from programs that the TPU compiler compiled without a TPU.
+"""The laws of the ring, checked in programs that the TPU compiler compiles without a TPU.
 
     pip install -e '.[test,tpu]' && pytest tests/test_laws.py
 
@@ -140,7 +140,7 @@ def tile_products(layout: str, members: int, c: int) -> np.ndarray:
 
 
 def test_balance():
-    """With causal zigzag all devices compute equally at every hop, and half of the dense work in total."""
+    """With causal zigzag, all devices do equal work at every hop, and half of the dense work in total."""
     c, members = 2048, 8
     products = {layout: tile_products(layout, members, c) for layout in LAYOUTS}
     dense = (c // tiles.TILE[0]) * (c // tiles.TILE[1]) * members**2

@@ -1,4 +1,4 @@
-"""Runs from their config to their directory: resumed, stopped, cut off, in stages."""
+"""Runs of the training loop: resumed, stopped, interrupted, in stages."""
 
 import gzip
 import json

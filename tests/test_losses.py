@@ -39,7 +39,7 @@ def test_by_context_scores_the_same_tokens_at_every_length():
 
 
 def test_changes_are_paired_by_row():
-    """Rows that are difficult at every length do not add to the change; its error is that of the differences."""
+    """Rows that are difficult at every length do not affect the change. Its error is that of paired differences."""
     results = [
         {"length": 8, "row_nats": [9.0, 90.0, 900.0], "row_tokens": [3.0, 3.0, 3.0], "row_documents": [0, 1, 2]},
         {"length": 4, "row_nats": [10.0, 92.0, 903.0], "row_tokens": [3.0, 3.0, 3.0], "row_documents": [0, 1, 2]},

@@ -32,7 +32,7 @@ def sees(mask: Mask, i: int, j: int, segments: tuple[int, int] = (0, 0), spans: 
 
 @st.composite
 def tokens(draw, count: int, ids: bool):
-    """Draws tokens with any positions and ids, of few values, so that they are often equal."""
+    """Draws tokens with random positions and ids. Few values, so that they are often equal."""
 
     def draw_values(low: int, high: int) -> np.ndarray:
         return np.array(draw(st.lists(st.integers(low, high), min_size=count, max_size=count)), np.int32)

@@ -1,4 +1,4 @@
-"""Memory of programs by the compiler's plan, and of devices."""
+"""Memory of compiled programs and of devices."""
 
 from types import SimpleNamespace
 

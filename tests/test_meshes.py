@@ -1,4 +1,4 @@
-"""A seed defines a run: the loss of every step is the same on every mesh, with any number of microbatches."""
+"""For a given seed, the loss of every step is the same on every mesh and with any number of microbatches."""
 
 import time
 from dataclasses import replace

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 ADDRESS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]["Repository"]
 FILE, OUTPUT, SECONDS = 1_000_000, 250_000, 1800
-"""Maximum bytes of a notebook and of one cell's outputs, and the seconds after which a cell counts as hung."""
+"""Maximum bytes of a notebook and of one cell's outputs, and the timeout of a cell in seconds."""
 TRAINED = "trained"
 """Tag of the cells that assert what only fully trained models can do. They are skipped after a few steps."""
 SHORTER = ("STEPS = 400", "STEPS = 8")

@@ -13,7 +13,7 @@ SECTION = config.Optimizer(learning_rate=0.01, warmup_steps=10, final_fraction=0
 
 @pytest.fixture(autouse=True)
 def lax_promotion():
-    """As in the train step, because optax relies on it."""
+    """Standard dtype promotion, as in the training step, because optax requires it."""
     with jax.numpy_dtype_promotion("standard"):
         yield
 

@@ -1,4 +1,4 @@
-"""Plans: memory and transfers of the compiled train step, and the script that reports them."""
+"""Plans: memory and transfers of the compiled training step, and the script that reports them."""
 
 import importlib.util
 import json

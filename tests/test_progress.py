@@ -1,4 +1,4 @@
-"""The display: plain lines off a terminal, a bar on one."""
+"""The display: a progress bar on a terminal, plain lines otherwise."""
 
 import pytest
 

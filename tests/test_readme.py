@@ -16,7 +16,7 @@ from ringattn import config
 ROOT = Path(__file__).parents[1]
 FRONT, CONTRIBUTING = ROOT / "README.md", ROOT / "CONTRIBUTING.md"
 ROOMS = ("training", "data", "evaluation", "planning", "benchmark", "visualize", "attn")
-"""In the order in which their commands work: evaluation reads the runs that training and data leave."""
+"""In the order in which their commands must run: evaluation reads the runs of training and data."""
 READMES = [FRONT, *(ROOT / "ringattn" / room / "README.md" for room in ROOMS)]
 FRONT_LINES = 220
 
@@ -60,7 +60,7 @@ def flags_of(script: str) -> list[list[str]]:
 
 
 def parse_as(script: str, flags: list[str]) -> None:
-    """Parses flags as a script with options of its own does."""
+    """Parses flags like a script that has its own options."""
     spec = importlib.util.spec_from_file_location(Path(script).stem, ROOT / script)
     assert spec is not None
     assert spec.loader is not None
@@ -72,7 +72,7 @@ def parse_as(script: str, flags: list[str]) -> None:
 
 
 def run_python(code: str, directory: Path) -> str:
-    """Runs code in a process of its own with warnings as errors; returns what it prints."""
+    """Runs code in a separate process with warnings as errors; returns its output."""
     environ = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     environ |= {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-W", "error", "-c", code]

@@ -1,4 +1,4 @@
-"""Continuations: the prompt is kept, and each token is sampled from the logits of the token before it."""
+"""Continuations: the prompt is kept, and each token is sampled from the logits at the preceding token."""
 
 from functools import partial
 

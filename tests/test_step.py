@@ -1,4 +1,4 @@
-"""The train step: compiles once, donates its state, weights all tokens equally."""
+"""The training step: compiles once, donates its state, weights all tokens equally."""
 
 import re
 from dataclasses import replace

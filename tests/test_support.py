@@ -45,7 +45,7 @@ On GPUs, MaxText uses TransformerEngine's ring.
 
 @lru_cache
 def agrees(program: Program) -> bool:
-    """Do output and every gradient agree with the float64 reference? False if the program is refused."""
+    """Do output and every gradient agree with the float64 reference? False if the program is rejected."""
     try:
         judged = judge(program, [measure(program, draw_arrays(program, seed=0))])
     except (TypeError, ValueError):

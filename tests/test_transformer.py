@@ -217,7 +217,7 @@ def test_a_layer_rotates_its_kv_twice(make_mesh, remat):
 
 
 def temporaries(mesh, section, batch) -> int:
-    """Temporary bytes per device of the gradient of `mean_loss`, by the compiler's plan; call it under the mesh."""
+    """Temporary bytes per device of the gradient of `mean_loss`, from the compiler. Call it under the mesh."""
     plan = jax.jit(jax.grad(partial(mean_loss, section))).lower(*shapes(mesh, section, batch)).compile()
     analysis = plan.memory_analysis()
     assert analysis is not None

@@ -1,4 +1,4 @@
-"""The exchange of heads: its transfers, and what it refuses."""
+"""The exchange of heads: its transfers, and rejected arguments."""
 
 import jax
 import jax.numpy as jnp
