@@ -56,7 +56,7 @@ def prepare(data: Data, output: str) -> None:
         if source.is_dir() and directory.resolve().is_relative_to(source):
             problem = f"--output {directory} is inside data.path={data.path!r}, which would then contain its own shards"
             raise ValueError(f"{problem}; choose a directory outside it")
-        # The lock file lies beside the output, which is renamed into place once complete.
+        # The lock file is next to the output directory, which is renamed into place once complete.
         file, fix = directory.with_name(f".{directory.name}.lock"), "choose another --output"
         with locked(file, directory, fix, fix):
             if not directory.exists():  # no other process has just written it

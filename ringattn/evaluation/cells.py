@@ -61,7 +61,7 @@ def evaluate(c: config.Evaluation) -> int:
     if len({subject.name for subject in subjects}) < len(subjects):
         raise ValueError(f"runs={c.runs}: the runs must have different names; evaluate them one at a time")
     directories = [output_directory(subject, c) for subject in subjects]
-    with claimed(directories, c.mesh, "use another --name", "fix this and run the same command again"):
+    with claimed(directories, c.mesh, "use another --name", "fix the cause and run the same command again"):
         return _evaluate_claimed(c, subjects)
 
 

@@ -48,7 +48,7 @@ def start(section: config.Mesh) -> jax.sharding.Mesh:
 
 
 def join(section: config.Mesh) -> None:
-    """Does the first part of `start`, which does not start the devices of a single process. Raises ValueError."""
+    """Runs the first part of `start`. Does not initialize the devices of a single process. Raises ValueError."""
     if section.simulate:
         _simulate(section.simulate)
     join_processes()

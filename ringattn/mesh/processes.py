@@ -1,4 +1,4 @@
-"""What the processes of a multi-process run tell each other."""
+"""Communication between the processes of a multi-process run."""
 
 import hashlib
 import os
@@ -8,7 +8,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 LONGEST = 4096
-"""Bytes of the longest text that `gather` sends."""
+"""Maximum number of bytes that `gather` sends."""
 
 
 def join_processes() -> None:
@@ -19,7 +19,7 @@ def join_processes() -> None:
     if not multi_process or jax.distributed.is_initialized():
         return
     count, index = environ.get("JAX_NUM_PROCESSES"), environ.get("JAX_PROCESS_ID")
-    try:  # JAX itself reads only the address from the environment; None makes it ask the cluster
+    try:  # JAX itself reads only the address from the environment; with None, it detects the cluster
         jax.distributed.initialize(
             num_processes=int(count) if count else None, process_id=int(index) if index else None
         )
@@ -29,17 +29,17 @@ def join_processes() -> None:
 
 
 def several_processes() -> bool:
-    """Returns True in a multi-process run, after `join_processes`. Does not start the devices of a single process."""
+    """Returns True in a multi-process run, after `join_processes`. Never initializes devices in a single process."""
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def is_first() -> bool:
-    """Returns True in process 0. Does not start the devices of a single process."""
+    """Returns True in process 0. Never initializes devices in a single process."""
     return not several_processes() or jax.process_index() == 0
 
 
 def gather(text: str) -> list[str]:
-    """Returns the texts of all processes, in their order; all must call it. Cuts each text to `LONGEST` bytes."""
+    """Returns the texts of all processes, which must all call it, in order. Truncates texts to `LONGEST` bytes."""
     if not several_processes():
         return [text]
     padded = np.frombuffer(text.encode()[:LONGEST].ljust(LONGEST, b"\0"), np.uint8)

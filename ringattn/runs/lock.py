@@ -1,6 +1,6 @@
 """File locks, so that two processes never write the same output directory.
 
-The operating system releases the lock of a process that ends or is killed. A lock file without a lock means nothing.
+The operating system releases the lock of a process that ends or is killed. An unlocked lock file has no effect.
 """
 
 import errno
@@ -17,17 +17,17 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 ATTEMPTS, INTERVAL = 5, 0.1
-"""How often, and after how many seconds, to try again: `check_free` holds a lock for an instant."""
+"""Number of attempts, and seconds between them: `check_free` briefly holds a lock."""
 _UNSUPPORTED = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 _held = set[int]()  # descriptors of lock files
 
 
 @contextmanager
 def locked(file: Path, directory: Path, fix: str, unwritable_fix: str) -> Iterator[None]:
-    """Holds a lock on `file` inside the context, so that this process alone writes `directory`.
+    """Holds a lock on `file` inside the context, so that only this process writes `directory`.
 
-    Creates the file with its directory, and removes at the end what it has created, except directories that are not
-    empty then. On a file system without locks it prints a warning and holds none.
+    Creates the file and missing directories, and removes them at the end, except directories that are not empty. On a
+    file system without locks, it prints a warning and continues.
 
     Raises:
       ValueError: if another process holds the lock, or this process in another call; the message names the process
@@ -78,7 +78,7 @@ def _acquire(file: Path) -> int | None:
                 return descriptor
         except OSError as error:
             if error.errno in _UNSUPPORTED:
-                rule = "a second start of the same command would not be noticed"
+                rule = "a second start of the same command would not be detected"
                 print(f"warning: {file.parent} has no file locks ({error.strerror}): {rule}", file=sys.stderr)
                 return descriptor
             _close(descriptor)
@@ -109,7 +109,7 @@ def _is_same(descriptor: int, file: Path) -> bool:
 def _release(descriptor: int, file: Path, created: list[Path]) -> None:
     if descriptor not in _held:  # in a forked child, which does not hold the lock of its parent
         return
-    with suppress(OSError):  # the file is removed while locked: a process that has opened it finds out by `_is_same`
+    with suppress(OSError):  # removes the file while locked; a process that has opened it detects this by `_is_same`
         if _is_same(descriptor, file):
             file.unlink()
     _close(descriptor)
@@ -128,7 +128,7 @@ def _forget_locks() -> None:
         os.close(_held.pop())
 
 
-# Otherwise a forked child would hold the lock as long as it lives, even if its parent is killed.
+# Otherwise a forked child would hold the lock until it exits, even after its parent is killed.
 os.register_at_fork(after_in_child=_forget_locks)
 
 
@@ -143,7 +143,7 @@ def _refusal(file: Path, directory: Path, fix: str) -> ValueError:
 
 
 def _holder(file: Path) -> str:
-    """Returns the process that wrote the lock file, in words; its file may be incomplete for an instant."""
+    """Describes the process that wrote the lock file. Retries, because the file can be briefly incomplete."""
     for attempt in range(ATTEMPTS):
         time.sleep(INTERVAL if attempt else 0)
         with suppress(OSError, ValueError, LookupError, TypeError, OverflowError):

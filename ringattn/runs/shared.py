@@ -1,4 +1,4 @@
-"""Output directories that one start alone writes, and that all of its processes see."""
+"""Output directories that only one launch writes, and that all of its processes see."""
 
 import os
 import socket
@@ -18,17 +18,17 @@ from ringattn.runs.lock import check_free, locked
 LOCK = ".lock"
 """Name of the lock file in an output directory."""
 PATIENCE = 5.0
-"""Seconds for which a process waits until it sees what process 0 has written: network file systems cache."""
+"""Maximum seconds until a process must see what process 0 has written. Network file systems cache."""
 
 
 @contextmanager
 def claimed(directories: Sequence[Path], section: config.Mesh, fix: str, unwritable_fix: str) -> Iterator[None]:
     """Joins the processes of `section`, and holds the locks of `directories` inside the context, in process 0 only.
 
-    Does not start the devices of a single process.
+    Does not initialize the devices of a single process.
 
     Raises:
-      ValueError: in every process, if another start holds a lock or a directory cannot be written (see
+      ValueError: in every process, if another launch holds a lock or a directory cannot be written (see
         `lock.locked`, also for the fixes), or if the processes cannot join.
     """
     # A second job that joins at the same address makes the coordinator abort the first one, so it must not join.
@@ -49,7 +49,7 @@ def claimed(directories: Sequence[Path], section: config.Mesh, fix: str, unwrita
 
 
 def check_shared(directory: Path) -> None:
-    """Raises ValueError in every process unless all of them see the run directory of process 0, which it has locked."""
+    """Raises ValueError in every process unless all of them see the run directory that process 0 has locked."""
     if not several_processes():
         return
     file = directory / gather(f".shared-{uuid.uuid4().hex}")[0]
@@ -92,7 +92,7 @@ def _appears(directory: Path, seen: Callable[[], bool]) -> bool:
     end = time.monotonic() + PATIENCE
     while True:
         for parent in reversed([directory.absolute(), *directory.absolute().parents]):
-            with suppress(OSError):  # opening a directory makes NFS forget that a name in it was missing
+            with suppress(OSError):  # opening a directory invalidates NFS's cache of missing names in it
                 os.scandir(parent).close()
         if seen() or time.monotonic() > end:
             return seen()

@@ -47,7 +47,7 @@ def train(c: config.Config) -> int:
 
 
 def _train_claimed(c: config.Config, directory: Path) -> int:
-    """Trains the run in `directory`, which no other start writes. Returns the exit status of the process."""
+    """Trains the run in `directory`, which no other launch writes. Returns the exit status of the process."""
     launch_step = newest_step(directory)
     check_resumable(c, directory)
     current = _current_stage(c, directory)
