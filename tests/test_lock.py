@@ -1,4 +1,4 @@
-"""Locks on output directories: held once, named in the refusal, released by death."""
+"""Locks on output directories: exclusive, described in the error, released when the process ends."""
 
 import errno
 import fcntl
@@ -48,7 +48,7 @@ def test_a_second_start_is_refused_by_name(tmp_path, monkeypatch):
             process = rf"process {os.getpid()} on host {socket.gethostname()} {since} \(scripts/train.py --name 'a b'\)"
             assert refused.match(rf"^{directory} is in use by {process}: wait for it, stop it, or {FIX}$")
             assert (directory / ".lock").read_bytes() == written
-    assert list(tmp_path.iterdir()) == []  # all that it created
+    assert list(tmp_path.iterdir()) == []  # everything that it created
     with hold(directory):
         (directory / "metrics.jsonl").touch()
     assert list(directory.iterdir()) == [directory / "metrics.jsonl"]

@@ -115,7 +115,7 @@ def test_processes_without_a_shared_directory_are_refused_at_the_start(text):
 
 
 def test_a_second_start_of_two_processes_does_not_join(text):
-    """At the address of the first start it would abort that one."""
+    """A second launch that joined at the same address would abort the first."""
     run = text / "runs" / "quickstart"
     both = command(text, "--data.path", str(text / "one"), "--mesh.simulate", "4")
     with locked(run / ".lock", run, "", ""):
@@ -128,7 +128,7 @@ def test_a_second_start_of_two_processes_does_not_join(text):
 
 
 def test_processes_agree_on_locks_and_checkpoints(tmp_path):
-    """One that starts between the check and the lock is refused in all processes, too."""
+    """A launch that starts between the check and the lock is also rejected, in all processes."""
     code = f"""
 import sys
 from pathlib import Path

@@ -58,7 +58,7 @@ def traffic(
         ring = _kv_sends(hops, key, inner * ids)
         return _total(Traffic(hops, outer - 1, 0, 0), _exchange(inner, query, key, segments), ring)
     assert strategy == "ring", strategy
-    inner_hops = (hops + 1) * (inner - 1)  # the inner ring sends positions, too
+    inner_hops = (hops + 1) * (inner - 1)  # the inner ring also sends positions
     counts = Traffic(hops + inner_hops, devices - 1, 0, 0)
     return _total(counts, _kv_sends(hops, key, ids), _kv_sends(inner_hops, key, ids + ID_BYTES * key.shape[1]))
 
