@@ -6,6 +6,7 @@ sequence into 2p pieces and assigns pieces r and 2p-1-r to shard r, so that ever
 every hop.
 """
 
+import reprlib
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -25,14 +26,21 @@ class Piece(NamedTuple):
 
 
 def check_length(
-    length: int, layout: str, shards: int, name: str = "the sequence length", shards_name: str = "shards"
+    length: int,
+    layout: str,
+    shards: int,
+    name: str = "the sequence length",
+    shards_name: str = "shards",
+    hint: str = "",
 ) -> None:
     """Raises ValueError, with the nearest valid lengths, unless `layout` divides `length` tokens evenly over `shards`.
 
-    `name` and `shards_name` are used in messages.
+    `name` and `shards_name` are used in messages; `hint` is appended to the message about the length.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout={layout!r} must be one of {', '.join(map(repr, LAYOUTS))}")
+    if not isinstance(shards, int | np.integer) or shards < 1:
+        raise ValueError(f"{shards_name}={shards!r} must be a positive int, the number of devices of the sequence")
     unit = 2 * shards if layout == "zigzag" else shards
     if length % unit == 0 and length > 0:
         return
@@ -41,7 +49,7 @@ def check_length(
     rule = f"2 * {shards_name} = {unit}" if layout == "zigzag" else f"{shards_name} = {unit}"
     if layout == "zigzag" and length > 0 and length % shards == 0:
         fix += ", or layout='contiguous'"
-    raise ValueError(f"{name}={length} must be a positive multiple of {rule} for layout={layout!r}; use {fix}")
+    raise ValueError(f"{name}={length} must be a positive multiple of {rule} for layout={layout!r}; use {fix}{hint}")
 
 
 def pieces(layout: str, shard: Any, shards: int, local: int) -> list[Piece]:
@@ -83,11 +91,22 @@ def order(layout: str, length: int, shards: int) -> np.ndarray:
 def permute(x: Any, layout: str, shards: int, dim: int = 1) -> Any:
     """Permutes the sequence dim of `x` (NumPy or JAX) from natural order to `layout` over `shards` shards.
 
-    Raises ValueError if the length does not fit the layout.
+    Raises ValueError if `x` is not an array, has no such dim, or has a length that does not fit the layout.
     """
-    return x.take(order(layout, x.shape[dim], shards), axis=dim)
+    indices = _order_of(x, layout, shards, dim)
+    return x.take(indices, axis=dim)
 
 
 def unpermute(x: Any, layout: str, shards: int, dim: int = 1) -> Any:
     """Restores the natural order: the inverse of `permute`."""
-    return x.take(np.argsort(order(layout, x.shape[dim], shards)), axis=dim)
+    indices = np.argsort(_order_of(x, layout, shards, dim))
+    return x.take(indices, axis=dim)
+
+
+def _order_of(x: Any, layout: str, shards: int, dim: int) -> np.ndarray:
+    if not isinstance(x, np.ndarray | jax.Array):
+        fix = "use np.asarray(x), or jax.tree.map for several arrays"
+        raise ValueError(f"x={reprlib.repr(x)} must be a NumPy or JAX array; {fix}")
+    if not isinstance(dim, int | np.integer) or not -x.ndim <= dim < x.ndim:
+        raise ValueError(f"dim={dim!r} must be a dim of x {x.shape}; use the index of the sequence dim, from 0")
+    return order(layout, x.shape[dim], shards)

@@ -1,4 +1,4 @@
-"""The public function: supported meshes and transformations, and rejected arguments."""
+"""The public function: the meshes and transformations it runs in. Refused arguments: test_checks.py."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,6 @@ import pytest
 from jax.sharding import AxisType
 
 from ringattn import Mask, attention, permute, shard_attention
-from ringattn.attn.checks import Settings
 from ringattn.attn.kernels import xla
 from ringattn.attn.reference import reference_attention
 
@@ -199,130 +198,6 @@ def test_reduce_dtype_rounds_only_kv_gradients(make_mesh):
                 assert 1e-4 < error < 1e-2, (strategy, name)
 
 
-def zeros(*shape: int, dtype: Any = jnp.float32) -> jax.Array:
-    return jnp.zeros(shape, dtype)
-
-
-IDS = zeros(B, L, dtype=jnp.int32)
-REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "length": ({"query": zeros(B, 60, H, D)}, r"length L=60 must be a .*multiple of context = 8 .*use 56 or 64"),
-    "zigzag": (
-        {"query": zeros(B, 72, H, D), "layout": "zigzag"},
-        r"L=72 must be .*multiple of 2 \* context = 16 .*use 64 or 80, or layout='contiguous'",
-    ),
-    "layout": ({"layout": "spiral"}, "layout='spiral' must be one of 'contiguous', 'striped', 'zigzag'"),
-    "heads": ({"query": zeros(B, L, 5, D)}, "H=5 query heads must be a multiple of G=2 K/V heads; use H=4"),
-    "few heads": ({"query": zeros(B, L, 1, D)}, "H=1 query heads must be a multiple of G=2 K/V heads; use H=2"),
-    "dims": ({"query": zeros(L, H, D)}, r"must be \[B, L, heads, D\], not \(64, 4, 8\), \(2, 64, 2, 8\)"),
-    "key length": (
-        {"key": zeros(B, 32, G, D)},
-        r"key \(2, 32, 2, 8\), value \(2, 64, 2, 8\) must agree in B, .* value with key also in length",
-    ),
-    "key depth": ({"key": zeros(B, L, G, 4)}, r"key \(2, 64, 2, 4\), .* key with query also in D"),
-    "dtypes": (
-        {"key": zeros(B, L, G, D, dtype=jnp.bfloat16)},
-        "must have one dtype, not float32, bfloat16, float32",
-    ),
-    "float16": (
-        {name: zeros(B, L, heads, D, dtype=jnp.float16) for name, heads in (("query", H), ("key", G), ("value", G))},
-        r"query.dtype=float16 must be float32 or bfloat16 .*; cast query, key and value with \.astype\('float32'\)",
-    ),
-    "int dtype": (
-        {name: zeros(B, L, heads, D, dtype=jnp.int32) for name, heads in (("query", H), ("key", G), ("value", G))},
-        "query.dtype=int32 must be float32 or bfloat16",
-    ),
-    "ids' dtype": (
-        {"segment_ids": IDS.astype(jnp.float32)},
-        r"segment_ids must be int32 \(2, 64\).* not float32 \(2, 64\)",
-    ),
-    "ids' width": ({"span_ids": IDS.astype(jnp.int16)}, r"span_ids must be int32 \(2, 64\).* not int16"),
-    "ids' shape": ({"segment_ids": IDS[:, :32]}, r"segment_ids must be int32 \(2, 64\).* not int32 \(2, 32\)"),
-    "positions": ({"positions": IDS[:1]}, r"positions must be int32 \(2, 64\).* not int32 \(1, 64\)"),
-    "pair": (
-        {"query": zeros(B, 32, H, D), "segment_ids": IDS},
-        r"segment_ids must be a pair of int32 arrays, queries \(2, 32\) and keys \(2, 64\)",
-    ),
-    "half a pair": ({"positions": (IDS, None)}, "positions must be a pair of int32 arrays"),
-    "a list": ({"span_ids": [IDS, IDS]}, "span_ids must be a pair of int32 arrays"),
-    "pair's shape": ({"positions": (IDS, IDS[:, :8])}, r"positions must be int32 \(2, 64\).* not int32 \(2, 8\)"),
-    "keys' length": (
-        {"key": zeros(B, 60, G, D), "value": zeros(B, 60, G, D)},
-        r"key's length M=60 must be a .*multiple of context = 8 .*use 56 or 64",
-    ),
-    "reduce_dtype": (
-        {"reduce_dtype": "float16"},
-        "reduce_dtype='float16' must be one of 'bfloat16', 'float32', or None",
-    ),
-    "reduce and exchange": (
-        {"reduce_dtype": "bfloat16", "strategy": "ulysses"},
-        "reduce_dtype='bfloat16' does not apply to strategy='ulysses'; use None",
-    ),
-    "sinks": ({"sinks": zeros(G)}, r"sinks must be float \(4,\), one per query head, not float32 \(2,\)"),
-    "slopes": ({"slopes": zeros(H, dtype=jnp.int32)}, r"slopes must be float \(4,\), .* not int32 \(4,\)"),
-    "soft_cap": ({"soft_cap": -2.0}, "soft_cap=-2.0 must be positive; use None for no cap"),
-    "strategy": ({"strategy": "star"}, "strategy='star' must be one of 'ring', 'gather', 'ulysses', 'usp', 'auto'"),
-    "kernel": ({"kernel": "flush"}, "kernel='flush' must be one of 'auto', 'xla'"),
-    "axis": (
-        {"axis": "ring"},
-        r"axis='ring' must be one of the mesh axes \('data', 'context_outer', 'context', 'tensor'\)",
-    ),
-    "axes": ({"axis": ("context", "context")}, "two different ones"),
-    "usp": (
-        {"strategy": "usp"},
-        r"axis='context' must be a pair for strategy='usp'; use axis=\(outer, inner\), or strategy='ring' or 'ulysses'",
-    ),
-    "spec's sequence": (
-        {"spec": jax.P(None, "data")},
-        "shards the sequence over 'data', but axis='context'; they must agree",
-    ),
-    "spec's depth": (
-        {"spec": jax.P(None, "context", None, "tensor")},
-        "shards the head dim over 'tensor', which is not supported; use None",
-    ),
-    "long spec": (
-        {"spec": jax.P(None, "context", None, None, None)},
-        r"has 5 entries, but query \[B, L, H, D\] has 4 dims; use at most 4",
-    ),
-    "spec's axis": ({"spec": jax.P("rows", "context")}, r"names 'rows', which must be one of the mesh axes \('data', "),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_arguments_that_do_not_fit_are_refused_with_a_fix(name, make_mesh, unchecked):
-    wrong, message = REFUSED[name]
-    valid = {n: x for n, x in arrays().items() if n != "segment_ids"}
-    if name in ("length", "zigzag"):
-        wrong = {**wrong, **{n: zeros(B, wrong["query"].shape[1], G, D) for n in ("key", "value")}}
-    with jax.set_mesh(make_mesh(context=8)), pytest.raises(ValueError, match=message):
-        attention(**{**valid, **wrong})
-
-
-@pytest.mark.parametrize(
-    ("sizes", "message"),
-    [
-        ({"data": 4}, "B=2 must be a multiple of the 4 devices of 'data'; use a multiple, or another spec"),
-        ({"tensor": 4}, "G=2 must be a multiple of the 4 devices of 'tensor'"),
-    ],
-)
-def test_batches_and_heads_that_do_not_split_are_refused(make_mesh, sizes, message):
-    with jax.set_mesh(make_mesh(context=2, **sizes)), pytest.raises(ValueError, match=message):
-        attention(**arrays(), spec=jax.P("data", "context", "tensor"))
-
-
-def test_the_error_without_a_mesh_says_how_to_set_one():
-    with pytest.raises(ValueError, match=r"no mesh is set; first call jax\.set_mesh"):
-        attention(**arrays())
-
-
-def test_the_error_inside_a_shard_map_names_shard_attention(make_mesh):
-    with jax.set_mesh(mesh := make_mesh(context=2)):
-        placed = place(mesh, arrays(), SPEC)
-        specs = jax.tree.map(lambda x: jax.P(*SPEC[: min(x.ndim, 2)]), placed)
-        f = jax.shard_map(lambda x: attention(**x), in_specs=(specs,), out_specs=SPEC)
-        with pytest.raises(ValueError, match=r"'context' is manual, .* call ringattn\.shard_attention"):
-            f(placed)
-
-
 def test_attention_compiles_once_per_shape(make_mesh, monkeypatch):
     """Repeated calls of one shape trace the kernel once, and a call of another shape once more."""
     monkeypatch.setattr(xla, "forward", chex.assert_max_traces(xla.forward, n=1))
@@ -358,50 +233,3 @@ def test_nan_in_padding_does_not_spread(make_mesh, strategy):
     chex.assert_trees_all_equal(*results)
     for gradient in results[0][1].values():
         assert not np.asarray(gradient)[padding].any()
-
-
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"strategy": "ulyses"}, "strategy='ulyses' must be one of 'ring', 'gather'"),
-        ({"layout": "Contiguous"}, "layout='Contiguous' must be one of 'contiguous'"),
-        ({"soft_cap": 0.0}, "soft_cap=0.0 must be positive"),
-        ({"strategy": "usp"}, r"axis='context' must be a pair for strategy='usp'; use axis=\(outer, inner\)"),
-        ({"layout": "zigzag", "odd": True}, r"=62 must be a positive multiple of 2 \* context = 4 .* use 60 or 64"),
-        ({"sinks": jnp.ones(3)}, r"sinks must be float \(4,\), one per query head, not float32 \(3,\)"),
-    ],
-)
-def test_shard_attention_refuses_as_attention_does(make_mesh, wrong, message, unchecked):
-    x = arrays()
-    options = {n: v for n, v in wrong.items() if n != "odd"}
-    if "odd" in wrong:
-        x = {n: v[:, : L - 2] for n, v in x.items()}
-    with jax.set_mesh(mesh := make_mesh(context=2)):
-        placed = place(mesh, x, SPEC)
-        ids = placed.pop("segment_ids")
-        specs = jax.tree.map(lambda _: SPEC, placed)
-        run = jax.shard_map(
-            lambda x, i: shard_attention(**x, segment_ids=i, **options), in_specs=(specs, SPEC), out_specs=SPEC
-        )
-        with pytest.raises(ValueError, match=message):
-            run(placed, ids)
-
-
-@pytest.mark.parametrize(("axis", "expected"), [(["outer", "inner"], ("outer", "inner")), (("ring",), "ring")])
-def test_an_axis_may_be_a_list(unchecked, axis, expected):
-    """Settings convert a list, as from a JSON file, to a hashable value, and a tuple of one name to that name."""
-    settings, same = (
-        Settings(
-            mask=Mask(),
-            layout="contiguous",
-            strategy="ring",
-            axis=each,
-            scale=None,
-            soft_cap=None,
-            kernel="auto",
-            reduce_dtype=None,
-        )
-        for each in (axis, expected)
-    )
-    assert settings.axis == expected
-    assert hash(settings) == hash(same)

@@ -92,6 +92,30 @@ def test_permute_raises_for_a_length_that_does_not_fit(layout):
         permute(np.zeros((1, 7), np.float32), layout, 4)
 
 
+@pytest.mark.parametrize("function", [permute, unpermute])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (([1, 2, 3, 4], "zigzag", 2), r"x=\[1, 2, 3, 4\] must be a NumPy or JAX array; use np.asarray\(x\)"),
+        (({"tokens": np.zeros((1, 4))}, "zigzag", 2), r"x={'tokens'.* must be .*; use .* jax.tree.map"),
+        ((None, "zigzag", 2), "x=None must be a NumPy or JAX array"),
+        ((np.zeros(8), "zigzag", 2), r"dim=1 must be a dim of x \(8,\); use the index of the sequence dim"),
+        ((np.zeros((1, 8)), "zigzag", 2, "L"), r"dim='L' must be a dim of x \(1, 8\)"),
+        ((np.zeros((1, 8)), "zigzag", 0), "shards=0 must be a positive int, the number of devices"),
+        ((np.zeros((1, 8)), "zigzag", 2.0), "shards=2.0 must be a positive int"),
+        ((np.zeros((1, 8)), "zig-zag", 2), "layout='zig-zag' must be one of 'contiguous', 'striped', 'zigzag'"),
+    ],
+)
+def test_permute_refuses_wrong_arguments(function, arguments, message, unchecked):
+    with pytest.raises(ValueError, match=message):
+        function(*arguments)
+
+
+def test_permute_takes_a_negative_dim():
+    x = np.arange(16).reshape(2, 8)
+    np.testing.assert_array_equal(permute(x, "zigzag", 2, -1), permute(x, "zigzag", 2, 1))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_positions_of_consecutive_shards(layout):
     all_positions = order(layout, 48, 6)

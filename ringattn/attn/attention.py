@@ -10,10 +10,10 @@ import jax
 from jax.sharding import AbstractMesh, AxisType
 from jaxtyping import Array, Float
 
-from ringattn.attn.checks import Extras, Settings, TokenIds, axis_names, check_arrays
+from ringattn.attn.checks import Extras, TokenIds, check_arrays, check_lengths, order_hint
 from ringattn.attn.mask import Mask
+from ringattn.attn.settings import Settings, axis_names
 from ringattn.attn.sharded import local_attention
-from ringattn.layout import check_length
 
 
 def attention(
@@ -53,7 +53,7 @@ def attention(
       mask: causality, window and chunk, by positions.
       segment_ids: int32. Tokens see only their own segment. A negative id marks padding, which sees no key and which no
         query sees. Ids and positions are one [B, L] array for queries and keys, or a pair (queries
-        [B, L], keys [B, M]).
+        [B, L], keys [B, M]). NumPy arrays may have any integer dtype if their values fit int32.
       span_ids: int32. Tokens of one span (id >= 0) see each other in both directions, even under a causal mask
         (prefix-LM, image spans), within the window, chunk and segment; -1: no span.
       positions: int32, in storage order. Default: the positions that `layout` implies. If given, `layout` only
@@ -64,8 +64,8 @@ def attention(
         (ulysses inside a ring); "auto" (picks the strategy with the least exposed communication: `choose_strategy`).
       axis: a mesh axis, or a pair (outer, inner). With a pair, "ring" is a nested ring, and "usp" is a ring over outer
         and an all-to-all over inner.
-      spec: PartitionSpec of query. Default: read from the array on an explicit mesh; P(None, axis) on an auto mesh,
-        which replicates the batch and the heads.
+      spec: PartitionSpec of query. Default: read from the array on an explicit mesh; P(None, axis) on an auto mesh
+        without other axes. Required on an auto mesh with other axes, where query does not tell how it is sharded.
       scale: default D ** -0.5.
       soft_cap: logits become soft_cap * tanh(logits / soft_cap). Default: no cap.
       sinks: one extra logit per head in the denominator, like a key whose value is 0.
@@ -94,10 +94,9 @@ def attention(
     )
     extras = Extras(positions=positions, segment_ids=segment_ids, sinks=sinks, slopes=slopes, span_ids=span_ids)
     _check_mesh(mesh, settings.axes)
-    check_arrays(query, key, value, extras)
-    for name, array in {"query's length L": query, "key's length M": key}.items():
-        check_length(array.shape[1], layout, _size(mesh, settings.axes), name, " * ".join(settings.axes))
-    spec = _resolve_spec(query, spec, mesh, settings.axes, key.shape[2])
+    extras = check_arrays(query, key, value, extras)
+    check_lengths(settings, query, key, _size(mesh, settings.axes))
+    spec = _resolve_spec(query, key, spec, mesh, settings.axes)
     return _sharded(spec, settings, query, key, value, extras)
 
 
@@ -119,30 +118,51 @@ def _sharded(
     return jax.shard_map(local, in_specs=specs, out_specs=spec)(query, key, value, extras)
 
 
-def _resolve_spec(query: Array, spec: jax.P | None, mesh: AbstractMesh, axes: tuple[str, ...], kv_heads: int) -> jax.P:
+def _resolve_spec(query: Array, key: Array, spec: jax.P | None, mesh: AbstractMesh, axes: tuple[str, ...]) -> jax.P:
     """Returns query's spec with an entry for each of its four dims, checked against the mesh and `axes`."""
     axis = axes[0] if len(axes) == 1 else axes
     if spec is None:
-        entries = jax.typeof(query).sharding.spec if _is_explicit(mesh) else ()
-        batch, _, heads, *_ = (*entries, None, None, None)
-        spec = jax.P(batch, axis, heads)
+        spec = _default_spec(query, mesh, axes)
+    if not isinstance(spec, jax.P):
+        raise ValueError(f"spec={spec!r} must be a jax.P of query [B, L, H, D]; for example jax.P(None, {axis!r})")
     if len(spec) > 4:
         raise ValueError(f"spec={spec} has {len(spec)} entries, but query [B, L, H, D] has 4 dims; use at most 4")
-    batch, length, heads, depth = (*spec, *([None] * (4 - len(spec))))
+    batch, length, heads, depth = entries = (*spec, *([None] * (4 - len(spec))))
+    for entry in entries:
+        if not isinstance(entry, str | tuple | None):
+            raise ValueError(f"spec={spec} has the entry {entry!r}; use a mesh axis, a tuple of mesh axes, or None")
     if axis_names(length) != axes:
         raise ValueError(f"spec={spec} shards the sequence over {length!r}, but axis={axis!r}; they must agree")
     if depth is not None:
         raise ValueError(f"spec={spec} shards the head dim over {depth!r}, which is not supported; use None for it")
-    missing = [name for entry in (batch, heads) for name in axis_names(entry) if name not in mesh.axis_names]
-    if missing:
-        raise ValueError(f"spec={spec} names {missing[0]!r}, which must be one of the mesh axes {mesh.axis_names}")
-    for name, size, entry in (("B", query.shape[0], batch), ("G", kv_heads, heads)):
+    names = [name for entry in (batch, length, heads) for name in axis_names(entry)]
+    for name in names:
+        if name not in mesh.axis_names:
+            raise ValueError(f"spec={spec} names {name!r}, which must be one of the mesh axes {mesh.axis_names}")
+        if names.count(name) > 1:
+            rule = f"spec={spec}, given or read from query, shards two dims over {name!r}"
+            raise ValueError(f"{rule}; use each mesh axis once{order_hint(query, key)}")
+    for name, size, entry in (("B", query.shape[0], batch), ("G", key.shape[2], heads)):
         count = _size(mesh, axis_names(entry))
         if size % count:
             raise ValueError(
                 f"{name}={size} must be a multiple of the {count} devices of {entry!r}; use a multiple, or another spec"
             )
     return jax.P(batch, axis, heads, None)
+
+
+def _default_spec(query: Array, mesh: AbstractMesh, axes: tuple[str, ...]) -> jax.P:
+    """Returns the sharding of batch and heads if the mesh is explicit. Under jit, an auto mesh does not reveal it."""
+    axis = axes[0] if len(axes) == 1 else axes
+    if _is_explicit(mesh):
+        batch, _, heads, *_ = (*jax.typeof(query).sharding.spec, None, None, None)
+        return jax.P(batch, axis, heads)
+    types = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    others = [name for name, kind in types if kind != AxisType.Manual and name not in axes and mesh.shape[name] > 1]
+    if others:
+        fix = f"use spec=jax.P({others[0]!r}, {axis!r}) to shard the batch, or jax.P(None, {axis!r}) to replicate it"
+        raise ValueError(f"spec=None would replicate query over {others} of a mesh with auto axes; {fix}")
+    return jax.P(None, axis)
 
 
 def _check_mesh(mesh: AbstractMesh, axes: tuple[str, ...]) -> None:

@@ -1,61 +1,22 @@
-"""The arguments of `attention` and `shard_attention`, and their checks. Each check raises a ValueError with a fix."""
+"""The arrays of `attention` and `shard_attention`, and their checks. Each check raises a ValueError with a fix."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int, Integer
 
-from ringattn.attn.choices import STRATEGIES
-from ringattn.attn.kernels.registry import choose_kernel
-from ringattn.attn.mask import Mask
+from ringattn.attn.settings import Settings, shown
+from ringattn.layout import check_length
 
-REDUCE_DTYPES = ("bfloat16", "float32")
-"""Excludes float16, because gradients can overflow."""
-Axis = str | tuple[str, str]
-TokenIds = Int[Array, "B L"] | tuple[Int[Array, "B L"], Int[Array, "B M"]] | None
-"""One id per token: a single array for queries and keys, or a pair (queries, keys)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """The arguments that are not arrays. Raises ValueError for unknown names and for inconsistent values."""
-
-    mask: Mask
-    layout: str
-    strategy: str
-    axis: Axis
-    scale: float | None
-    soft_cap: float | None
-    kernel: str
-    reduce_dtype: str | None
-
-    def __post_init__(self):
-        names = axis_names(self.axis)  # a list of names, as from a JSON file, could not be hashed
-        object.__setattr__(self, "axis", names[0] if len(names) == 1 else names)
-        for name, x in {"scale": self.scale, "soft_cap": self.soft_cap}.items():
-            object.__setattr__(self, name, None if x is None else float(x))  # settings are hashed; arrays cannot be
-        if self.strategy not in STRATEGIES:
-            raise ValueError(f"strategy={self.strategy!r} must be one of {_quoted(STRATEGIES)}")
-        choose_kernel(self.kernel)
-        if not 1 <= len(self.axes) <= 2 or len(set(self.axes)) < len(self.axes):
-            raise ValueError(f"axis={self.axis!r} must be one mesh axis or two different ones, (outer, inner)")
-        if self.strategy == "usp" and len(self.axes) == 1:
-            fix = "use axis=(outer, inner), or strategy='ring' or 'ulysses', which take one axis"
-            raise ValueError(f"axis={self.axis!r} must be a pair for strategy='usp'; {fix}")
-        if self.soft_cap is not None and self.soft_cap <= 0:
-            raise ValueError(f"soft_cap={self.soft_cap} must be positive; use None for no cap")
-        if self.reduce_dtype is not None and self.reduce_dtype not in REDUCE_DTYPES:
-            raise ValueError(f"reduce_dtype={self.reduce_dtype!r} must be one of {_quoted(REDUCE_DTYPES)}, or None")
-        if self.reduce_dtype is not None and self.strategy == "ulysses":
-            fix = "use None: its all-to-all sends gradients in query's dtype"
-            raise ValueError(f"reduce_dtype={self.reduce_dtype!r} does not apply to strategy='ulysses'; {fix}")
-
-    @property
-    def axes(self) -> tuple[str, ...]:
-        """The mesh axes that `axis` names."""
-        return axis_names(self.axis)
+MOST_KV_HEADS = 32
+"""With more K/V heads than this and fewer keys than heads, arrays are taken for [B, heads, L, D]."""
+AnyArray = Array | np.ndarray
+TokenIds = Integer[AnyArray, "B L"] | tuple[Integer[AnyArray, "B L"], Integer[AnyArray, "B M"]] | None
+"""An id per token: one array for queries and keys, or a pair, (queries, keys)."""
 
 
 class Extras(NamedTuple):
@@ -68,55 +29,107 @@ class Extras(NamedTuple):
     span_ids: TokenIds
 
 
-def axis_names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    """Normalizes None, a name or a tuple of names to a tuple."""
-    if entry is None:
-        return ()
-    return (entry,) if isinstance(entry, str) else tuple(entry)
-
-
-def check_arrays(query: Array, key: Array, value: Array, extras: Extras) -> None:
-    """Raises ValueError if shapes or dtypes are invalid or inconsistent."""
+def check_arrays(query: Array, key: Array, value: Array, extras: Extras) -> Extras:
+    """Returns `extras` with int32 ids. Raises ValueError if shapes or dtypes are invalid or inconsistent."""
+    for name, x in {"query": query, "key": key, "value": value}.items():
+        _check_is_array(name, x)
     if query.ndim != 4 or key.ndim != 4 or value.ndim != 4:
         raise ValueError(f"query, key, value must be [B, L, heads, D], not {query.shape}, {key.shape}, {value.shape}")
-    (B, _, H, D), (M, G) = query.shape, key.shape[1:3]
+    (B, _, H, D), (M, G), hint = query.shape, key.shape[1:3], order_hint(query, key)
     if key.shape != (B, M, G, D) or value.shape[:3] != (B, M, G):
         raise ValueError(
             f"query {query.shape}, key {key.shape}, value {value.shape} must agree in B, key with query also in D, "
-            "value with key also in length and heads"
+            f"value with key also in length and heads{hint}"
         )
     if G == 0 or H % G:
-        raise ValueError(f"H={H} query heads must be a multiple of G={G} K/V heads; use H={max(H // max(G, 1), 1) * G}")
+        fix = f"use H={max(H // max(G, 1), 1) * G}{hint}"
+        raise ValueError(f"H={H} query heads must be a multiple of G={G} K/V heads; {fix}")
     if not query.dtype == key.dtype == value.dtype:
-        raise ValueError(f"query, key, value must have one dtype, not {query.dtype}, {key.dtype}, {value.dtype}")
+        fix = "cast them with .astype(query.dtype)"
+        raise ValueError(f"query, key, value must have one dtype, not {query.dtype}, {key.dtype}, {value.dtype}; {fix}")
     if query.dtype not in (jnp.float32, jnp.bfloat16, jnp.float64):
         fix = "cast query, key and value with .astype('float32') or .astype('bfloat16')"
         raise ValueError(f"query.dtype={query.dtype} must be float32 or bfloat16 (float64 with jax_enable_x64); {fix}")
     for name, x in {"sinks": extras.sinks, "slopes": extras.slopes}.items():
-        if x is not None and (x.shape != (H,) or not jnp.issubdtype(x.dtype, jnp.floating)):
-            raise ValueError(f"{name} must be float ({H},), one per query head, not {x.dtype} {x.shape}")
+        if x is not None:
+            _check_is_array(name, x)
+            if x.shape != (H,) or not jnp.issubdtype(x.dtype, jnp.floating):
+                raise ValueError(f"{name} must be float ({H},), one per query head, not {x.dtype} {x.shape}")
     ids = {"segment_ids": extras.segment_ids, "span_ids": extras.span_ids, "positions": extras.positions}
-    for name, x in ids.items():
-        _check_ids(name, x, query.shape[:2], key.shape[:2])
+    return extras._replace(**{name: _int32_ids(name, x, query.shape[:2], key.shape[:2]) for name, x in ids.items()})
 
 
-def _check_ids(name: str, ids: TokenIds, q_shape: tuple[int, ...], kv_shape: tuple[int, ...]) -> None:
+def check_lengths(settings: Settings, query: Array, key: Array, devices: int, *, local: bool = False) -> None:
+    """Raises ValueError unless the layout divides the lengths of query and key over `devices`.
+
+    With `local`, query and key are the shards of one device.
+    """
+    for name, x in {"query's length L": query, "key's length M": key}.items():
+        length, name = (x.shape[1] * devices, f"global {name}") if local else (x.shape[1], name)
+        check_length(length, settings.layout, devices, name, " * ".join(settings.axes), order_hint(query, key))
+    keys, heads = key.shape[1] * (devices if local else 1), key.shape[2]
+    if keys < heads and heads > MOST_KV_HEADS:
+        fix = f"if it is [B, L, heads, D], pad it to {heads} keys, with negative segment_ids{order_hint(query, key)}"
+        raise ValueError(f"key has {heads} heads but only {keys} tokens; {fix}")
+
+
+def manual_devices(axes: tuple[str, ...]) -> int:
+    """Returns the number of devices along `axes`. Raises ValueError unless they are manual, as inside a shard_map."""
+    for name in axes:
+        try:
+            lax.axis_size(name)
+        except NameError:
+            manual = jax.sharding.get_abstract_mesh().manual_axes
+            active = (
+                f"the enclosing jax.shard_map is over {manual}" if manual else "there is no enclosing jax.shard_map"
+            )
+            fix = "call shard_attention inside a jax.shard_map over this axis, or ringattn.attention outside of one"
+            raise ValueError(f"axis={name!r} must be manual, but {active}; {fix}") from None
+    return math.prod(map(lax.axis_size, axes))
+
+
+def order_hint(query: Array, key: Array) -> str:
+    """Returns the end of a message about lengths or heads, for arrays that may be [B, heads, L, D]; otherwise ""."""
+    if query.shape[1] < query.shape[2] or key.shape[1] < key.shape[2]:
+        return "; the order of dims is [B, L, heads, D]: transpose [B, heads, L, D] by x.swapaxes(1, 2)"
+    return ""
+
+
+def _check_is_array(name: str, x: Any) -> None:
+    try:
+        _ = x.shape, x.dtype  # not isinstance: an nnx.Param is also accepted
+    except AttributeError:
+        raise ValueError(f"{name}={shown(x)} must be a JAX or NumPy array; use jnp.asarray") from None
+
+
+def _int32_ids(name: str, ids: Any, q_shape: tuple[int, ...], kv_shape: tuple[int, ...]) -> TokenIds:
+    """Returns `ids` as int32. NumPy's ids are usually int64: they may have any integer dtype if their values fit."""
     if ids is None:
-        return
-    is_pair = isinstance(ids, tuple) and len(ids) == 2 and all(x is not None for x in ids)
-    if not is_pair and (isinstance(ids, tuple | list) or q_shape != kv_shape):
-        raise ValueError(f"{name} must be a pair of int32 arrays, queries {q_shape} and keys {kv_shape}")
-    for x, shape in zip(ids_pair(ids), (q_shape, kv_shape), strict=True):
-        if x is not None and (x.shape != shape or x.dtype != jnp.int32):
-            raise ValueError(f"{name} must be int32 {shape}, one per token, not {x.dtype} {x.shape}")
+        return None
+    if isinstance(ids, tuple) and len(ids) == 2 and all(x is not None for x in ids):
+        return _int32(name, ids[0], q_shape), _int32(name, ids[1], kv_shape)
+    if isinstance(ids, tuple | list) or q_shape != kv_shape:
+        rule = f"a pair of int32 arrays, queries {q_shape} and keys {kv_shape}"
+        either = f" in a tuple, or one array {q_shape} for both" if q_shape == kv_shape else " in a tuple"
+        raise ValueError(f"{name} must be {rule}{either}, not {shown(ids)}")
+    return _int32(name, ids, q_shape)
+
+
+def _int32(name: str, x: Any, shape: tuple[int, ...]) -> Integer[AnyArray, "B L"]:
+    _check_is_array(name, x)
+    is_numpy = isinstance(x, np.ndarray) and np.issubdtype(x.dtype, np.integer)
+    if x.shape != shape or not (is_numpy or x.dtype == jnp.int32):
+        fix = "; use .astype('int32')" if x.shape == shape else ""
+        raise ValueError(f"{name} must be int32 {shape}, one per token, not {x.dtype} {x.shape}{fix}")
+    limits = np.iinfo(np.int32)
+    if is_numpy and x.size > 0 and (x.min() < limits.min or x.max() > limits.max):
+        raise ValueError(f"{name} has values from {x.min()} to {x.max()}, which must fit int32; use smaller ids")
+    return x.astype(np.int32) if is_numpy else x
 
 
 def ids_pair(ids: TokenIds) -> tuple[Int[Array, "B L"], Int[Array, "B M"]] | tuple[None, None]:
     """Returns (ids of the queries, ids of the keys)."""
     if ids is None:
         return None, None
-    return ids if isinstance(ids, tuple) else (ids, ids)
-
-
-def _quoted(names: Iterable[str]) -> str:
-    return ", ".join(map(repr, names))
+    queries, keys = ids if isinstance(ids, tuple) else (ids, ids)
+    return jnp.asarray(queries), jnp.asarray(keys)

@@ -5,10 +5,13 @@ Evaluates masks independently of `mask.visible`, so that tests find errors in it
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from ringattn.attn.checks import TokenIds
 from ringattn.attn.mask import Mask
+
+Ids = Array | np.ndarray
 
 
 def reference_attention(
@@ -51,14 +54,15 @@ def reference_attention(
     return jnp.einsum("bhlm,bmhd->blhd", probs[..., :-1], value)
 
 
-def _pair(ids: Array | tuple[Array, Array]) -> tuple[Array, Array]:
-    return ids if isinstance(ids, tuple) else (ids, ids)
+def _pair(ids: Ids | tuple[Ids, Ids]) -> tuple[Array, Array]:
+    queries, keys = ids if isinstance(ids, tuple) else (ids, ids)
+    return jnp.asarray(queries), jnp.asarray(keys)
 
 
 def _visible(
     mask: Mask, i: Int[Array, "... L 1"], j: Int[Array, "... 1 M"], segment_ids: TokenIds, span_ids: TokenIds
 ) -> Bool[Array, "... L M"]:
-    def same(ids: Array | tuple[Array, Array]) -> Array:
+    def same(ids: Ids | tuple[Ids, Ids]) -> Array:
         q_ids, kv_ids = _pair(ids)
         a, b = q_ids[:, None, :, None], kv_ids[:, None, None, :]
         return (a == b) & (a >= 0)

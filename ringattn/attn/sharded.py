@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from ringattn.attn.auto import strategy_for
-from ringattn.attn.checks import Axis, Extras, Settings, TokenIds, check_arrays, ids_pair
+from ringattn.attn.checks import Extras, TokenIds, check_arrays, check_lengths, ids_pair, manual_devices
 from ringattn.attn.gather import Gather
 from ringattn.attn.inputs import Inputs, group_heads, to_kernel_dims, ungroup_heads, zero_padding
 from ringattn.attn.kernels.protocol import Kernel, LogitSpec, Residuals, init_partial, init_query_grads
@@ -23,9 +23,9 @@ from ringattn.attn.kernels.registry import choose_kernel
 from ringattn.attn.mask import Mask, Tokens
 from ringattn.attn.positions import ImpliedPositions
 from ringattn.attn.ring import Ring
+from ringattn.attn.settings import Axis, Settings
 from ringattn.attn.softmax import shifted_exp, varying_like, with_sink
 from ringattn.attn.ulysses import exchange
-from ringattn.layout import check_length
 
 Attend = Callable[[Inputs], Float[Array, "B L H Dv"]]
 
@@ -54,7 +54,7 @@ def shard_attention(
     Takes the same arguments as `ringattn.attention`, except `spec`. All array arguments are local shards.
 
     Raises:
-      ValueError: if the arguments are inconsistent with each other.
+      ValueError: if the arguments are inconsistent with each other, and outside of such a shard_map.
     """
     settings = Settings(
         mask=mask,
@@ -67,10 +67,8 @@ def shard_attention(
         reduce_dtype=reduce_dtype,
     )
     extras = Extras(positions=positions, segment_ids=segment_ids, sinks=sinks, slopes=slopes, span_ids=span_ids)
-    check_arrays(query, key, value, extras)
-    shards = lax.axis_size(axis)
-    for length in (query.shape[1], key.shape[1]):
-        check_length(length * shards, layout, shards, "the global sequence length", " * ".join(settings.axes))
+    extras = check_arrays(query, key, value, extras)
+    check_lengths(settings, query, key, manual_devices(settings.axes), local=True)
     return local_attention(settings, query, key, value, extras)
 
 

@@ -11,8 +11,7 @@ def choose_kernel(name: str) -> Kernel:
 
     Raises ValueError for an unknown name.
     """
-    if name == "auto":
-        return xla
-    if name not in KERNELS:
-        raise ValueError(f"kernel={name!r} must be one of {', '.join(map(repr, ('auto', *KERNELS)))}")
-    return KERNELS[name]
+    names = ("auto", *KERNELS)
+    if name not in names:
+        raise ValueError(f"kernel={name!r} must be one of {', '.join(map(repr, names))}")
+    return xla if name == "auto" else KERNELS[name]
