@@ -1,6 +1,7 @@
 """All subjects compute the same attention; results, table and plot are complete."""
 
 import json
+import os
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from ringattn.attn.mask import Mask
 from ringattn.attn.reference import reference_attention
 from ringattn.benchmark import benchmark, measure, report, subjects, timing
 from ringattn.mesh.devices import ring_mesh
+from ringattn.runs.lock import locked
 
 SUBJECTS = (
     "ring zigzag",
@@ -239,6 +241,15 @@ def test_a_ring_that_does_not_fit_is_refused_with_a_fix():
     with pytest.raises(ValueError, match=r"rings=\(2, 16\) do not fit 8 devices; use --rings 2, or --simulate 16"):
         measure.ring_sizes(config.Benchmark(rings=(2, 16)))
     assert measure.ring_sizes(config.Benchmark(rings=(-1, 2, 8))) == [8, 2]
+
+
+def test_a_directory_in_use_is_refused(tmp_path):
+    directory = tmp_path / SMALL.name
+    with locked(directory / ".lock", directory, "", ""):
+        in_use = rf"^{directory} is in use by process {os.getpid()} on .* or use another --name$"
+        with pytest.raises(ValueError, match=in_use):
+            benchmark(replace(SMALL, directory=str(tmp_path)))
+        assert [path.name for path in directory.iterdir()] == [".lock"]
 
 
 def test_a_directory_of_another_kind_of_run_is_not_overwritten(tmp_path):

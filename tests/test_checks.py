@@ -100,7 +100,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "spec's depth": (
         {"spec": jax.P(None, "context", None, "tensor")},
-        "shards the head dim over 'tensor', which attention cannot do; use None",
+        "shards the head dim over 'tensor', which is not supported; use None",
     ),
     "long spec": (
         {"spec": jax.P(None, "context", None, None, None)},

@@ -1,6 +1,7 @@
 """Evaluation from a run directory to its report, on any mesh, layout and strategy."""
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from ringattn import config
 from ringattn.data import dataset, haystack
 from ringattn.evaluation import cells, evaluate
 from ringattn.model import scoring
+from ringattn.runs.lock import locked
 from ringattn.training import train
 
 LONG, SHORT = 384, 256
@@ -86,7 +88,8 @@ def test_writes_results_a_table_and_plots(base, capsys):
         lengths=(LONG,),
         depths=(0.5,),
     )
-    assert evaluate(c) == 0
+    with locked(Path(c.runs[0]) / ".lock", Path(c.runs[0]), "", ""):  # while the run trains
+        assert evaluate(c) == 0
     needle, queries, position, context, kinds = results_of(c)
     assert (needle["task"], needle["length"], needle["depth"], needle["samples"]) == ("needle", LONG, 0.5, 5)
     assert needle["right"] == 0
@@ -199,6 +202,17 @@ def test_stored_results_of_another_model_or_text_are_not_used(base, monkeypatch)
     monkeypatch.setattr(haystack, "sentences", lambda: ("This is another haystack, of one sentence.",))
     assert evaluate(c) == 0
     assert len((output_of(c) / "cells.jsonl").read_text().splitlines()) == 2 * lines + 1
+
+
+def test_a_second_start_of_an_evaluation_is_refused(base):
+    c = replace(base, runs=(*base.runs, other_run(base, "two")))
+    with locked(output_of(c, 1) / ".lock", output_of(c, 1), "", ""):
+        message = rf"^{output_of(c, 1)} is in use by process {os.getpid()} on .* or use another --name$"
+        for each in (c, replace(c, runs=c.runs[::-1])):
+            with pytest.raises(ValueError, match=message):
+                evaluate(each)
+            assert not (output_of(c) / "cells.jsonl").exists()
+        assert [path.name for path in output_of(c, 1).iterdir()] == [".lock"]
 
 
 def test_changed_text_is_an_error(base):

@@ -128,14 +128,16 @@ def test_a_second_start_of_two_processes_does_not_join(text):
 
 
 def test_processes_agree_on_locks_and_checkpoints(tmp_path):
-    """A launch that starts between the check and the lock is also rejected, in all processes."""
+    """Processes that have joined are refused together."""
     code = f"""
-import sys
+import time
 from pathlib import Path
 import jax
 from ringattn import config
+from ringattn.mesh.devices import join
 from ringattn.runs import shared
-shared.PATIENCE, shared.check_free, directory = 0.2, lambda *_: None, Path({str(tmp_path)!r})
+shared.PATIENCE, directory = 0.2, Path({str(tmp_path)!r})
+join(config.Mesh(simulate=1))
 
 def attempt(action):
     try:
@@ -148,6 +150,9 @@ def claim(name):
         shared.check_shared(directory / name)
         return f"claimed {{name}}"
 
+attempt(lambda: claim("free"))
+while jax.process_index() and not (directory / "free" / ".lock").exists():
+    time.sleep(0.01)  # process 0 holds the lock when process 1 calls
 attempt(lambda: claim("free"))
 attempt(lambda: claim("held"))
 own = directory / str(jax.process_index())
@@ -162,8 +167,8 @@ attempt(lambda: shared.newest_step(own))
     host = socket.gethostname()
     for index, (stdout, stderr, status) in enumerate(done):
         assert status == 0, stderr
-        free, held, same, different = [line for line in stdout.splitlines() if "[Gloo]" not in line]
-        assert (free, same) == ("claimed free", "4")
+        free, again, held, same, different = [line for line in stdout.splitlines() if "[Gloo]" not in line]
+        assert (free, again, same) == ("claimed free", "claimed free", "4")
         assert held.startswith(f"{tmp_path / 'held'} is in use by process {os.getpid()} on host ")
         assert different == (
             f"the newest checkpoint in {tmp_path / str(index)} is 4 for process 0 on host {host}, 0 for process 1 on "

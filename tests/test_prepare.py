@@ -1,5 +1,6 @@
 """Shards of a source are written once, then verified; shards of video include the codebook."""
 
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from test_video import SIZE, film
 from ringattn.config import Data
 from ringattn.data import VideoTokenizer, prepare
 from ringattn.data.dataset import read
+from ringattn.runs.lock import locked
 
 
 @pytest.fixture
@@ -29,6 +31,25 @@ def test_reports_its_output_and_has_nothing_to_do_the_second_time(
     prepare(genome, str(tmp_path / "out" / "s"))
     assert "nothing to do" in capsys.readouterr().out
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out" / "s").iterdir()} == before
+
+
+def test_shards_that_another_process_writes_are_not_written_again(
+    genome: Data, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture
+):
+    with locked(tmp_path / ".s.lock", tmp_path / "s", "", ""):
+        in_use = rf"^{tmp_path}/s is in use by process {os.getpid()} on .* or choose another --output$"
+        with pytest.raises(ValueError, match=in_use):
+            prepare(genome, str(tmp_path / "s"))
+        assert {path.name for path in tmp_path.iterdir()} == {"g.fa", ".s.lock"}
+
+    def locked_after_another(*args):
+        monkeypatch.undo()
+        prepare(genome, str(tmp_path / "s"))
+        return locked(*args)
+
+    monkeypatch.setattr(sys.modules["ringattn.data.prepare"], "locked", locked_after_another)
+    prepare(genome, str(tmp_path / "s"))
+    assert "nothing to do" in capsys.readouterr().out
 
 
 def test_prints_progress_lines_without_a_terminal(tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture):

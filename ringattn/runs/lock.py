@@ -149,6 +149,8 @@ def _holder(file: Path) -> str:
         with suppress(OSError, ValueError, LookupError, TypeError, OverflowError):
             content = json.loads(file.read_bytes())
             started = time.strftime("%Y-%m-%d %H:%M", time.localtime(content["started"]))
-            process = f"process {int(content['pid'])} on host {content['host']} since {started}"
-            return textwrap.shorten(f"{process} ({content['command']})", 200, placeholder=" ...")
+            host, command = (
+                textwrap.shorten(str(content[name]), 120, placeholder=" ...") for name in ("host", "command")
+            )
+            return f"process {int(content['pid'])} on host {host} since {started} ({command})"
     return "another process"

@@ -31,9 +31,10 @@ def claimed(directories: Sequence[Path], section: config.Mesh, fix: str, unwrita
       ValueError: in every process, if another launch holds a lock or a directory cannot be written (see
         `lock.locked`, also for the fixes), or if the processes cannot join.
     """
-    # A second job that joins at the same address makes the coordinator abort the first one, so it must not join.
-    for directory in directories:
-        check_free(directory / LOCK, directory, fix)
+    if not several_processes():
+        # A second job that joins at the same address makes the coordinator abort the first one, so it must not join.
+        for directory in directories:
+            check_free(directory / LOCK, directory, fix)
     join(section)
     with ExitStack() as stack:
         refusal = ""
