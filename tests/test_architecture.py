@@ -25,7 +25,7 @@ ROOMS = {
     "layout": set(),
     "units": set(),
     "config": {"attn", "layout"},  # of attn only choices.py, which holds no arrays
-    "mesh": {"config", "layout"},
+    "mesh": {"config", "layout", "units"},
     "attn": {"hardware", "layout"},
     "runs": SHARED,
     "data": SHARED | {"runs"},

@@ -51,6 +51,32 @@ def test_running_jax_is_reported_without_traceback():
     )
 
 
+def test_a_platform_without_devices_is_one_line():
+    """JAX raises an AssertionError without a message."""
+    done = start_in_process("", JAX_PLATFORMS="cuda")
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: JAX_PLATFORMS=cuda: JAX finds no such device; ")
+    assert "pip install -e '.[cuda]'" in line
+
+
+def test_the_reason_why_jax_finds_no_device_is_kept(monkeypatch):
+    def devices():
+        raise RuntimeError("Unable to initialize backend 'tpu': it is in use\nTrace:")
+
+    monkeypatch.setattr(jax, "devices", devices)
+    with pytest.raises(
+        ValueError, match=r"JAX finds no such device \(Unable to .* it is in use\); .* unset JAX_PLATFORMS"
+    ):
+        start(config.Mesh())
+
+
+def test_too_many_simulated_devices_are_refused_before_they_start():
+    """A million would abort the process or hang it: each takes at least one thread."""
+    with pytest.raises(ValueError, match=r"mesh\.simulate=1000000 must be at most 1024"):
+        start(config.Mesh(simulate=10**6))
+
+
 def test_a_coordinator_without_process_ids_is_an_error():
     done = start_in_process("simulate=2", JAX_COORDINATOR_ADDRESS="localhost:1")
     assert done.returncode == 2
@@ -98,6 +124,12 @@ def test_a_mesh_that_does_not_fit_raises_with_a_fix(monkeypatch, sizes, devices,
         resolve(section, devices)
     with pytest.raises(ValueError, match=f"use {fix}$"):  # mesh.simulate is set already
         resolve(config.Mesh(**sizes, simulate=devices), devices)
+
+
+def test_a_mesh_of_more_devices_than_can_be_simulated(monkeypatch):
+    monkeypatch.delenv("XLA_FLAGS")
+    with pytest.raises(ValueError, match=r"does not fit 8 devices; use --mesh\.context 8$"):
+        resolve(config.Mesh(context=10**9), 8)
 
 
 def test_the_mesh_is_explicit_and_has_all_axes():

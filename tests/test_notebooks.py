@@ -126,26 +126,48 @@ def test_quoted_rows_are_in_a_readme(path):
     assert [row for row in rows if row not in guides] == []
 
 
-@pytest.mark.parametrize(
-    ("devices", "extra"), [({"/dev/accel0"}, "[tpu]"), ({"/dev/nvidia0"}, "[cuda]"), (set(), "")], ids=str
-)
-def test_colab_installs_the_extra_for_its_accelerator(path, devices, extra, monkeypatch, capsys):
-    install = code(read(path))[0].source
+@pytest.fixture
+def installed(monkeypatch) -> list[list[str]]:
+    """Commands that the cells run, which are recorded instead of executed."""
     ran: list[list[str]] = []
     monkeypatch.setattr(subprocess, "run", lambda command, check: ran.append(command))
+    return ran
+
+
+@pytest.fixture
+def colab(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "google.colab", ModuleType("google.colab"))
+
+
+def test_outside_colab_nothing_is_installed(path, installed):
+    exec(code(read(path))[0].source, {})
+    assert not installed
+
+
+@pytest.mark.parametrize("devices", [{"/dev/nvidia0"}, {"/dev/accel0"}, set()], ids=str)
+@pytest.mark.usefixtures("colab")
+def test_colab_installs_no_packages_for_an_accelerator_that_is_not_used(path, devices, installed, monkeypatch):
     monkeypatch.setattr(Path, "exists", lambda self: str(self) in devices)
     monkeypatch.setattr(Path, "glob", lambda self, pattern: [each for each in devices if Path(each).match(pattern)])
-    monkeypatch.delenv("TPU_ACCELERATOR_TYPE", raising=False)
+    install, simulate = (cell.source for cell in code(read(path))[:2])
+    assert 'jax.config.update("jax_platforms", "cpu")' in simulate
     exec(install, {})
-    assert not ran, "outside Colab it does nothing"
-    monkeypatch.setitem(sys.modules, "google.colab", ModuleType("google.colab"))
-    exec(install, {})
-    assert ran[-1][-1] == f"ringattn{extra} @ git+{ADDRESS}"
-    assert len(ran) == (1 if extra else 2)
-    assert "Restart" not in capsys.readouterr().out
-    monkeypatch.setattr(sys.modules["jax"], "__version__", "0.7.2")
-    exec(install, {})
-    assert "Restart" in capsys.readouterr().out
+    removed, added = (command[command.index("pip") + 1 :] for command in installed)
+    assert removed[0] == "uninstall"
+    assert {"jax-cuda12-plugin", "jax-cuda12-pjrt"} < set(removed)  # would print errors with a newer JAX
+    assert added == ["install", "-q", f"ringattn @ git+{ADDRESS}"]
+
+
+@pytest.mark.parametrize("name", ["jax", "numpy"])
+@pytest.mark.usefixtures("colab", "installed")
+def test_colab_stops_if_an_older_version_is_loaded(path, name, monkeypatch):
+    """A cell that only prints would let "Run all" continue with two versions of a package."""
+    install = code(read(path))[0].source
+    monkeypatch.setattr(sys.modules[name], "__version__", "0.7.2")
+    with pytest.raises(
+        RuntimeError, match=rf"{name} 0\.7\.2 is loaded, .* choose Runtime > Restart session, then run all"
+    ):
+        exec(install, {})
 
 
 def test_first_cells_are_the_same(path):

@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Mapping
 from itertools import product
+from typing import Any
 
 import jax
 
@@ -22,9 +23,12 @@ from ringattn.mesh.axes import (
 )
 from ringattn.mesh.processes import join_processes
 from ringattn.mesh.topology import arrange_devices
+from ringattn.units import first_line
 
 FORCED = "--xla_force_host_platform_device_count"
 START_FIRST = "restart Python and call ringattn.mesh.devices.start before other JAX code"
+MAX_SIMULATED = 1024
+"""Maximum number of simulated devices. Each takes one or two threads, and a process may start a few thousand."""
 
 
 def start(section: config.Mesh) -> jax.sharding.Mesh:
@@ -37,7 +41,7 @@ def start(section: config.Mesh) -> jax.sharding.Mesh:
 
     Raises:
       ValueError: if the axis sizes do not multiply to the number of devices (the message suggests a mesh), if JAX is
-        already initialized on other devices, or if `jax.distributed.initialize` fails.
+        already initialized on other devices, if it finds no device, or if `jax.distributed.initialize` fails.
     """
     join(section)
     mesh = build_mesh(section)
@@ -56,7 +60,19 @@ def join(section: config.Mesh) -> None:
 
 def build_mesh(section: config.Mesh) -> jax.sharding.Mesh:
     """Returns a mesh over all devices. Call it after `start`. Raises ValueError: see `resolve`."""
-    return arrange_devices(resolve(section, len(jax.devices())), jax.devices())
+    devices = _devices()
+    return arrange_devices(resolve(section, len(devices)), devices)
+
+
+def _devices() -> list[Any]:
+    """Returns `jax.devices()`. Raises ValueError if JAX finds no device of the platform that JAX_PLATFORMS names."""
+    try:
+        return jax.devices()
+    except (AssertionError, RuntimeError) as error:  # JAX_PLATFORMS=cuda without CUDA gives an empty AssertionError
+        reason = f" ({first_line(error)})" if str(error) else ""
+        fix = "install its plugin, such as pip install -e '.[cuda]', or unset JAX_PLATFORMS"
+        platforms = os.environ.get("JAX_PLATFORMS", "")
+        raise ValueError(f"JAX_PLATFORMS={platforms}: JAX finds no such device{reason}; {fix}") from None
 
 
 def ring_mesh(size: int) -> jax.sharding.Mesh:
@@ -75,8 +91,9 @@ def resolve(section: config.Mesh, devices: int) -> dict[str, int]:
     if remainder or (inferred != 1 and len(fixed) == len(requested)):
         sizes = describe_sizes(requested)
         fixes = [_nearest(fixed, devices)]
-        if not section.simulate and FORCED not in os.environ.get("XLA_FLAGS", ""):
-            fixes.append(f"--mesh.simulate {math.prod(fixed.values())} for simulated CPU devices")
+        simulated = math.prod(fixed.values())
+        if not section.simulate and simulated <= MAX_SIMULATED and FORCED not in os.environ.get("XLA_FLAGS", ""):
+            fixes.append(f"--mesh.simulate {simulated} for simulated CPU devices")
         raise ValueError(f"mesh {sizes} does not fit {devices} device{'s' * (devices > 1)}; use {', or '.join(fixes)}")
     return {name: inferred if size == -1 else size for name, size in requested.items()}
 
@@ -129,6 +146,9 @@ def _check_multiple(name: str, value: int, rule: str, unit: int, reason: str = "
 
 
 def _simulate(count: int) -> None:
+    if count > MAX_SIMULATED:
+        rule = f"must be at most {MAX_SIMULATED}, because simulated devices are threads of one process"
+        raise ValueError(f"mesh.simulate={count} {rule}")
     jax.config.update("jax_platforms", "cpu")
     if FORCED in os.environ.get("XLA_FLAGS", ""):
         return
