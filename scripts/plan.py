@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ringattn import config, planning
 from ringattn.runs.files import write_json
+from ringattn.runs.progress import Display
 
 SECTIONS = ("model", "data", "mesh", "attention", "optimizer", "train", "stages")
 """Config sections that affect the compiled step."""
@@ -40,11 +41,12 @@ def main() -> int:
             raise ValueError(f"--json {options.json}: directory {parent} does not exist; create it first")
         if options.stage is not None and not 0 < options.stage <= len(run.stages):
             raise ValueError(f"--stage {options.stage} must be from 1 to {len(run.stages)}, the stages of {run.name}")
-        if options.stage is None:
-            plan = planning.plan(run, options.topology)
-        else:
-            with config.stage_errors(run.stages, options.stage):
-                plan = planning.plan(run.stage(options.stage), options.topology)
+        with Display(None, every_process=True).waiting("compiling the train step"):
+            if options.stage is None:
+                plan = planning.plan(run, options.topology)
+            else:
+                with config.stage_errors(run.stages, options.stage):
+                    plan = planning.plan(run.stage(options.stage), options.topology)
         print(*planning.report(plan), sep="\n")
         if options.json is not None:
             write_json(Path(options.json), asdict(plan))

@@ -164,15 +164,17 @@ def _results(
     """Yields each cell's result, computed or stored, and a note for the display. Loads the model only if needed."""
     stored = ResultFile(output_directory(subject, c) / "cells.jsonl")
     check_same("list of finished cells", repr(sorted(stored.results)))
-    load = cache(lambda: subject.load(mesh))
+    load, compiled = cache(lambda: subject.load(mesh)), set[int]()
     for cell in cells(c):
         key = _cell_key(cell, subject, text, c, mesh)
         result = stored.results.get(key)
         if result is not None:
             yield result, " (stored)"
             continue
-        with display.subtask(f"{subject.name}: {cell.task}, {cell.length:,} tokens", c.samples) as advance:
-            result = asdict(cell) | _measure(_counted(load(), advance), subject.tokenizer, c, cell, text)
+        score, name = load(), f"{subject.name}: {cell.task}, {cell.length:,} tokens"
+        with display.subtask(name, c.samples, compiles=cell.length not in compiled) as advance:
+            result = asdict(cell) | _measure(_counted(score, advance), subject.tokenizer, c, cell, text)
+        compiled.add(cell.length)
         stored.add(key, result)
         yield result, ""
 

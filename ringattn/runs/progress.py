@@ -6,9 +6,39 @@ from contextlib import contextmanager
 
 import jax
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
 from ringattn.units import duration_in_words
+
+COMPILING = "compiling"
+
+
+class _Elapsed(ProgressColumn):
+    """The elapsed time, such as 0:12."""
+
+    def render(self, task: Task) -> Text:
+        minutes, seconds = divmod(int(task.elapsed or 0), 60)
+        return Text(f"{minutes}:{seconds:02}", style="progress.elapsed")
+
+
+class _Remaining(TimeRemainingColumn):
+    """The remaining time. For a task that compiles a program: the elapsed time, until the first progress."""
+
+    def render(self, task: Task) -> Text:
+        if COMPILING in task.fields and not task.completed:
+            return Text.assemble(f"{COMPILING} ", _Elapsed().render(task))
+        return super().render(task)
 
 
 class Display:
@@ -30,7 +60,7 @@ class Display:
         quiet = not every_process and jax.process_index() != 0
         self._console = Console(quiet=quiet, highlight=False, soft_wrap=True)
         count = DownloadColumn() if in_bytes else MofNCompleteColumn()
-        columns = (BarColumn(), count, TextColumn("{task.description}"), TimeRemainingColumn())
+        columns = (BarColumn(), count, TextColumn("{task.description}"), _Remaining())
         self._live = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
         self._task = self._live.add_task(label, total=total, completed=done)
         self._total, self._initial, self._start_time = total, done, time.monotonic()
@@ -62,9 +92,23 @@ class Display:
         return duration_in_words(seconds_per_unit * (self._total - done))
 
     @contextmanager
-    def subtask(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
-        """Shows a second bar inside the context; yields a function that advances it by a count."""
-        task = self._live.add_task(name, total=total)
+    def waiting(self, text: str) -> Iterator[None]:
+        """Shows `text` with the elapsed time inside the context, before the bar is live; off a terminal, prints it."""
+        if not self.is_terminal:
+            self.print(text)
+        columns = SpinnerColumn(), TextColumn("{task.description}"), _Elapsed()
+        with Progress(*columns, console=self._console, transient=True, disable=not self.is_terminal) as line:
+            line.add_task(text, total=None)
+            yield
+
+    @contextmanager
+    def subtask(self, name: str, total: int, *, compiles: bool = False) -> Iterator[Callable[[int], None]]:
+        """Shows a second bar inside the context; yields a function that advances it by a count.
+
+        `compiles`: the task first compiles a program; until it advances, the bar shows for how long.
+        """
+        fields = {COMPILING: True} if compiles else {}
+        task = self._live.add_task(name, total=total, **fields)
         try:
             yield lambda count: self._live.advance(task, count)
         finally:

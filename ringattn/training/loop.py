@@ -177,11 +177,7 @@ def advance(
     c, restored_step = run.config, int(state.step)
     result = ""
     with profile, Writers(run.full_config, restored_step, display) as writers:
-        train_step, statistics = compile_step(run, state)
-        if jax.process_index() == 0:
-            write_json(c.run_directory / "compiled.json", statistics)
-        for line in describe_statistics(statistics):
-            display.print(line)
+        train_step = _compile(run, state, display)
 
         def write(row: Row) -> None:
             for log in (file, writers):
@@ -203,7 +199,9 @@ def advance(
                 if to_validate or to_save:
                     recorder.flush()
                 if to_validate:
-                    result = recorder.validation(step, run.validate(state.params))
+                    with display.subtask("validation", run.validation_batches, compiles=not result) as advance_bar:
+                        values = run.validate(state.params, advance_bar)
+                    result = recorder.validation(step, values)
                 if to_save:
                     file.sync()
                     checkpoints.save(step, state)
@@ -213,6 +211,17 @@ def advance(
                     stopped = f"stopped by {signal.Signals(signal_number).name} after step {step}; checkpoint saved"
                     return 128 + signal_number, state, stopped
     return 0, state, result
+
+
+def _compile(run: Run, state: TrainState, display: Display) -> jax.stages.Compiled:
+    """Compiles the train step; prints its statistics and writes compiled.json."""
+    with display.waiting("compiling the train step"):
+        train_step, statistics = compile_step(run, state)
+    if jax.process_index() == 0:
+        write_json(run.config.run_directory / "compiled.json", statistics)
+    for line in describe_statistics(statistics):
+        display.print(line)
+    return train_step
 
 
 def _log_config(run: Run) -> LogConfig:

@@ -63,10 +63,16 @@ class Run:
         """Places a host batch [B, L] on the mesh, as [microbatches, B / microbatches, L] for the train step."""
         return place_batch(batch, self.mesh, self.config.attention.layout, self.config.train.accumulate)
 
-    def validate(self, params: Params) -> dict[str, float]:
-        """Returns loss (nats per token, bits per byte, by context) and accuracy on fixed held-out batches."""
-        available = self.held_out.rows_per_epoch // self.config.train.batch_size
-        count = min(self.config.validation.batches, available)
+    @property
+    def validation_batches(self) -> int:
+        return min(self.config.validation.batches, self.held_out.rows_per_epoch // self.config.train.batch_size)
+
+    def validate(self, params: Params, advance: Callable[[int], None] = lambda count: None) -> dict[str, float]:
+        """Returns loss (nats per token, bits per byte, by context) and accuracy on fixed held-out batches.
+
+        Calls `advance(1)` after each batch.
+        """
+        count = self.validation_batches
         batches, length = [self.held_out.batch(index) for index in range(count)], self.config.data.seq_len
         nats = weight = np.zeros(len(context_ranges(length)))
         correct = 0.0
@@ -74,6 +80,7 @@ class Run:
             nats = nats + sums_by_context(batch.weights * scores.nats, batch.positions)
             weight = weight + sums_by_context(batch.weights, batch.positions)
             correct += float(np.sum(batch.weights, where=scores.predictions == batch.targets, dtype=np.float64))
+            advance(1)
         if not weight.any():
             fix = "use more --validation.batches, or a larger --data.validation"
             raise ValueError(f"all targets of the {count} validation batches are masked out of the loss; {fix}")
