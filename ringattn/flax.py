@@ -42,8 +42,8 @@ def flax_attention(
       query, key, value: as in `ringattn.attention`.
       masking: the `mask` argument of `ringattn.attention`. Flax uses the name `mask` for an array. Flax's own attention
         functions correspond to `Mask(causal=False)`, and the default of `ringattn.attention` to `Mask(causal=True)`.
-      is_causal: passed by Flax. True makes `masking` causal. Requires as many queries as keys: otherwise Flax aligns the
-        first query with the first key, and ringattn the last query with the last key.
+      is_causal: passed by Flax. True makes `masking` causal. Requires as many queries as keys: otherwise Flax aligns
+        the first query with the first key, and ringattn the last query with the last key.
       dtype: dtype to which query, key and value are cast, as in Flax.
       precision: has no effect. Products of float32 arrays always have the highest precision.
       options: other keyword arguments of `ringattn.attention`: segment_ids, layout, strategy, axis, spec, ...
