@@ -64,7 +64,9 @@ def test_validation_on_a_ring_agrees_with_the_logits_on_one_device(small, make_m
     with jax.set_mesh(mesh := make_mesh(data=2, context=4)):
         run = prepare_stage(small, mesh)
         params = run.initial_state().params
-        values = run.validate(params)
+        advanced: list[int] = []
+        values = run.validate(params, advanced.append)
+        assert advanced == [1] * run.validation_batches
         assert run.validate(params) == values
         assert run.scorer.step._cache_size() == 1  # compiled once
 

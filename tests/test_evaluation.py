@@ -181,12 +181,24 @@ def test_a_stopped_evaluation_resumes(base, monkeypatch, capsys):
 
 def test_scoring_compiles_once_per_length(base, monkeypatch):
     """All batches of a length, of any task, have one shape: the last one, with fewer rows, is padded."""
-    c = replace(base, tasks=("needle", "loss_by_position", "loss_by_kind"))
+    c, compiles, subtask = (
+        replace(base, tasks=("needle", "loss_by_position", "loss_by_kind")),
+        [],
+        cells.Display.subtask,
+    )
+
+    def observed(*args, **options):
+        compiles.append(options["compiles"])
+        return subtask(*args, **options)
+
+    monkeypatch.setattr(cells.Display, "subtask", observed)
     assert c.samples % c.batch_size
     chex.clear_trace_counter()
     counted = chex.assert_max_traces(scoring.token_scores, n=len(c.lengths))
     monkeypatch.setattr(scoring, "token_scores", counted)
     assert evaluate(c) == 0
+    # The display says so: cells of depths 0 and 1 at the first length, then the same at the second, then other tasks.
+    assert compiles == [True, False, True, False, *[False] * 4]
 
 
 def test_stored_results_of_another_model_or_text_are_not_used(base, monkeypatch):

@@ -118,12 +118,18 @@ def test_statistics_of_the_compiled_step(finished):
     assert statistics["device_bytes"]["total"] > statistics["device_bytes"]["arguments"] > 0
 
 
-def test_a_run_with_writers_and_profile(base, capsys):
+def test_a_run_with_writers_and_profile_on_a_terminal(base, capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
     c = replace(base, name="tracked", profile="2:3", log=replace(base.log, tensorboard=True, wandb=True))
     assert train(c) == 0
     out = capsys.readouterr().out
     assert "attention: ring, 7 of 7 hops per layer" in out
     assert "profile (steps 2 to 3): open " in out
+    out = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", out)
+    assert "compiling the train step 0:00" in out
+    # The validations of steps 4 and 6: the first one compiles.
+    assert [*dict.fromkeys(re.findall(r"0/2 validation *(compiling|-:--:--)", out))] == ["compiling", "-:--:--"]
     assert len(list(c.run_directory.rglob("perfetto_trace.json.gz"))) == 1
     assert config.load(c.run_directory / "config.json") == replace(c, profile=None)
     more = replace(c, profile=None, train=replace(c.train, steps=8))

@@ -1,9 +1,28 @@
 """The display: a progress bar on a terminal, plain lines otherwise."""
 
+import re
+
 import pytest
 
 from ringattn.runs import progress
 from ringattn.runs.progress import Display
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """Makes displays believe that the output is a terminal. Returns the clock of their bars, set by hand."""
+
+    class Clock:
+        now = 100.0
+
+        def __call__(self):
+            return self.now
+
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    clock = Clock()
+    monkeypatch.setattr("rich.console.monotonic", clock)
+    return clock
 
 
 def test_plain_lines_off_a_terminal(capsys):
@@ -16,9 +35,7 @@ def test_plain_lines_off_a_terminal(capsys):
     assert capsys.readouterr().out == "[bold] x = [1, 2]: " + "long " * 50 + "\n"  # no bar, no markup, no wrapping
 
 
-def test_a_bar_on_a_terminal(capsys, monkeypatch):
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setenv("TERM", "xterm")
+def test_a_bar_on_a_terminal(terminal, capsys):
     with Display(10, label="hashing") as display:
         display.update(5, "halfway")
         display.print("a line above it")
@@ -58,3 +75,43 @@ def test_time_left_follows_the_speed_since_the_display_was_entered(monkeypatch):
     with display:
         Clock.now = 200.0
         assert display.time_left(20) == "1 min 40 s"  # 10 of 30 steps in 50 s
+
+
+def test_a_line_with_the_elapsed_time_while_waiting(terminal, capsys):
+    display = Display(10)
+    with display.waiting("compiling the train step"):
+        terminal.now += 72
+        display.print("a line above it")
+    with display:
+        display.update(5, "training")
+    waiting, training = plain(capsys.readouterr().out).split("a line above it")
+    assert "compiling the train step 0:00" in waiting
+    assert "compiling the train step 1:12" in training
+    assert "5/10 training" in training.split("1:12")[-1]
+
+
+def test_waiting_prints_a_plain_line_off_a_terminal(capsys):
+    with Display(10).waiting("compiling"):
+        pass
+    assert capsys.readouterr().out == "compiling\n"
+
+
+@pytest.mark.parametrize("compiles", [True, False])
+def test_a_second_bar_shows_how_long_it_compiles_before_it_advances(terminal, capsys, compiles):
+    def shown() -> str:
+        display._live.refresh()
+        return plain(capsys.readouterr().out).split("0/10")[-1]
+
+    with Display(10) as display:
+        with display.subtask("validation", 8, compiles=compiles) as advance:
+            terminal.now += 12
+            assert re.search(r"0/8 +validation +" + ("compiling 0:12" if compiles else "-:--:--"), shown())
+            advance(2)
+            terminal.now += 1
+            assert re.search(r"2/8 +validation +-:--:--", shown())
+        assert "validation" not in shown()
+
+
+def plain(text: str) -> str:
+    """Returns `text` without escape sequences."""
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
