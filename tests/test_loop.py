@@ -69,6 +69,15 @@ def test_a_complete_directory(base, finished):
     assert rows[-1]["eval/bits_per_byte"] > rows[-1]["eval/loss"] / np.log(2)  # boundary tokens have no byte
 
 
+def test_the_sizes_of_both_sides_are_printed_first(base, finished, capsys):
+    assert train(base) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == (
+        "data: 3,570 training tokens (70.0%) in 70 documents, 1,530 held-out tokens (30.0%, data.validation=0.3) "
+        "in 30 documents"
+    )
+
+
 def test_statistics_of_the_compiled_step(finished):
     statistics = json.loads((finished / "compiled.json").read_text())
     assert list(statistics) == ["compile_seconds", "parameters", "flops_per_token", "device_bytes", "attention"]

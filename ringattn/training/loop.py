@@ -64,7 +64,10 @@ def _checked_data(c: config.Config, current: int) -> Splits:
         with config.stage_errors(c.stages, number):
             stage = c.stage(number)
             _checked_mesh(stage)
-            splits = splits or read(stage.data, tokenizer_directory)
+            if splits is None:
+                splits = read(stage.data, tokenizer_directory)
+                for line in splits.notes:
+                    Display(None).print(line)
             rebatch(splits, stage, number)
     assert splits is not None
     return splits
