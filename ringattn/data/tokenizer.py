@@ -1,4 +1,4 @@
-"""What a tokenizer does, and the tokenizer whose tokens are bytes.
+"""The protocol of tokenizers, and the tokenizer whose tokens are bytes.
 
 One id, the *boundary*, precedes every document. Encoding any text never yields it.
 """
@@ -53,7 +53,7 @@ class Tokenizer(Protocol):
 
     @property
     def byte_lengths(self) -> np.ndarray:
-        """[size] int32: number of bytes of text that each id usually stands for; 0 if it is not text."""
+        """[size] int32: number of bytes of text that each id stands for, see `TextBytes`; 0 if it is not text."""
         ...
 
     def encode(self, document: bytes) -> np.ndarray:

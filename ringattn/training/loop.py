@@ -66,8 +66,9 @@ def _checked_data(c: config.Config, current: int) -> Splits:
             _checked_mesh(stage)
             if splits is None:
                 splits = read(stage.data, tokenizer_directory)
+                display = Display(None)
                 for line in splits.notes:
-                    Display(None).print(line)
+                    display.print(line)
             rebatch(splits, stage, number)
     assert splits is not None
     return splits
