@@ -70,7 +70,7 @@ def test_validation_on_a_ring_agrees_with_the_logits_on_one_device(small, make_m
         assert run.validate(params) == values
         assert run.scorer.step._cache_size() == 1  # compiled once
 
-    losses, positions, correct = [], [], []
+    losses, positions, correct, text_bytes = [], [], [], 0
     with jax.set_mesh(mesh := make_mesh()):
         graphdef = nnx.graphdef(nnx.eval_shape(model_factory(small, 257)))
         like = abstract(jax.eval_shape(run.initial_state).params, mesh)
@@ -84,9 +84,11 @@ def test_validation_on_a_ring_agrees_with_the_logits_on_one_device(small, make_m
             losses.append(np.log(np.exp(logits).sum(-1)) - target_logits)
             positions.append(batch.positions)
             correct.append(logits.argmax(-1) == batch.targets)
+            text_bytes += np.count_nonzero(batch.targets < 256)
     losses, positions = np.concatenate(losses), np.concatenate(positions)
     assert values["eval/loss"] == pytest.approx(losses.mean(), rel=1e-5)
     assert values["eval/accuracy"] == pytest.approx(np.mean(correct), rel=1e-5)
+    assert values["eval/bits_per_byte"] == pytest.approx(losses.sum() / np.log(2) / text_bytes, rel=1e-5)
     by_context = losses_by_context(values)
     assert list(by_context) == [(0, 63), (64, 127), (128, 191)]
     for (first, last), loss in by_context.items():

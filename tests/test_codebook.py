@@ -77,6 +77,30 @@ def test_the_codebook_is_learned_without_held_out_frames_which_are_the_preview()
     assert VideoTokenizer(sample.codebook(), SIZE).fingerprint == single.fingerprint
 
 
+def test_copies_of_a_video_count_once():
+    films = documents(*range(3))
+    alone, repeated = (learn([lambda each=each: iter(each)], SIZE, 0.3) for each in (films, [*films, *films]))
+    assert repeated.fingerprint == alone.fingerprint
+    twice = learn([lambda: iter(films), lambda: iter(films)], SIZE, 0.3)
+    assert twice.fingerprint == alone.fingerprint
+
+
+def test_the_codebook_is_learned_without_the_held_out_end_of_one_of_several_videos(tmp_path: Path):
+    films = documents(0, 1, 2)
+    learned = learn([lambda: iter(films)], SIZE, 0.05)
+    first = min(films, key=lambda film: film.digest)
+    sample = Sample()
+    for document in films:
+        frames = next(read_frames(document.content, SIZE))
+        sample.add(frames[:17] if document is first else frames)
+    assert learned.fingerprint == VideoTokenizer(sample.codebook(), SIZE).fingerprint
+    for each in films:
+        (tmp_path / each.name).write_bytes(each.content)
+    splits = read(Data(path=str(tmp_path), tokenizer="video", frame_size=SIZE, validation=0.05))
+    assert splits.tokenizer.fingerprint == learned.fingerprint
+    assert splits.validation[0].lengths.tolist() == [3 * splits.tokenizer.unit]
+
+
 def test_an_unreadable_video_is_named():
     with pytest.raises(ValueError, match=r"bad.mp4: PyAV cannot read this video"):
         learn([lambda: iter([*documents(0, 1), Document("bad.mp4", b"bad")])], SIZE, 0.3)

@@ -111,6 +111,15 @@ def test_a_second_start_is_refused_at_any_moment(finished, second_starts):
     assert not (finished / ".lock").exists()
 
 
+def test_the_sizes_of_both_sides_are_printed_first(base, finished, capsys):
+    assert train(base) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == (
+        "data: 3,570 training tokens (70.0%) in 70 documents, 1,530 held-out tokens (30.0%, data.validation=0.3) "
+        "in 30 documents"
+    )
+
+
 def test_statistics_of_the_compiled_step(finished):
     statistics = json.loads((finished / "compiled.json").read_text())
     assert list(statistics) == ["compile_seconds", "parameters", "flops_per_token", "device_bytes", "attention"]

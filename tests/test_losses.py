@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import tokenizers
 
 from ringattn import config
 from ringattn.data import load_tokenizer
@@ -21,7 +22,7 @@ def test_by_context_scores_the_same_tokens_at_every_length():
     )
     scored = min(c.lengths) // 2
     documents = [Document(str(number), rng.bytes(700)) for number in range(3)]
-    corpus, _, kinds = build_corpus(encode(documents, tokenizer), tokenizer)
+    corpus, _, kinds, _ = build_corpus(encode(documents, tokenizer), tokenizer)
     text, last_targets = losses.Text([corpus], [kinds]), []
 
     def oracle(batches):
@@ -32,10 +33,35 @@ def test_by_context_scores_the_same_tokens_at_every_length():
             yield Scores(nats, batch.targets)
 
     for length in c.lengths:
-        result = losses.by_context(oracle, tokenizer, c, text, length)
+        result = losses.by_context(oracle, c, text, length)
         assert result["loss"] == 1.0
         assert result["tokens"] == 3 * scored
     np.testing.assert_array_equal(*last_targets)
+
+
+@pytest.mark.parametrize("measure", [losses.by_position, losses.by_kind], ids=["position", "kind"])
+def test_bits_per_byte_count_the_source(tmp_path, measure):
+    """The tokens of this vocabulary are lower-case words without white space, or unknown."""
+    words = {"[UNK]": 0, "[SEP]": 1, "the": 2, "ring": 3}
+    vocabulary = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    vocabulary.normalizer = tokenizers.normalizers.BertNormalizer()
+    vocabulary.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    vocabulary.add_special_tokens(["[SEP]"])
+    vocabulary.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(str(tmp_path / "tokenizer.json"))
+    source = "The  RING, E\u0301cole 漢 of the ring\n" * 4
+    corpus, _, kinds, _ = build_corpus(encode([Document("a.txt", source.encode())], tokenizer), tokenizer)
+
+    def oracle(batches):
+        for batch in batches:
+            yield Scores(np.full(batch.targets.shape, np.log(2), np.float32), batch.targets)
+
+    # One row with the boundary and all tokens but the last, which is its last target.
+    result = measure(oracle, config.Evaluation(), losses.Text([corpus], [kinds]), corpus.count - 1)
+    result = result["kinds"][0] if measure is losses.by_kind else result
+    # The line break at the end belongs to the last token, which stands for " ring" and "\n".
+    assert result["tokens"] == corpus.count - 1 == 8 * 4
+    assert result["bits_per_byte"] == pytest.approx(8 * 4 / len(source.encode()), rel=1e-6)
 
 
 def test_changes_are_paired_by_row():

@@ -1,5 +1,6 @@
 """Shards return the tokens that were written, or name the file that was changed."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -15,7 +16,9 @@ from ringattn.data.formats import Document
 from ringattn.data.loader import load
 from ringattn.data.shards import are_shards, open_shards, write_shards
 from ringattn.data.sources import read_documents
+from ringattn.data.text_bytes import TABLE
 from ringattn.data.tokenizer import ByteTokenizer
+from ringattn.data.video import as_npy
 
 DOCUMENTS = [Document(f"d{i}", bytes([65 + i]) * (i * 37 % 50 + 1), prompt=i % 3) for i in range(20)]
 
@@ -38,13 +41,13 @@ def written(directory: Path, documents=DOCUMENTS, tokenizer=None, shard_tokens: 
 @pytest.mark.parametrize("shard_tokens", [1, 7, 100, 10**6])
 def test_shards_return_the_written_tokens(tmp_path: Path, shard_tokens: int):
     shards = open_shards(written(tmp_path / "s", shard_tokens=shard_tokens))
-    corpus, digests, _ = build_corpus(encode(DOCUMENTS, ByteTokenizer()), ByteTokenizer())
-    opened = shards.corpus(ByteTokenizer())
+    corpus, digests, *_ = build_corpus(encode(DOCUMENTS, ByteTokenizer()), ByteTokenizer())
+    opened = shards.read(ByteTokenizer()).corpus
     indices = np.arange(corpus.count + 1)
     assert np.array_equal(opened.tokens[indices], corpus.tokens[indices])
     for name in ("starts", "lengths", "masked_prefixes"):
         assert np.array_equal(getattr(opened, name), getattr(corpus, name))
-    assert shards.digests() == digests
+    assert np.array_equal(shards.digests, digests)
     count = len(list((tmp_path / "s").glob("shard-*.bin")))
     assert count == -(-corpus.count // shard_tokens)  # the final boundary is never a shard of its own
     assert are_shards(str(tmp_path / "s"))
@@ -88,7 +91,7 @@ def flip_bit(path: Path, offset: int) -> None:
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("name", ["shard-00000.bin", "shard-00003.bin", "documents.npy"])
+@pytest.mark.parametrize("name", ["shard-00000.bin", "shard-00003.bin", "documents.npy", "text_bytes.npy"])
 def test_a_changed_file_is_named(tmp_path: Path, name: str):
     original = written(tmp_path / "original")
     for index, (damage, message) in enumerate(
@@ -143,13 +146,25 @@ def test_an_invalid_index_raises(tmp_path: Path, edit):
         (lambda index: index["tokenizer"].update(size=66), "shard-00000.bin does not contain the tokens"),
         (lambda index: index.update(dtype="uint8"), "shard-00000.bin does not contain the tokens"),
         (lambda index: index["files"].pop(0), "documents.npy does not match the shards"),
-        (lambda index: index["files"].pop(-1), "documents.npy does not match the shards"),
+        (lambda index: index["files"].pop(-1), "text_bytes.npy does not match the shards"),
+        (lambda index: index["files"].pop(-2), "documents.npy does not match the shards"),
     ],
 )
 def test_an_index_that_does_not_match_its_files_raises(tmp_path: Path, edit, name: str):
     change(written(tmp_path / "s"), edit)
     with pytest.raises(ValueError, match=name):
         open_shards(tmp_path / "s")
+
+
+@pytest.mark.parametrize("corrections", [[(-1, 2)], [(10**6, 2)], [(5, 2), (4, 2)], [(4, 2), (4, 2)], [(4, -1)]])
+def test_invalid_counts_of_bytes_raise(tmp_path: Path, corrections):
+    directory = written(tmp_path / "s")
+    content = as_npy(np.array(corrections, TABLE))
+    (directory / "text_bytes.npy").write_bytes(content)
+    entry = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    change(directory, lambda index: index["files"][-1].update(entry))
+    with pytest.raises(ValueError, match=r"text_bytes.npy does not match the shards; remove the directory and"):
+        open_shards(directory)
 
 
 def test_a_missing_or_truncated_index_raises(tmp_path: Path):

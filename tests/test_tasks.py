@@ -8,7 +8,7 @@ from random import Random
 import numpy as np
 import pytest
 import tokenizers
-from test_tokenizer import BOUNDARY, train
+from test_file_tokenizer import BOUNDARY, train
 
 from ringattn.config import RETRIEVAL, Data
 from ringattn.data import dataset, load_tokenizer, read

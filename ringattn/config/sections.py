@@ -83,7 +83,7 @@ class Data:
     frame_size: tuple[int, ...] = (32, 48)
     """Height and width to which video frames are resized; multiples of 4, because a token is a 4 x 4 patch."""
     validation: float = 0.05
-    """Fraction of documents held out for validation; of a single document, the end is held out."""
+    """Fraction of the tokens of each path that is held out for validation: whole documents, or the end of one."""
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -1,12 +1,14 @@
 """Codebook of the video tokenizer, learned with deterministic k-means from patches of the training frames."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import compress
 
 import numpy as np
 
-from ringattn.data.corpus import errors_naming, held_out_digests, held_out_units
+from ringattn.data.corpus import DIGEST, errors_naming
 from ringattn.data.formats import Document
-from ringattn.data.video import PATCH, VideoTokenizer, nearest, patches, read_frames
+from ringattn.data.held_out import first_copies, held_out_lengths
+from ringattn.data.video import PATCH, VideoTokenizer, nearest, patches, read_frames, tokens_per_frame
 
 CODES = 512
 _SAMPLE, _ITERATIONS = 16_384, 20  # k-means: number of sampled patches and of iterations
@@ -18,32 +20,37 @@ def learn(
 ) -> VideoTokenizer:
     """Learns the tokenizer from the videos of all `sources`, each a function that yields documents.
 
-    The codebook is learned without the held-out `fraction` of each source. As in `corpus.split`, this is a subset of
-    several videos, or the end of a single video. Raises ValueError, naming the video, if it cannot be read.
+    The codebook is learned without the frames that are held out (see `held_out_lengths`), and copies count once. Raises
+    ValueError, naming the video, if it cannot be read.
     """
     sample, preview = Sample(), np.zeros((0, *frame_size, 3), np.uint8)
-    for read in sources:
-        digests = [document.digest for document in read()]
-        held_out = held_out_digests(digests, fraction)
-        for document, digest in zip(read(), digests, strict=True):
-            offset, start = 0, _held_out_start(document, frame_size, fraction) if len(digests) == 1 else None
+    digests = [np.frombuffer(b"".join(document.digest for document in read()), DIGEST) for read in sources]
+    for read, distinct, kept in zip(sources, digests, first_copies(digests)[0], strict=True):
+        starts = _held_out_starts(compress(read(), kept), distinct[kept], frame_size, fraction)
+        for document, start in zip(compress(read(), kept), starts, strict=True):
+            offset = 0
             for frames in _frames(document, frame_size):
-                if start is None:
-                    training = 0 if digest in held_out else len(frames)
-                else:
-                    training = min(max(start - offset, 0), len(frames))
+                training = min(max(start - offset, 0), len(frames))
                 sample.add(frames[:training])
-                indices = offset + np.arange(training, len(frames)) - (start or 0)
+                indices = offset + np.arange(training, len(frames)) - start
                 shown = frames[training:][indices % _PREVIEW_STRIDE == 0]
                 preview = np.concatenate([preview, shown])[:_PREVIEW_FRAMES]
                 offset += len(frames)
     return VideoTokenizer(sample.codebook(), frame_size, preview)
 
 
-def _held_out_start(document: Document, frame_size: tuple[int, ...], fraction: float) -> int:
-    """Returns the index of the first held-out frame of a single video."""
-    count = sum(map(len, _frames(document, frame_size)))
-    return count - held_out_units(count, fraction, document.name)
+def _held_out_starts(
+    videos: Iterable[Document], digests: np.ndarray, frame_size: tuple[int, ...], fraction: float
+) -> list[int]:
+    """Returns the index of the first held-out frame of each video; the number of its frames if none is held out."""
+    unit, lengths, name = tokens_per_frame(frame_size), [], ""
+    for document in videos:
+        lengths.append(1 + unit * sum(map(len, _frames(document, frame_size))))
+        name = document.name
+    if not lengths:
+        return []
+    held_out = held_out_lengths(np.array(lengths), digests, fraction, unit, name)
+    return (np.maximum(lengths - held_out - 1, 0) // unit).tolist()
 
 
 def _frames(document: Document, frame_size: tuple[int, ...]) -> Iterator[np.ndarray]:

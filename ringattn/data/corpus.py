@@ -1,13 +1,14 @@
-"""Token documents: storage in memory or in files, split into training and validation, and cut into rows."""
+"""Token documents: storage in memory or files, and cutting of long documents."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
 
 from ringattn.data.formats import Document
+from ringattn.data.text_bytes import Corrections, TextBytes, concatenate
 from ringattn.data.tokenizer import Tokenizer
 
 
@@ -43,6 +44,8 @@ class Corpus(NamedTuple):
     """[pieces] int64: number of tokens at the start of each piece whose targets are masked out of the loss."""
     ignored_id: int | None = None
     """Token id whose targets are masked out of the loss."""
+    text_bytes: TextBytes | None = None
+    """Number of bytes of text of each token; None if the tokens are not text."""
 
     @property
     def count(self) -> int:
@@ -56,6 +59,12 @@ class Corpus(NamedTuple):
         tokens_digest = tokens.fingerprint if isinstance(tokens, ShardedTokens) else _digest(tokens).hex()
         return hashlib.sha256(tokens_digest.encode() + b"".join(map(_digest, self[1:4]))).hexdigest()
 
+    def count_bytes(self, indices: np.ndarray) -> np.ndarray:
+        """Returns the number of bytes of text (int32; 0 if not text) of the tokens at `indices`, of any shape."""
+        if self.text_bytes is None:
+            return np.zeros(indices.shape, np.int32)
+        return self.text_bytes.of(indices, self.tokens[indices])
+
     def take(self, chosen: np.ndarray) -> "Corpus":
         """Returns the pieces `chosen`, a boolean array or an array of piece indices."""
         return self._replace(
@@ -67,6 +76,22 @@ class Corpus(NamedTuple):
 
 def _digest(array: np.ndarray) -> bytes:
     return hashlib.sha256(np.ascontiguousarray(array).data).digest()
+
+
+class Documents(NamedTuple):
+    """Tokenized documents of one path of data.path."""
+
+    corpus: Corpus
+    digests: np.ndarray
+    """[documents], of dtype DIGEST."""
+    kinds: list[str]
+    """`Document.kind` of each document."""
+    name: Callable[[int], str]
+    """Returns the name of the document with an index, for messages."""
+
+
+DIGEST = np.dtype("V32")
+"""SHA-256 of a document's content. Arrays of this dtype take 32 bytes per document and can be sorted."""
 
 
 class EncodedDocument(NamedTuple):
@@ -82,6 +107,10 @@ class EncodedDocument(NamedTuple):
     """Number of bytes read from its file."""
     kind: str
     """See `Document.kind`."""
+    name: str
+    """See `Document.name`."""
+    corrections: Corrections
+    """Of `tokens`."""
 
 
 @contextmanager
@@ -101,11 +130,12 @@ def encode(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[Enco
     for document in documents:
         masked_prefix = 0
         with errors_naming(document):
-            tokens = tokenizer.encode(document.content)
+            tokens, corrections = tokenizer.align(document.content)
             if document.prompt:
                 masked_prefix = common_prefix(tokenizer.encode(document.content[: document.prompt]), tokens)
         with_boundary = np.concatenate([np.array([tokenizer.boundary], tokens.dtype), tokens])
-        yield EncodedDocument(with_boundary, masked_prefix, document.digest, document.bytes_read, document.kind)
+        source = document.digest, document.bytes_read, document.kind, document.name
+        yield EncodedDocument(with_boundary, masked_prefix, *source, corrections.shift(1))
 
 
 def common_prefix(prompt: np.ndarray, tokens: np.ndarray) -> int:
@@ -119,14 +149,17 @@ def common_prefix(prompt: np.ndarray, tokens: np.ndarray) -> int:
     return int(np.argmin(np.append(same, False)))
 
 
-def build_corpus(encoded: Iterable[EncodedDocument], tokenizer: Tokenizer) -> tuple[Corpus, list[bytes], list[str]]:
-    """Returns the documents (at least one) as a corpus in memory, with their digests and kinds."""
-    arrays, masked_prefixes, digests, kinds = [], [], [], []
+def build_corpus(encoded: Iterable[EncodedDocument], tokenizer: Tokenizer) -> Documents:
+    """Returns the documents (at least one) with their tokens in memory."""
+    arrays, masked_prefixes, digests, kinds, names, corrections, count = [], [], [], [], [], [], 0
     for document in encoded:
         arrays.append(document.tokens)
         masked_prefixes.append(document.masked_prefix)
         digests.append(document.digest)
         kinds.append(document.kind)
+        names.append(document.name)
+        corrections.append(document.corrections.shift(count))
+        count += document.tokens.size
     lengths = np.array([array.size for array in arrays], np.int64)
     arrays.append(np.array([tokenizer.boundary], arrays[0].dtype))
     corpus = Corpus(
@@ -135,57 +168,9 @@ def build_corpus(encoded: Iterable[EncodedDocument], tokenizer: Tokenizer) -> tu
         lengths,
         np.array(masked_prefixes, np.int64),
         tokenizer.ignored_id,
+        TextBytes(tokenizer.byte_lengths, concatenate(corrections)),
     )
-    return corpus, digests, kinds
-
-
-def held_out_digests(digests: Sequence[bytes], fraction: float, name: str = "data.path") -> set[bytes]:
-    """Returns the digests of the held-out documents: about `fraction` of the distinct ones, at least one, but not all.
-
-    The choice depends only on the contents, not on a seed, and identical documents stay in the same split. A single
-    document is not held out. Raises ValueError if all of several documents are identical; `name` is used in messages.
-    """
-    ranked = sorted(set(digests))
-    if len(digests) == 1:
-        return set()
-    if len(ranked) == 1:
-        problem = f"{name} has {len(digests)} identical documents, so none can be held out"
-        raise ValueError(f"{problem}; keep one, or add different documents")
-    return set(ranked[: min(max(round(fraction * len(ranked)), 1), len(ranked) - 1)])
-
-
-def held_out_units(units: int, fraction: float, name: str) -> int:
-    """Returns the number of tokens or frames to hold out at the end of a single document: at least one, but not all.
-
-    Raises ValueError if the document has fewer than two; `name` is used in messages.
-    """
-    if units < 2:
-        size = f"{units} tokens or frames"
-        raise ValueError(f"{name} is a single document of {size}, too short to hold out its end; use a longer one")
-    return min(max(round(fraction * units), 1), units - 1)
-
-
-def split(corpus: Corpus, digests: Sequence[bytes], fraction: float, unit: int, name: str) -> tuple[Corpus, Corpus]:
-    """Returns (training, validation), split by `held_out_digests`. The end of a single document is held out.
-
-    A single document is split at a multiple of `unit` tokens. No token is a target in both splits. `name` is used in
-    messages. Raises ValueError: see `held_out_digests` and `held_out_units`.
-    """
-    held_out = held_out_digests(digests, fraction, name)
-    if held_out:
-        chosen = np.array([digest in held_out for digest in digests])
-        return corpus.take(~chosen), corpus.take(chosen)
-    document = corpus.take(np.arange(1))
-    training_length = document.lengths - held_out_units((corpus.count - 1) // unit, fraction, name) * unit
-    training = document._replace(
-        lengths=training_length, masked_prefixes=np.minimum(document.masked_prefixes, training_length)
-    )
-    validation = document._replace(
-        starts=document.starts + training_length,
-        lengths=document.lengths - training_length,
-        masked_prefixes=np.maximum(document.masked_prefixes - training_length, 0),
-    )
-    return training, validation
+    return Documents(corpus, np.frombuffer(b"".join(digests), DIGEST), kinds, names.__getitem__)
 
 
 def cut_long(corpus: Corpus, seq_len: int, overlap: int) -> Corpus:

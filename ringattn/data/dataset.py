@@ -2,17 +2,22 @@
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import compress
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from ringattn.config import TASK, Data
 from ringattn.data.codebook import learn
-from ringattn.data.corpus import Corpus, build_corpus, encode, held_out_digests, split
+from ringattn.data.corpus import Corpus, Documents, build_corpus, encode
 from ringattn.data.dna import DnaTokenizer
+from ringattn.data.file_tokenizer import FileTokenizer
+from ringattn.data.held_out import describe_copies, describe_split, first_copies, held_out_lengths, split
 from ringattn.data.shards import Shards, are_shards, open_shards
 from ringattn.data.sources import read_documents
 from ringattn.data.tasks import questions
-from ringattn.data.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer
+from ringattn.data.tokenizer import ByteTokenizer, Tokenizer
 from ringattn.data.video import load_video
 
 TASK_TOKENS = 2**22
@@ -24,35 +29,50 @@ class Splits(NamedTuple):
 
     tokenizer: Tokenizer
     training: list[Corpus]
-    """One corpus per path."""
+    """One corpus per path, except paths that contain only copies of documents of other paths."""
     validation: list[Corpus]
-    """One corpus per path."""
+    """One corpus per corpus of `training`."""
     kinds: list[list[str]]
     """Kind of each validation document, per path: `Document.kind`, the directory name of shards, or the task name."""
+    notes: list[str]
+    """Lines that tell how much text each side has, and which documents are copies."""
 
 
 def read(data: Data, run_directory: Path | None = None) -> Splits:
     """Reads and tokenizes the documents of `data`. Token shards are memory-mapped.
 
-    A tokenizer file or codebook in `run_directory` takes precedence over the tokenizer that `data`
-    specifies. Raises ValueError if documents, tokenizer or shards cannot be read or do not match.
+    A tokenizer file or codebook in `run_directory` takes precedence over the tokenizer that `data` specifies. Identical
+    documents are used once. Raises ValueError if documents, tokenizer or shards cannot be read or do not match, or if
+    `data.mixture` includes a path whose documents are all in other paths, too.
     """
     shards, tokenizer = _open(data, run_directory)
-    splits = []
-    for path in data.paths:
-        corpus, digests, kinds = _read_path(path, tokenizer, data, shards)
-        name = f"data.path={path!r}"
-        held_out = held_out_digests(digests, data.validation, name)
-        kinds = [kind for kind, digest in zip(kinds, digests, strict=True) if digest in held_out or not held_out]
-        splits.append((*split(corpus, digests, data.validation, tokenizer.unit, name), kinds))
-    return Splits(tokenizer, *map(list, zip(*splits, strict=True)))
+    sources = [_read_path(path, tokenizer, data, shards) for path in data.paths]
+    kept, kept_of = first_copies([source.digests for source in sources])
+    splits, notes = [], []
+    for path, source, chosen in zip(data.paths, sources, kept, strict=True):
+        if chosen.any():
+            corpus, name = source.corpus.take(chosen), f"data.path={path!r}"
+            options = data.validation, tokenizer.unit, name, corpus.masked_prefixes > 0
+            held_out = held_out_lengths(corpus.lengths, source.digests[chosen], *options)
+            training, validation = split(corpus, held_out)
+            kinds = [kind for kind, count in zip(compress(source.kinds, chosen), held_out, strict=True) if count]
+            splits.append((training, validation, kinds))
+            notes.append(describe_split(name, [training], [validation], held_out.size, *options[:2]))
+        elif data.mixture is not None:
+            problem = f"data.path={path!r}: all of its {chosen.size:,} documents are also in other paths"
+            raise ValueError(f"{problem}, so data.mixture has nothing to draw from it; remove the path and its share")
+    training, validation, kinds = map(list, zip(*splits, strict=True))
+    documents = int(sum(map(np.count_nonzero, kept)))
+    total = describe_split("data", training, validation, documents, data.validation, tokenizer.unit)
+    notes = [total, *(notes if len(notes) > 1 else []), *describe_copies(data.paths, sources, kept_of)]
+    return Splits(tokenizer, training, validation, kinds, notes)
 
 
 def read_all(data: Data, run_directory: Path | None = None) -> tuple[list[Corpus], list[list[str]]]:
     """Returns all documents of `data` without a split, one corpus per path, and their kinds; see `read`."""
     shards, tokenizer = _open(data, run_directory)
-    corpora, _, kinds = zip(*(_read_path(path, tokenizer, data, shards) for path in data.paths), strict=True)
-    return list(corpora), list(kinds)
+    sources = [_read_path(path, tokenizer, data, shards) for path in data.paths]
+    return [source.corpus for source in sources], [source.kinds for source in sources]
 
 
 def _open(data: Data, run_directory: Path | None) -> tuple[dict[str, Shards], Tokenizer]:
@@ -61,14 +81,11 @@ def _open(data: Data, run_directory: Path | None) -> tuple[dict[str, Shards], To
     return shards, find_tokenizer(data, list(shards.values()), run_directory)
 
 
-def _read_path(
-    path: str, tokenizer: Tokenizer, data: Data, shards: dict[str, Shards]
-) -> tuple[Corpus, list[bytes], list[str]]:
-    """Returns the documents of one path, with their digests and kinds."""
+def _read_path(path: str, tokenizer: Tokenizer, data: Data, shards: dict[str, Shards]) -> Documents:
+    """Returns the documents of one path."""
     if path in shards:
         shards[path].check(tokenizer, data)
-        corpus, digests = shards[path].corpus(tokenizer), shards[path].digests()
-        return corpus, digests, [Path(path).name] * len(digests)
+        return shards[path].read(tokenizer)
     if path.startswith(TASK):
         _, task, *lengths = path.split(":")
         length = int(lengths[0]) if lengths else data.seq_len

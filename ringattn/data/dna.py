@@ -5,6 +5,7 @@ import hashlib
 import numpy as np
 from numpy.typing import ArrayLike
 
+from ringattn.data.text_bytes import Aligned
 from ringattn.data.tokenizer import check_ids
 
 LETTERS = b"ACGTN"
@@ -31,6 +32,7 @@ class DnaTokenizer:
     unit = 1
     fingerprint = hashlib.sha256(b"dna:" + LETTERS).hexdigest()
     files: dict[str, bytes] = {}  # noqa: RUF012
+    byte_lengths = np.zeros(size, np.int32)  # bases are not bytes of text, so the loss is reported only in nats
     _ids = _table()
 
     def encode(self, document: bytes) -> np.ndarray:
@@ -43,6 +45,9 @@ class DnaTokenizer:
             raise ValueError(f"{letter!r} at position {invalid[0] + 1} is not a base; {fix}")
         return ids
 
+    def align(self, document: bytes) -> Aligned:
+        return Aligned(self.encode(document))
+
     def decode(self, ids: ArrayLike) -> str:
         """Returns the letters of `ids` (any shape, flattened), without boundaries.
 
@@ -50,7 +55,3 @@ class DnaTokenizer:
         """
         checked = check_ids(ids, self.size)
         return np.frombuffer(LETTERS, np.uint8)[checked[checked != self.boundary]].tobytes().decode()
-
-    def byte_length(self, ids: ArrayLike) -> int:
-        """Returns 0, because bases are not bytes of text. The loss is reported only in nats."""
-        return 0

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -18,6 +18,9 @@ from ringattn.data.packing import Batch, PackedRows
 from ringattn.data.tokenizer import Tokenizer
 
 _PREFETCHED = 2  # batches prepared ahead of the device
+
+ReadRows = Callable[[PackedRows, np.ndarray], tuple[np.ndarray, ...]]
+"""Returns arrays [B, L] of the rows with the given indices ([B])."""
 
 
 class Seed(NamedTuple):
@@ -45,14 +48,14 @@ class Rows:
         """True unless masked prefixes cover all tokens."""
         return bool(np.any(self._corpus.masked_prefixes < self._corpus.lengths))
 
-    def rows(self, indices: np.ndarray) -> Batch:
-        """Returns the rows with `indices` ([B], ascending), counted over all epochs."""
+    def rows(self, indices: np.ndarray, read: ReadRows) -> list[np.ndarray]:
+        """Returns the arrays that `read` returns for the rows with `indices` ([B], ascending), over all epochs."""
         epochs, rows = np.divmod(indices, self.per_epoch)
         batches = []
         for epoch in np.unique(epochs):
             packed, order = self._epoch(int(epoch))
-            batches.append(packed.rows(order[rows[epochs == epoch]]))
-        return Batch(*map(np.concatenate, zip(*batches, strict=True)))
+            batches.append(read(packed, order[rows[epochs == epoch]]))
+        return list(map(np.concatenate, zip(*batches, strict=True)))
 
     def _pack(self, epoch: int) -> tuple[PackedRows, np.ndarray]:
         """Returns the rows of an epoch, and a random permutation of them.
@@ -118,14 +121,22 @@ class Loader:
 
     def batch(self, step: int) -> Batch:
         """Returns the batch of `step` (from 0). Each array is [batch_size, seq_len]."""
+        return Batch(*self._read(step, PackedRows.rows))
+
+    def text_bytes(self, step: int) -> np.ndarray:
+        """Returns the number of bytes of text of each target of `batch(step)`: [batch_size, seq_len] int32."""
+        return self._read(step, lambda packed, rows: (packed.text_bytes(rows),))[0]
+
+    def _read(self, step: int, read: ReadRows) -> list[np.ndarray]:
+        """Returns the arrays that `read` returns for the rows of the batch of `step`."""
         rows = step * self._batch_size + np.arange(self._batch_size)
         if len(self._sources) == 1:
-            return self._sources[0].rows(rows)
+            return self._sources[0].rows(rows, read)
         sources, indices = self._mixture.locate(rows)
         drawn = np.unique(sources)
-        batches = [self._sources[source].rows(indices[sources == source]) for source in drawn]
+        batches = [self._sources[source].rows(indices[sources == source], read) for source in drawn]
         inverse = np.argsort(np.concatenate([np.flatnonzero(sources == source) for source in drawn]))
-        return Batch(*(np.concatenate(arrays)[inverse] for arrays in zip(*batches, strict=True)))
+        return [np.concatenate(arrays)[inverse] for arrays in zip(*batches, strict=True)]
 
 
 def fingerprint(corpora: Sequence[str], mixture: tuple[float, ...] | None) -> str:

@@ -34,7 +34,7 @@ class PackedRows:
     """
 
     def __init__(self, corpus: Corpus, seq_len: int, order: np.ndarray):
-        self._tokens, self._ignored_id = corpus.tokens, corpus.ignored_id
+        self._tokens, self._ignored_id, self._count_bytes = corpus.tokens, corpus.ignored_id, corpus.count_bytes
         self._seq_len = seq_len
         self._starts, self._masked_prefixes = corpus.starts[order], corpus.masked_prefixes[order]
         # Offset of each piece in the stream, then the length of the stream.
@@ -48,8 +48,7 @@ class PackedRows:
         if np.any((indices < 0) | (indices >= len(self))):
             raise IndexError(f"row indices {indices} are out of range for {len(self)} rows")
         row_starts = indices[:, None] * self._seq_len
-        offsets = row_starts + np.arange(self._seq_len)
-        pieces = np.searchsorted(self._bounds, offsets, side="right") - 1
+        offsets, pieces = self._locate(indices)
         piece_starts = self._bounds[pieces]
         within_piece = offsets - piece_starts
         token_indices = within_piece + self._starts[pieces]
@@ -64,3 +63,13 @@ class PackedRows:
             segment_ids=(pieces - pieces[:, :1]).astype(np.int32),
             weights=unmasked.astype(np.float32),
         )
+
+    def text_bytes(self, indices: np.ndarray) -> np.ndarray:
+        """Returns the number of bytes of text of each target of `rows(indices)`: [B, L] int32."""
+        offsets, pieces = self._locate(indices)
+        return self._count_bytes(offsets - self._bounds[pieces] + self._starts[pieces] + 1)
+
+    def _locate(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the offset of each token of the rows in the stream, and the index of its piece: [B, L] each."""
+        offsets = indices[:, None] * self._seq_len + np.arange(self._seq_len)
+        return offsets, np.searchsorted(self._bounds, offsets, side="right") - 1

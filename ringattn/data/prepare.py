@@ -85,5 +85,5 @@ def _check_same(directory: Path, data: Data) -> None:
         raise ValueError(f"--output {directory} contains shards of data.path={shards.path!r}; {fix}")
     shards.check(find_tokenizer(data, [shards]), data)
     digests = [document.digest for document in read_documents(shards.path, video=shards.tokenizer == "video")]
-    if digests != shards.digests():
+    if b"".join(digests) != shards.digests.tobytes():
         raise ValueError(f"data.path={data.path!r} has changed since the shards in {directory} were written; {fix}")

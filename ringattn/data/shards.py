@@ -1,8 +1,9 @@
 """Token shards: files of tokens, written once, verified when opened, then memory-mapped instead of loaded.
 
 A directory of shards contains index.json (metadata, and the length and SHA-256 of every other file), shard-00000.bin
-and so on (the tokens of a Corpus, little-endian), documents.npy (the length, masked prefix and digest of each document)
-and the files of the tokenizer. A document can span several shards.
+and so on (the tokens of a Corpus, little-endian), documents.npy (the length, masked prefix and digest of each
+document), text_bytes.npy (`Corrections` of the tokens) and the files of the tokenizer. A document can span several
+shards.
 """
 
 import hashlib
@@ -20,16 +21,18 @@ from typing import Any
 import numpy as np
 
 from ringattn.config import Data
-from ringattn.data.corpus import Corpus, EncodedDocument, ShardedTokens
+from ringattn.data.corpus import DIGEST, Corpus, Documents, EncodedDocument, ShardedTokens
+from ringattn.data.text_bytes import TABLE, Corrections, TextBytes, concatenate, from_table
 from ringattn.data.tokenizer import Tokenizer
 from ringattn.data.video import as_npy, read_npy
 from ringattn.runs.progress import Display
 from ringattn.runs.signals import before_ending
 
-FORMAT = "ringattn shards 1"
+FORMAT = "ringattn shards 2"
 SHARD_TOKENS = 2**27
 _DOCUMENT = np.dtype([("length", "<i8"), ("given", "<i8"), ("digest", "u1", (32,))])  # given: masked prefix
 _TYPES = {"uint8": "u1", "uint16": "<u2", "int32": "<i4"}
+_TABLES = {"documents.npy": _DOCUMENT, "text_bytes.npy": TABLE}
 _CHUNK = 2**24  # bytes hashed at a time
 _LARGE = 2**30  # bytes; verification of larger shards shows its progress
 _FIX = "remove the directory and write it again with scripts/prepare.py"
@@ -56,14 +59,21 @@ class Shards:
     tokens: ShardedTokens
     documents: np.ndarray
     """[documents], of dtype _DOCUMENT."""
+    corrections: Corrections
+    """Of the tokens."""
 
-    def corpus(self, tokenizer: Tokenizer) -> Corpus:
-        lengths = self.documents["length"].astype(np.int64)
-        masked_prefixes = self.documents["given"].astype(np.int64)
-        return Corpus(self.tokens, np.cumsum(lengths) - lengths, lengths, masked_prefixes, tokenizer.ignored_id)
+    def read(self, tokenizer: Tokenizer) -> Documents:
+        lengths, prefixes = (self.documents[field].astype(np.int64) for field in ("length", "given"))
+        text_bytes = TextBytes(tokenizer.byte_lengths, self.corrections)
+        starts = np.cumsum(lengths) - lengths
+        corpus = Corpus(self.tokens, starts, lengths, prefixes, tokenizer.ignored_id, text_bytes)
+        kinds = [self.directory.name] * lengths.size
+        return Documents(corpus, self.digests, kinds, lambda index: f"document {index + 1} of {self.directory}")
 
-    def digests(self) -> list[bytes]:
-        return [digest.tobytes() for digest in self.documents["digest"]]
+    @property
+    def digests(self) -> np.ndarray:
+        """[documents], of dtype DIGEST."""
+        return np.ascontiguousarray(self.documents["digest"]).view(DIGEST).reshape(-1)
 
     def check(self, tokenizer: Tokenizer, data: Data) -> None:
         """Raises ValueError unless the shards were written with `tokenizer` and the held-out fraction of `data`."""
@@ -138,12 +148,16 @@ class _Writer:
         self._directory, self._shard_tokens = directory, shard_tokens
         self._files: list[dict[str, Any]] = []
         self._documents: list[tuple[int, int, bytes]] = []
+        self._corrections: list[Corrections] = []
+        self._tokens = 0
         self._pending: list[np.ndarray] = []
         self._type, self._pending_tokens = np.dtype(np.uint8), 0
 
     def add(self, document: EncodedDocument) -> None:
         self._type = document.tokens.dtype
         self._documents.append((document.tokens.size, document.masked_prefix, document.digest))
+        self._corrections.append(document.corrections.shift(self._tokens))
+        self._tokens += document.tokens.size
         self._pending.append(document.tokens)
         self._pending_tokens += document.tokens.size
         if self._pending_tokens > self._shard_tokens:
@@ -174,6 +188,7 @@ class _Writer:
         joined = b"".join(digest for _, _, digest in self._documents)
         documents["digest"] = np.frombuffer(joined, np.uint8).reshape(-1, 32)
         self._write("documents.npy", as_npy(documents))
+        self._write("text_bytes.npy", as_npy(concatenate(self._corrections).table()))
         for name, content in tokenizer.files.items():
             self._write(name, content)
         index = {
@@ -213,13 +228,24 @@ def open_shards(directory: Path) -> Shards:
             if tokens is None or tokens.max() >= size or tokens.min() < 0:
                 raise ValueError(f"{directory / file['name']} does not contain the tokens listed in {path}; {_FIX}")
             shards.append(tokens)
-    documents = read_npy(directory / "documents.npy")
-    listed = {file["name"] for file in files} >= {"documents.npy"} and documents.dtype == _DOCUMENT
-    total = sum(shard.size for shard in shards)
-    if not listed or documents.ndim != 1 or not shards or not _documents_fit(documents, total):
+    total, listed = sum(shard.size for shard in shards), {file["name"] for file in files}
+    documents, table = (_read_table(directory, *table, listed) for table in _TABLES.items())
+    if not shards or not _documents_fit(documents, total):
         raise ValueError(f"{directory / 'documents.npy'} does not match the shards; {_FIX}")
+    corrections = from_table(table, total)
+    if corrections is None:
+        raise ValueError(f"{directory / 'text_bytes.npy'} does not match the shards; {_FIX}")
     joined = hashlib.sha256("".join(file["sha256"] for file in files).encode()).hexdigest()
-    return Shards(directory, name, fingerprint, size, validation, data_path, ShardedTokens(shards, joined), documents)
+    tokens = ShardedTokens(shards, joined)
+    return Shards(directory, name, fingerprint, size, validation, data_path, tokens, documents, corrections)
+
+
+def _read_table(directory: Path, name: str, dtype: np.dtype, listed: set[str]) -> np.ndarray:
+    """Returns the array of a .npy file. Raises ValueError unless the index lists it and it is [n] of `dtype`."""
+    table = read_npy(directory / name)
+    if name not in listed or table.ndim != 1 or table.dtype != dtype:
+        raise ValueError(f"{directory / name} does not match the shards; {_FIX}")
+    return table
 
 
 def _entry(file: Any) -> dict[str, Any]:

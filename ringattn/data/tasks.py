@@ -14,6 +14,7 @@ import numpy as np
 
 from ringattn.data.corpus import EncodedDocument, common_prefix
 from ringattn.data.haystack import names, noise, numbers, prose
+from ringattn.data.text_bytes import Aligned, Corrections
 from ringattn.data.tokenizer import Tokenizer
 
 
@@ -219,6 +220,7 @@ class Question(NamedTuple):
     """[L]: the boundary, then filler, text, question and answers."""
     answer_bounds: tuple[int, ...]
     """Answer i is tokens[answer_bounds[i] : answer_bounds[i + 1]]."""
+    corrections: Corrections
 
 
 def question(task: str, tokenizer: Tokenizer, length: int, depth: float, seed: str) -> Question:
@@ -227,19 +229,19 @@ def question(task: str, tokenizer: Tokenizer, length: int, depth: float, seed: s
     The remaining tokens, less than one unit or at most 2% of the row, are filled with prose before the text. Raises
     ValueError if the task does not fit even without a haystack.
     """
-    low, (passage, tokens) = 0, _attempt(task, tokenizer, 0, depth, seed)
+    low, (passage, (tokens, corrections)) = 0, _attempt(task, tokenizer, 0, depth, seed)
     _check_size(task, tokens.size, length)
     # Bisect over the units of haystack. Tokens grow about linearly with units, so guess with `per_unit`.
     high, too_long, per_unit = None, 0, 6.0
     while (high is None or high - low > 1) and length - 1 - tokens.size > length // 50:
         guess = max(low + int((length - 1 - tokens.size) / per_unit), low + 1)
         guess = guess if high is None else min(guess, high - 1)
-        candidate, candidate_tokens = _attempt(task, tokenizer, guess, depth, seed)
-        if candidate_tokens.size < length:
-            per_unit = max((candidate_tokens.size - tokens.size) / (guess - low), 1.0) if high is None else per_unit
-            low, passage, tokens = guess, candidate, candidate_tokens
+        candidate, aligned = _attempt(task, tokenizer, guess, depth, seed)
+        if aligned.ids.size < length:
+            per_unit = max((aligned.ids.size - tokens.size) / (guess - low), 1.0) if high is None else per_unit
+            low, passage, (tokens, corrections) = guess, candidate, aligned
         else:
-            high, too_long = guess, candidate_tokens.size
+            high, too_long = guess, aligned.ids.size
         if high is not None:
             per_unit = max((too_long - tokens.size) / (high - low), 1.0)
     filler_size = length - 1 - tokens.size
@@ -254,13 +256,14 @@ def question(task: str, tokenizer: Tokenizer, length: int, depth: float, seed: s
             "use data.tokenizer=bytes"
         )
     row = np.concatenate([np.array([tokenizer.boundary], tokens.dtype), filler, tokens])
-    return Question(row, tuple(1 + filler_size + bound for bound in bounds))
+    start = 1 + filler_size
+    return Question(row, tuple(start + bound for bound in bounds), corrections.shift(start))
 
 
-def _attempt(task: str, tokenizer: Tokenizer, units: int, depth: float, seed: str) -> tuple[Passage, np.ndarray]:
+def _attempt(task: str, tokenizer: Tokenizer, units: int, depth: float, seed: str) -> tuple[Passage, Aligned]:
     """Returns a passage with `units` units of haystack, and its tokens without the boundary."""
     passage = TASKS[task](Random(f"{task} {seed}"), units, depth)
-    return passage, tokenizer.encode("".join([passage.text, passage.question, *passage.answers]).encode())
+    return passage, tokenizer.align("".join([passage.text, passage.question, *passage.answers]).encode())
 
 
 def _check_size(task: str, size: int, length: int) -> None:
@@ -270,7 +273,7 @@ def _check_size(task: str, size: int, length: int) -> None:
 
 def check_fits(task: str, tokenizer: Tokenizer, length: int, seeds: Iterable[str]) -> None:
     """Raises ValueError unless the task fits in `length` tokens without a haystack for all `seeds`."""
-    _check_size(task, max(_attempt(task, tokenizer, 0, 0.0, seed)[1].size for seed in seeds), length)
+    _check_size(task, max(_attempt(task, tokenizer, 0, 0.0, seed)[1].ids.size for seed in seeds), length)
 
 
 def questions(task: str, tokenizer: Tokenizer, length: int, count: int) -> Iterator[EncodedDocument]:
@@ -283,8 +286,9 @@ def questions(task: str, tokenizer: Tokenizer, length: int, count: int) -> Itera
         seed = f"train {index}"
         # Draw from a wider range and clip, so that the start and the end are as frequent as other depths.
         depth = min(max(1.1 * Random(seed).random() - 0.05, 0.0), 1.0)
-        tokens, bounds = question(task, tokenizer, length, depth, seed)
-        yield EncodedDocument(tokens, bounds[0] - 1, hashlib.sha256(tokens.tobytes()).digest(), 0, task)
+        tokens, bounds, corrections = question(task, tokenizer, length, depth, seed)
+        digest = hashlib.sha256(tokens.tobytes()).digest()
+        yield EncodedDocument(tokens, bounds[0] - 1, digest, 0, task, f"{task} {index}", corrections)
 
 
 def check_tokenizer(task: str, tokenizer: Tokenizer) -> None:

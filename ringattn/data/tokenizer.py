@@ -1,25 +1,15 @@
-"""Tokenizers for text: bytes, or the vocabulary of a local tokenizer.json.
+"""The protocol of tokenizers, and the tokenizer whose tokens are bytes.
 
 One id, the *boundary*, precedes every document. Encoding never produces it.
 """
 
 import hashlib
-from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-# End-of-text tokens of common model families, the most specific first.
-BOUNDARIES = (
-    "<|endoftext|>",  # GPT-2, GPT-NeoX, Qwen, Phi, SmolLM
-    "<|end_of_text|>",  # Llama 3
-    "<\uff5cend\u2581of\u2581sentence\uff5c>",  # DeepSeek
-    "</s>",  # Llama 2, Mistral, T5
-    "<eos>",  # Gemma
-    "[EOS]",
-    "[SEP]",  # BERT
-)
+from ringattn.data.text_bytes import Aligned
 
 
 @runtime_checkable
@@ -61,16 +51,21 @@ class Tokenizer(Protocol):
         """Names and contents of the files that the tokenizer is loaded from. A run directory stores copies."""
         ...
 
+    @property
+    def byte_lengths(self) -> np.ndarray:
+        """[size] int32: number of bytes of text that each id stands for, see `TextBytes`; 0 if it is not text."""
+        ...
+
     def encode(self, document: bytes) -> np.ndarray:
         """Returns ids [tokens] of an integer dtype that fits all ids. Raises ValueError for an invalid document."""
         ...
 
-    def decode(self, ids: ArrayLike) -> str:
-        """Returns the text of `ids` (any shape), without boundaries. Raises ValueError for an invalid id."""
+    def align(self, document: bytes) -> Aligned:
+        """Encodes like `encode`. Also returns which tokens stand for another number of bytes than `byte_lengths`."""
         ...
 
-    def byte_length(self, ids: ArrayLike) -> int:
-        """Returns the number of bytes of text in `ids`; 0 if they are not text. Raises ValueError: see `decode`."""
+    def decode(self, ids: ArrayLike) -> str:
+        """Returns the text of `ids` (any shape), without boundaries. Raises ValueError for an invalid id."""
         ...
 
 
@@ -84,91 +79,22 @@ class ByteTokenizer:
     unit = 1
     fingerprint = hashlib.sha256(b"bytes").hexdigest()
     files: dict[str, bytes] = {}  # noqa: RUF012
+    byte_lengths = np.append(np.ones(256, np.int32), np.int32(0))
 
     def encode(self, document: bytes) -> np.ndarray:
         """Returns ids [bytes] uint16. Any bytes are valid."""
         return np.frombuffer(document, np.uint8).astype(np.uint16)
+
+    def align(self, document: bytes) -> Aligned:
+        return Aligned(self.encode(document))
 
     def decode(self, ids: ArrayLike) -> str:
         """Returns the text of `ids` (any shape, flattened), without boundaries; invalid UTF-8 becomes U+FFFD.
 
         Raises ValueError for an id outside the vocabulary.
         """
-        return self._bytes(ids).tobytes().decode("utf-8", errors="replace")
-
-    def byte_length(self, ids: ArrayLike) -> int:
-        """Returns the number of bytes in `ids`, without boundaries. Raises ValueError: see `decode`."""
-        return self._bytes(ids).size
-
-    def _bytes(self, ids: ArrayLike) -> np.ndarray:
         checked = check_ids(ids, self.size)
-        return checked[checked != self.boundary].astype(np.uint8)
-
-
-class FileTokenizer:
-    """The vocabulary of a tokenizer.json, read with the package `tokenizers`.
-
-    Encodes without adding special tokens, truncation or padding. Names of special tokens in the text are encoded as
-    plain text. Raises ValueError if the package is missing, or if the file cannot be read, is not a tokenizer.json or
-    has no end-of-text token.
-    """
-
-    name = "file"
-    ignored_id = None
-    unit = 1
-
-    def __init__(self, path: str):
-        try:
-            import tokenizers
-        except ImportError as error:
-            fix = "run pip install 'ringattn[tokenizers]', or use data.tokenizer=bytes"
-            raise ValueError(f"data.tokenizer={path!r} requires the package tokenizers; {fix}") from error
-        try:
-            content = Path(path).expanduser().read_bytes()
-        except OSError as error:
-            fix = "use a readable tokenizer.json, or 'bytes'"
-            raise ValueError(f"data.tokenizer={path!r} cannot be read ({error.strerror}); {fix}") from error
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
-        except Exception as error:  # tokenizers raises bare Exception
-            fix = "use a file saved by the package tokenizers, or 'bytes'"
-            raise ValueError(f"data.tokenizer={path!r} is not a valid tokenizer.json ({error}); {fix}") from error
-        # The file can enable truncation, padding and special tokens in text, which would silently change documents.
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        self._tokenizer.encode_special_tokens = True
-        self.size: int = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
-        added = self._tokenizer.get_added_tokens_decoder().items()
-        special = {token.content: token_id for token_id, token in added if token.special}
-        boundaries = [name for name in BOUNDARIES if name in special]
-        if not boundaries:
-            raise ValueError(
-                f"data.tokenizer={path!r} has no end-of-text token among its special tokens "
-                f"({', '.join(special) or 'none'}); add one of {', '.join(BOUNDARIES)} to its added_tokens"
-            )
-        self.boundary: int = special[boundaries[0]]
-        self.fingerprint = hashlib.sha256(content).hexdigest()
-        self.files = {"tokenizer.json": content}
-
-    def encode(self, document: bytes) -> np.ndarray:
-        """Returns ids [tokens] of UTF-8 text, uint16 if the vocabulary fits, else int32. Raises UnicodeDecodeError."""
-        text = document.decode("utf-8")
-        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
-        return np.asarray(ids, np.uint16 if self.size <= 2**16 else np.int32)
-
-    def decode(self, ids: ArrayLike) -> str:
-        """Returns the text of `ids` (any shape, flattened), without special tokens.
-
-        Raises ValueError for an id outside the vocabulary.
-        """
-        return self._tokenizer.decode(check_ids(ids, self.size).tolist(), skip_special_tokens=True)
-
-    def byte_length(self, ids: ArrayLike) -> int:
-        """Returns the number of bytes of text in `ids`, approximate if they start or end within a character.
-
-        Raises ValueError: see `decode`.
-        """
-        return len(self.decode(ids).encode("utf-8"))
+        return checked[checked != self.boundary].astype(np.uint8).tobytes().decode("utf-8", errors="replace")
 
 
 def check_ids(ids: ArrayLike, size: int) -> np.ndarray:

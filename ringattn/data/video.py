@@ -15,6 +15,7 @@ import numpy as np
 from einops import rearrange
 from numpy.typing import ArrayLike
 
+from ringattn.data.text_bytes import Aligned
 from ringattn.data.tokenizer import check_ids
 
 PATCH = 4
@@ -40,7 +41,8 @@ class VideoTokenizer:
         self._codebook, self._frame_size = codebook, frame_size
         self.size: int = len(codebook) + 1
         self.boundary: int = len(codebook)
-        self.unit: int = frame_size[0] * frame_size[1] // PATCH**2
+        self.byte_lengths = np.zeros(self.size, np.int32)  # patches are not text, so the loss is reported only in nats
+        self.unit: int = tokens_per_frame(frame_size)
         self.preview = np.zeros((0, *frame_size, 3), np.uint8) if preview is None else preview
         content = f"{frame_size}".encode() + np.ascontiguousarray(codebook, "<f4").tobytes()
         self.fingerprint: str = hashlib.sha256(content).hexdigest()
@@ -53,6 +55,9 @@ class VideoTokenizer:
         """Returns ids [frames * unit] of a video file. Raises ValueError if it cannot be read."""
         ids = [nearest(patches(frames), self._codebook) for frames in read_frames(document, self._frame_size)]
         return np.concatenate(ids).astype(np.uint16 if self.size <= 2**16 else np.int32)
+
+    def align(self, document: bytes) -> Aligned:
+        return Aligned(self.encode(document))
 
     def frames(self, ids: ArrayLike) -> np.ndarray:
         """Returns the frames [n, height, width, 3] uint8 of `ids` [n * unit]. Raises ValueError for an invalid id."""
@@ -71,9 +76,9 @@ class VideoTokenizer:
         lines = (codes[start : start + columns] for start in range(0, codes.size, columns))
         return "\n".join(" ".join(f"{code:3}" for code in line) for line in lines)
 
-    def byte_length(self, ids: ArrayLike) -> int:
-        """Returns 0, because patches are not bytes of text. The loss is reported only in nats."""
-        return 0
+
+def tokens_per_frame(frame_size: tuple[int, ...]) -> int:
+    return frame_size[0] * frame_size[1] // PATCH**2
 
 
 def read_frames(content: bytes, frame_size: tuple[int, ...]) -> Iterator[np.ndarray]:

@@ -33,7 +33,7 @@ from ringattn.model.scoring import Scores
 from ringattn.runs.progress import Display
 from ringattn.runs.shared import claimed
 
-FORMAT = 1
+FORMAT = 2
 """Version of a cell's result. Increment it when the content of results changes, so that stored ones are not reused."""
 MEASURES = dict(zip(LOSSES, (losses.by_position, losses.by_context, losses.by_kind), strict=True))
 
@@ -206,7 +206,7 @@ def _measure(
 ) -> Result:
     if cell.task in LOSSES:
         assert text is not None
-        return MEASURES[cell.task](score, tokenizer, c, text, cell.length)
+        return MEASURES[cell.task](score, c, text, cell.length)
     return retrieval.measure(score, tokenizer, c, cell.task, cell.length, cell.depth or 0.0)
 
 

@@ -8,9 +8,10 @@ from functools import cached_property
 from typing import TypedDict
 
 import numpy as np
+from jaxtyping import Integer
 
 from ringattn.config import Evaluation
-from ringattn.data import Batch, Corpus, PackedRows, Tokenizer
+from ringattn.data import Batch, Corpus, PackedRows
 from ringattn.evaluation.batches import ScoreFn, as_batch, score_in_batches
 from ringattn.evaluation.results import Result
 from ringattn.model.scoring import Scores
@@ -59,14 +60,14 @@ class Text:
         return [windows[number] for number in _draw(len(windows), count, seed)]
 
 
-def by_position(score: ScoreFn, tokenizer: Tokenizer, c: Evaluation, text: Text, length: int) -> Result:
+def by_position(score: ScoreFn, c: Evaluation, text: Text, length: int) -> Result:
     """Loss of rows of one document each, in total and per range of positions.
 
     If the model uses its context, the loss falls with the position.
     """
     windows = text.windows(length, c.samples, c.seed)
-    total, nats, weights, documents = Total(tokenizer), [], [], _document_numbers(windows)
-    rows = (_row(*window, length) for window in windows)
+    total, nats, weights, documents = Total(), [], [], _document_numbers(windows)
+    rows = (total.count(*_row(*window, length)) for window in windows)
     for batch, scores in score_in_batches(score, rows, c.batch_size):
         total.add(batch, scores)
         nats.append(batch.weights * scores.nats)
@@ -80,7 +81,7 @@ def by_position(score: ScoreFn, tokenizer: Tokenizer, c: Evaluation, text: Text,
     return total.means() | {"rows": len(windows), "documents": len(set(documents)), "by_position": ranges}
 
 
-def by_context(score: ScoreFn, tokenizer: Tokenizer, c: Evaluation, text: Text, length: int) -> Result:
+def by_context(score: ScoreFn, c: Evaluation, text: Text, length: int) -> Result:
     """Loss of the same tokens at every length.
 
     Rows of all lengths end at the same token. The last tokens are scored, so that only their context differs.
@@ -90,11 +91,11 @@ def by_context(score: ScoreFn, tokenizer: Tokenizer, c: Evaluation, text: Text, 
 
     def rows() -> Iterator[Batch]:
         for corpus, document, begin in windows:
-            row = _row(corpus, document, begin + longest - length, length)
+            row, text_bytes = _row(corpus, document, begin + longest - length, length)
             row.weights[:, :-scored] = 0
-            yield row
+            yield total.count(row, text_bytes)
 
-    total, sums, counts = Total(tokenizer), [], []
+    total, sums, counts = Total(), [], []
     for batch, scores in score_in_batches(score, rows(), c.batch_size):
         total.add(batch, scores)
         sums.append((batch.weights * scores.nats).sum(1, dtype=np.float64))
@@ -124,15 +125,16 @@ def changes(results: list[Result]) -> list[Mean]:
     ]
 
 
-def by_kind(score: ScoreFn, tokenizer: Tokenizer, c: Evaluation, text: Text, length: int) -> Result:
+def by_kind(score: ScoreFn, c: Evaluation, text: Text, length: int) -> Result:
     """Loss of packed rows, separately per kind of document. Also lists the kinds that do not fill one row."""
     totals: dict[str, Total] = {}
     for corpus, kinds in zip(text.corpora, text.kinds, strict=True):
         for kind in sorted(set(kinds)):
             chosen = corpus.take(np.array([other == kind for other in kinds]))
             packed = PackedRows(chosen, length, np.arange(chosen.starts.size))
-            rows = (packed.rows(np.array([number])) for number in _draw(len(packed), c.samples, c.seed))
-            total = totals.setdefault(kind, Total(tokenizer))
+            total = totals.setdefault(kind, Total())
+            numbers = (np.array([number]) for number in _draw(len(packed), c.samples, c.seed))
+            rows = (total.count(packed.rows(number), packed.text_bytes(number)) for number in numbers)
             for batch, scores in score_in_batches(score, rows, c.batch_size):
                 total.add(batch, scores)
     return {
@@ -144,17 +146,20 @@ def by_kind(score: ScoreFn, tokenizer: Tokenizer, c: Evaluation, text: Text, len
 class Total:
     """Loss, accuracy and bits per byte of all tokens added so far."""
 
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
+    def __init__(self):
         self._nats = self._correct = self.weight = 0.0
         self._bytes = 0
+
+    def count(self, batch: Batch, text_bytes: Integer[np.ndarray, "B L"]) -> Batch:
+        """Adds the bytes of the targets that have weight, and returns the batch, which is yet to be scored."""
+        self._bytes += int(np.sum(text_bytes, where=batch.weights > 0))
+        return batch
 
     def add(self, batch: Batch, scores: Scores) -> None:
         weights, correct = batch.weights, scores.predictions == batch.targets
         self._nats += float(np.sum(weights * scores.nats, dtype=np.float64))
         self._correct += float(np.sum(weights, where=correct, dtype=np.float64))
         self.weight += float(np.sum(weights, dtype=np.float64))
-        self._bytes += self._tokenizer.byte_length(batch.targets[weights > 0])
 
     def means(self) -> Result:
         """Raises ValueError if no token has weight."""
@@ -198,12 +203,12 @@ def _draw(available: int, count: int, seed: int) -> list[int]:
     return np.argsort(keys, kind="stable")[:count].tolist()
 
 
-def _row(corpus: Corpus, document: int, begin: int, length: int) -> Batch:
-    """The tokens `begin` to `begin + length - 1` of a document as a batch [1, length]."""
+def _row(corpus: Corpus, document: int, begin: int, length: int) -> tuple[Batch, np.ndarray]:
+    """The tokens `begin` to `begin + length - 1` of a document as a batch [1, length], and the bytes of its targets."""
     positions = begin + np.arange(length)
     indices = corpus.starts[document] + positions
     batch = as_batch(corpus.tokens[indices], corpus.tokens[indices + 1])
     weighted = (positions >= corpus.masked_prefixes[document])[None]
     if corpus.ignored_id is not None:
         weighted = weighted & (batch.targets != corpus.ignored_id)
-    return batch._replace(weights=weighted.astype(np.float32))
+    return batch._replace(weights=weighted.astype(np.float32)), corpus.count_bytes(indices + 1)[None]

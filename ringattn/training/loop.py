@@ -75,7 +75,11 @@ def _checked_data(c: config.Config, current: int) -> Splits:
         with config.stage_errors(c.stages, number):
             stage = c.stage(number)
             _checked_mesh(stage)
-            splits = splits or read(stage.data, tokenizer_directory)
+            if splits is None:
+                splits = read(stage.data, tokenizer_directory)
+                display = Display(None)
+                for line in splits.notes:
+                    display.print(line)
             rebatch(splits, stage, number)
     assert splits is not None
     return splits

@@ -84,7 +84,8 @@ class Run:
         if not weight.any():
             fix = "use more --validation.batches, or a larger --data.validation"
             raise ValueError(f"all targets of the {count} validation batches are masked out of the loss; {fix}")
-        text_bytes = sum(self.tokenizer.byte_length(batch.targets[batch.weights > 0]) for batch in batches)
+        masks = (batch.weights > 0 for batch in batches)
+        text_bytes = sum(int(self.held_out.text_bytes(index)[mask].sum()) for index, mask in enumerate(masks))
         bits = {"eval/bits_per_byte": float(nats.sum()) / math.log(2) / text_bytes} if text_bytes else {}
         means = {"eval/loss": float(nats.sum() / weight.sum()), "eval/accuracy": correct / float(weight.sum())}
         return means | bits | named_losses(nats, weight, length)
