@@ -46,8 +46,13 @@ def directory(tmp_path, mesh):
     """Checkpoints of steps 2, 4 and 6, with 4 and 6 kept."""
     with Checkpoints(tmp_path / "checkpoints", keep=2) as checkpoints:
         for step in (2, 4, 6):
-            checkpoints.save(step, state(mesh, step))
+            save(checkpoints, step, state(mesh, step))
     return tmp_path / "checkpoints"
+
+
+def save(checkpoints, step, tree):
+    checkpoints.save(step, tree)
+    checkpoints.confirm(step)
 
 
 def restore(directory, mesh, width=8):
@@ -76,7 +81,7 @@ def test_the_newest_are_kept_and_the_last_is_restored(directory, mesh):
 def test_any_tree_is_restored(tmp_path, mesh):
     tree = [{"b": jnp.arange(3)}, (jnp.float32(2.5),)]
     with Checkpoints(tmp_path, keep=1) as checkpoints:
-        checkpoints.save(3, tree)
+        save(checkpoints, 3, tree)
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         restored, messages = checkpoints.restore(abstract(tree))
     assert messages == []
@@ -123,7 +128,7 @@ def test_the_checkpoint_before_a_damaged_one_is_restored(directory, mesh, damage
     assert saved_steps(directory) == [4]
     assert (directory / "damaged-6").is_dir()
     with Checkpoints(directory, keep=2) as checkpoints:  # the resumed run writes that step again
-        checkpoints.save(6, state(mesh, 6))
+        save(checkpoints, 6, state(mesh, 6))
     assert int(restore(directory, mesh)[0].step) == 6
 
 
@@ -170,6 +175,7 @@ def test_the_state_may_be_donated_while_it_is_written(tmp_path, mesh):
         checkpoints.save(1, current)
         for _ in range(5):
             current = advance(current)
+        checkpoints.confirm(1)
     restored, messages = restore(tmp_path, mesh)
     assert messages == []
     chex.assert_trees_all_equal(jax.device_get(restored), expected)
@@ -181,6 +187,29 @@ def test_a_state_that_is_not_finite_is_not_saved(directory, mesh):
     with Checkpoints(directory, 2) as checkpoints, pytest.raises(ValueError, match=message):
         checkpoints.save(8, broken)
     assert saved_steps(directory) == [6, 4]
+
+
+def test_an_unconfirmed_checkpoint_is_not_written_and_those_before_it_stay(directory, mesh, capfd):
+    before = listing(directory)
+    with pytest.raises(ZeroDivisionError), Checkpoints(directory, keep=1) as checkpoints:  # would remove 4 and 6
+        checkpoints.save(8, state(mesh, 8))
+        checkpoints.confirm(7)  # step 8 was computed, but no step from its state
+        raise ZeroDivisionError
+    assert saved_steps(directory) == [6, 4]
+    assert {path: time for path, time in listing(directory).items() if path != directory} == {
+        path: time for path, time in before.items() if path != directory
+    }
+    assert capfd.readouterr().err == ""
+
+
+def test_a_later_checkpoint_replaces_an_unconfirmed_one(directory, mesh):
+    with Checkpoints(directory, keep=2) as checkpoints:
+        checkpoints.save(8, state(mesh, 8))
+        checkpoints.save(10, state(mesh, 10))
+        checkpoints.confirm(10)
+    assert saved_steps(directory) == [10, 6]
+    restored, _ = restore(directory, mesh)
+    chex.assert_trees_all_equal(restored, state(mesh, 10))
 
 
 def test_only_parameters_are_read_and_nothing_is_written(directory, mesh, make_mesh, monkeypatch):
@@ -209,7 +238,7 @@ def test_damaged_parameters_are_refused(directory, mesh):
     content = json.loads(metadata.read_text())
     content["sums"]["params.matrix"] ^= 1
     metadata.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"4 is damaged \(the checksum of params.matrix differs\); use another"):
+    with pytest.raises(ValueError, match=r"4 is damaged \(the checksum of its metadata differs\); use another"):
         read_params(directory, 4, like)
     metadata.unlink()
     before = listing(directory)

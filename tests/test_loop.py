@@ -215,11 +215,45 @@ def test_a_signal_stops_the_run_after_a_checkpoint(base, monkeypatch, capsys, nu
     assert signal.getsignal(number) == handler
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_without_a_checkpoint(base):
-    c = replace(base, name="diverged", optimizer=replace(base.optimizer, learning_rate=1e38))
-    with pytest.raises(ValueError, match=r"(nan|NaN or infinity) .*step \d.*; lower --optimizer.learning_rate"):
+@pytest.mark.parametrize("rate", [1e3, 1e6, 1e8, 1e20, 1e38])
+def test_a_diverged_run_saves_no_state_that_cannot_be_resumed(base, capfd, rate):
+    """A state that is finite, with a loss that is finite, may be ruined: its next gradient is not, or is 0."""
+    c = replace(
+        base,
+        name=f"diverged-{rate}",
+        optimizer=replace(base.optimizer, learning_rate=rate),
+        checkpoint=config.Checkpoint(every=1, keep=1),
+        train=replace(base.train, steps=3),
+        validation=replace(base.validation, every=2),
+    )
+    with pytest.raises(
+        ValueError, match=r"(became|NaN or infinity).* step \d; lower --optimizer.learning_rate and run"
+    ):
+        train(c)
+    checkpoints = c.run_directory / "checkpoints"
+    assert not list(checkpoints.glob("*tmp*"))
+    assert capfd.readouterr().err == ""
+    assert train(replace(c, optimizer=base.optimizer)) == 0
+    assert saved_steps(checkpoints) == [3]
+    assert read_rows(c.run_directory / "metrics.jsonl")[-1]["eval/loss"] < 6
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_the_last_checkpoint_is_confirmed_by_one_more_step(base, monkeypatch, stopped):
+    """The last update ruins the state, with a finite validation loss: activations overflow to 0."""
+    rate, steps, record = replace(base.optimizer, learning_rate=1e20), 2 if stopped else 1, Recorder.step
+    c = replace(base, name=f"last-{stopped}", train=replace(base.train, steps=steps), optimizer=rate)
+
+    def interrupted(self, step, metrics, flops):
+        if stopped:
+            os.kill(os.getpid(), signal.SIGTERM)
+        record(self, step, metrics, flops)
+
+    monkeypatch.setattr(Recorder, "step", interrupted)
+    with pytest.raises(ValueError, match=r"grad_norm became \w+ at step 2; lower --optimizer.learning_rate"):
         train(c)
     assert saved_steps(c.run_directory / "checkpoints") == []
+    assert [row["step"] for row in read_rows(c.run_directory / "metrics.jsonl")] == [1] * (1 if stopped else 2)
 
 
 STAGES = (

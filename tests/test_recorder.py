@@ -80,6 +80,33 @@ def test_a_loss_that_is_not_finite_is_an_error(clock):
         recorder.validation(1, {"eval/loss": float("inf"), "eval/accuracy": 0.0})
 
 
+def test_a_loss_far_above_that_of_a_uniform_guess_or_without_gradient_is_an_error(clock):
+    config = LogConfig(every=1, end_step=9, tokens_per_step=10, peak_flops=None, max_loss=50.0)
+    recorder = Recorder([].append, Display(9), config)
+    assert recorder.check(1, metrics(49.0))["loss"] == 49.0
+    assert recorder.check(2, metrics(0.0)._replace(grad_norm=jnp.float32(0)))["loss"] == 0.0  # learned by heart
+    assert recorder.confirmed_step == 1
+    with pytest.raises(ValueError, match=r"^loss became 51, 10 times that of a uniform guess at step 3; lower --opt"):
+        recorder.check(3, metrics(51.0))
+    with pytest.raises(ValueError, match=r"^loss is 5.5, but grad_norm became 0 at step 3; lower --optimizer"):
+        recorder.check(3, metrics(5.5)._replace(grad_norm=jnp.float32(0)))
+    assert recorder.confirmed_step == 1
+
+
+def test_a_batch_without_learned_tokens_is_null_and_confirms_nothing(clock, capsys):
+    rows = []
+    recorder = Recorder(rows.append, Display(3), LogConfig(every=1, end_step=3, tokens_per_step=10, peak_flops=None))
+    for step, each in enumerate((metrics(), None, metrics()), 1):
+        recorder.step(step, each, 100)
+        clock.now += 1
+    assert recorder.confirmed_step == 0
+    assert [(row["loss"], row["grad_norm"]) for row in rows] == [(2.0, 1.0), (None, None)]
+    assert [row["tokens_per_second"] for row in rows] == [10, 10]
+    assert capsys.readouterr().out.splitlines()[1].startswith("step 2/3  no learned tokens  10 tokens/s")
+    recorder.flush()
+    assert recorder.confirmed_step == 2
+
+
 def test_a_line_per_row_off_a_terminal(clock, capsys, monkeypatch):
     monkeypatch.setattr(recorder_module, "peak_bytes", lambda: None)
     display = Display(2)

@@ -15,6 +15,7 @@ from ringattn.mesh.axes import abstract
 from ringattn.model.loss import cross_entropy
 from ringattn.training import step as step_module
 from ringattn.training.stage import prepare_stage
+from ringattn.training.step import skip
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -58,14 +59,28 @@ def test_compiles_once_and_donates_its_state(run):
     assert losses[-1] < losses[0]
 
 
-def test_a_batch_without_weight_has_no_gradient(run):
-    state = run.initial_state()
-    params = jax.device_get(state.params)
-    batch = run.training.batch(0)
-    state, metrics = run.train_step(state, run.place(batch._replace(weights=0 * batch.weights)))
-    assert (float(metrics.loss), float(metrics.grad_norm)) == (0.0, 0.0)
-    chex.assert_trees_all_equal(jax.device_get(state.params), params)
-    assert int(state.step) == 1
+def test_a_batch_without_learned_tokens_changes_only_the_step(run):
+    state, batch = run.initial_state(), run.training.batch(0)
+    state, _ = run.train_step(state, run.place(batch))
+    before = jax.device_get(state)
+    state = skip(state)
+    chex.assert_trees_all_equal(jax.device_get(state), replace(before, step=before.step + np.int32(1)))
+    state, metrics = run.train_step(state, run.place(batch))
+    assert float(metrics.learning_rate) == pytest.approx(3e-3 * 3 / 21)  # the schedule counts steps, not updates
+    assert int(state.step) == 3
+    assert run.train_step._cache_size() == 1
+
+
+def test_the_rate_of_a_step_scales_its_update(run):
+    """Two states that differ only in their step get the same direction, scaled by the warmup."""
+    batch, changes = run.training.batch(0), []
+    for step in (0, 3):
+        state = run.initial_state()
+        before = jax.device_get(state.params)
+        state, _ = run.train_step(replace(state, step=state.step + step), run.place(batch))
+        changes.append(jax.tree.map(lambda new, old: np.asarray(new) - np.asarray(old), state.params, before))
+    for late, early in zip(jax.tree.leaves(changes[1]), jax.tree.leaves(changes[0]), strict=True):
+        np.testing.assert_allclose(late, 4 * early, rtol=2e-2, atol=1e-7)
 
 
 def test_weights_are_relative_to_their_sum_over_all_microbatches(run):

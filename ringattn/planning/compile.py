@@ -99,7 +99,7 @@ def abstract_step(c: config.Config, mesh: jax.sharding.Mesh) -> tuple[TrainState
         rule = "must be the number of token ids, because a plan reads no tokenizer"
         raise ValueError(f"model.vocabulary=None {rule}; use --model.vocabulary 32000 or another number")
     make_model = model_factory(c, vocabulary)
-    update, schedule = optimizer(c.optimizer, c.train.steps), learning_rate(c.optimizer, c.train.steps)
+    update, schedule = optimizer(c.optimizer), learning_rate(c.optimizer, c.train.steps)
     state = abstract(jax.eval_shape(make_initial_state(make_model, update)), mesh)
     return state, _abstract_batch(c, mesh), make_train_step(make_model, vocabulary, update, schedule)
 

@@ -1,61 +1,179 @@
 """Checkpoints of any pytree: written asynchronously, verified on restore, restored on any mesh.
 
-Orbax writes a checkpoint under a temporary name and renames it once complete, so a killed process leaves no partial
-checkpoint. Orbax does not detect bytes that changed on disk, so a checksum of each array is stored with it.
+Orbax writes a checkpoint under a temporary name and renames it once it is complete and confirmed, so neither a killed
+process nor a diverged run leaves a checkpoint that no run can resume from. Orbax does not detect bytes that changed on
+disk, so a checksum of each array is stored with it.
 """
 
 import hashlib
 import json
+import logging
 import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from ringattn.config import option
-from ringattn.units import first_line
+from ringattn.runs.verification import (
+    Arrays,
+    Facts,
+    check_arrays,
+    check_facts,
+    difference,
+    facts,
+    is_damage,
+    named,
+    non_finite,
+    reason,
+    shapes,
+)
 
 Tree = TypeVar("Tree")
 
+_MAX_SECONDS = 7 * 24 * 3600
+"""Time after which Orbax gives up a write. It includes the step that confirms the checkpoint."""
+_MAX_BARRIER_SECONDS = 1200
+"""Time that a process waits for the writes of other processes."""
+_orbax_log = logging.getLogger("absl")
+
 
 def saved_steps(directory: Path) -> list[int]:
-    """Returns the steps of the complete checkpoints in `directory`, newest first; [] if the directory is missing."""
-    names = [entry.name for entry in directory.iterdir()] if directory.is_dir() else []
-    return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
+    """Returns the steps of the complete checkpoints in `directory`, newest first; [] if the directory is missing.
+
+    Ignores everything but directories with the name of a step, as Orbax writes it.
+    """
+    names = [entry.name for entry in directory.iterdir() if entry.is_dir()] if directory.is_dir() else []
+    return sorted((int(name) for name in names if re.fullmatch("[1-9][0-9]*", name)), reverse=True)
+
+
+def _wait_for_processes(*, key: str, timeout_ms: int) -> None:
+    """Waits for the other processes at barrier `key`; not if the write in this process has failed.
+
+    The others may still be writing, and would arrive at this barrier only after the one that this process will miss.
+    """
+    if sys.exc_info()[0] is None:
+        barrier = ocp.multihost.get_barrier_sync_fn()
+        barrier(key=key, timeout_ms=min(timeout_ms, 1000 * _MAX_BARRIER_SECONDS))
+
+
+def after_divergence() -> str:
+    """Returns, for messages, what to do after training has diverged."""
+    flag = option("optimizer.learning_rate")
+    return f"lower --{flag} and run the command again: it resumes from the newest checkpoint, if there is one"
+
+
+class _UnconfirmedError(Exception):
+    """Ends the write of a checkpoint that was not confirmed."""
+
+
+class _StateHandler(ocp.StandardCheckpointHandler):
+    async def async_save(self, *args: Any, **options: Any) -> list[Any]:
+        return [*(await super().async_save(*args, **options) or []), options["args"].confirmed]
+
+
+@ocp.args.register_with_handler(_StateHandler, for_save=True, for_restore=True)  # Orbax requires both
+@dataclass
+class _StateSave(ocp.args.StandardSave):
+    """Saves `item`. The checkpoint gets its name after all of its bytes are written and `confirmed` has a result."""
+
+    confirmed: Future[None] = field(default_factory=Future)
 
 
 class Checkpoints:
-    """Writes and reads `directory`/<step>/ and keeps the newest `keep`. Exiting waits for the last write."""
+    """Writes and reads `directory`/<step>/ and keeps the newest `keep`.
+
+    A checkpoint appears under its name only after `confirm`. Exiting waits for the write of a confirmed one and drops
+    an unconfirmed one.
+    """
 
     def __init__(self, directory: Path, keep: int):
         self._directory = directory.absolute()
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            cleanup_tmp_directories=True,
+            async_options=ocp.AsyncOptions(timeout_secs=_MAX_SECONDS, barrier_sync_fn=_wait_for_processes),
+        )
         self._manager = ocp.CheckpointManager(self._directory, options=options)
+        self._unconfirmed: tuple[int, Future[None]] | None = None
 
     def __enter__(self) -> "Checkpoints":
+        self._level = _orbax_log.level
+        _orbax_log.setLevel(logging.CRITICAL)  # Orbax also logs the errors that it raises, with tracebacks
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._manager.close()
+        try:
+            self._drop_unconfirmed()
+            with self._write_errors(), suppress(*[Exception] * (kind is not None)):  # the first error is reported
+                self._manager.close()
+        finally:
+            _orbax_log.setLevel(self._level)
 
     def save(self, step: int, tree: Any) -> None:
         """Starts an asynchronous write of `tree`, whose arrays may be donated immediately.
 
-        Raises ValueError, and writes nothing, if `tree` contains NaN or infinity: no run could resume from it. Also
-        raises any error of the previous write.
+        Replaces a checkpoint that is not confirmed yet. Raises ValueError, and writes nothing, if `tree` contains NaN
+        or infinity: no run could resume from it. Also raises ValueError if the previous write failed.
         """
-        arrays = _named(tree)
-        non_finite = [name for name, finite in jax.device_get(_is_finite(arrays)).items() if not finite]
-        if non_finite:
-            fix = f"lower --{option('optimizer.learning_rate')} and start a new run with another --name"
-            raise ValueError(f"{non_finite[0]} contains NaN or infinity after step {step}; no checkpoint saved; {fix}")
-        metadata = {"shapes": _shapes(arrays), "sums": _checksums(arrays)}
-        args = ocp.args.Composite(state=ocp.args.StandardSave(arrays), facts=ocp.args.JsonSave(metadata))
-        self._manager.save(step, args=args, force=True)
+        self._drop_unconfirmed()
+        arrays = named(tree)
+        if names := non_finite(arrays):
+            problem = f"{names[0]} contains NaN or infinity after step {step}; no checkpoint saved"
+            raise ValueError(f"{problem}; {after_divergence()}")
+        state = _StateSave(arrays)
+        args = ocp.args.Composite(state=state, facts=ocp.args.JsonSave(facts(arrays)))
+        with self._write_errors():
+            self._manager.save(step, args=args, force=True)
+        self._unconfirmed = step, state.confirmed
+
+    def confirm(self, step: int) -> None:
+        """States up to that of `step` are fit to resume from: completes a checkpoint of such a state.
+
+        Raises ValueError if a write has failed. Call it after each step; it does not wait.
+        """
+        if self._unconfirmed is not None and self._unconfirmed[0] <= step:
+            self._unconfirmed[1].set_result(None)
+            self._unconfirmed = None
+        if not self._manager.is_saving_in_progress():
+            with self._write_errors():
+                self._manager.wait_until_finished()
+
+    def _drop_unconfirmed(self) -> None:
+        if self._unconfirmed is not None:
+            self._unconfirmed[1].set_exception(_UnconfirmedError())
+            self._unconfirmed = None
+            with suppress(_UnconfirmedError), self._write_errors():
+                self._manager.wait_until_finished()
+            self._remove_incomplete()
+            self._manager.reload()  # Orbax has forgotten the checkpoints that this one would have replaced
+
+    @contextmanager
+    def _write_errors(self) -> Iterator[None]:
+        """Raises ValueError with a fix in place of an error of Orbax or of the disk."""
+        try:
+            yield
+        except _UnconfirmedError:
+            raise
+        except Exception as error:  # the disk and the libraries that write can raise any exception
+            self._remove_incomplete()
+            fix = "free disk space or repair the disk, then run the same command again to resume"
+            raise ValueError(f"cannot write a checkpoint to {self._directory} ({reason(error)}); {fix}") from error
+
+    def _remove_incomplete(self) -> None:
+        if jax.process_index() == 0:
+            for path in self._directory.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(path, ignore_errors=True)
 
     def restore(self, like: Tree) -> tuple[Tree, list[str]]:
         """Returns the newest intact tree, and a message for each damaged checkpoint that was skipped.
@@ -63,24 +181,23 @@ class Checkpoints:
         `like` is an abstract tree with shardings, which the restored arrays get. Damaged checkpoints are renamed to
         `damaged-<step>`, so that the run can write those steps again.
 
-        Raises ValueError if the newest intact checkpoint does not match `like`, or if none can be read.
+        Raises ValueError if the newest intact checkpoint does not match `like`, if none can be read, or if reading
+        fails without evidence of damage.
         """
         damaged: dict[int, str] = {}
-        target = _named(like)
+        target = named(like)
         for step in saved_steps(self._directory):
             try:
-                metadata = _read_metadata(self._manager, step)
-                matches = metadata["shapes"] == _shapes(target)
-                arrays = _read_arrays(self._manager, step, target, metadata["sums"]) if matches else None
-            except (MemoryError, PermissionError):  # not a damaged file
-                raise
+                arrays = _read(self._manager, step, target, "")
+            except _MismatchError as error:
+                raise ValueError(f"{self._directory / str(step)} does not match: {error}") from None
             except Exception as error:  # reading a damaged file can raise any exception
-                damaged[step] = f"checkpoint {step} is damaged ({first_line(error)})"
+                if not is_damage(error):
+                    raise _unreadable(self._directory / str(step), error) from error
+                damaged[step] = f"checkpoint {step} is damaged ({reason(error)})"
                 continue
-            if arrays is None:
-                raise ValueError(f"{self._directory / str(step)} does not match: {_difference(metadata, target)}")
             self._rename_damaged(list(damaged))
-            messages = [f"{reason}; using an earlier checkpoint" for reason in damaged.values()]
+            messages = [f"{each}; using an earlier checkpoint" for each in damaged.values()]
             return jax.tree.unflatten(jax.tree.structure(like), list(arrays.values())), messages
         reasons = ", ".join(damaged.values())
         raise ValueError(f"no readable checkpoint in {self._directory}: {reasons}; start a new run with another --name")
@@ -97,89 +214,72 @@ class Checkpoints:
 def read_params(directory: Path, step: int, like: Tree) -> Tree:
     """Returns the parameters of checkpoint `step` in `directory`, with the shardings of `like`. Writes nothing.
 
-    Raises ValueError if the checkpoint is damaged or does not match `like`.
+    Raises ValueError if the checkpoint is damaged, does not match `like`, or cannot be read.
     """
-    target = {f"params.{name}": leaf for name, leaf in _named(like).items()}
-    try:
-        with _reader(directory) as manager:
-            metadata = _read_metadata(manager, step)
-            stored = {name: shape for name, shape in metadata["shapes"].items() if name.startswith("params.")}
-            if stored == _shapes(target):
-                arrays = _read_arrays(manager, step, target, metadata["sums"])
-                return jax.tree.unflatten(jax.tree.structure(like), list(arrays.values()))
-    except (MemoryError, PermissionError):  # not a damaged file
-        raise
-    except Exception as error:  # reading a damaged file can raise any exception
-        raise ValueError(f"{directory / str(step)} is damaged ({first_line(error)}); use another checkpoint") from error
-    raise ValueError(f"{directory / str(step)} does not match: {_difference(metadata, target)}")
+    target = {f"params.{name}": leaf for name, leaf in named(like).items()}
+    with _explained(directory / str(step)), _reader(directory) as manager:
+        arrays = _read(manager, step, target, "params.")
+        return jax.tree.unflatten(jax.tree.structure(like), list(arrays.values()))
 
 
 def params_digest(directory: Path, step: int) -> str:
     """Returns a hexadecimal digest of the parameters of checkpoint `step`. Raises ValueError if it cannot be read."""
-    try:
-        with _reader(directory) as manager:
-            sums = _read_metadata(manager, step)["sums"]
-        sums = {name: value for name, value in sums.items() if name.startswith("params.")}
-    except Exception as error:  # reading a damaged file can raise any exception
-        raise ValueError(f"{directory / str(step)} is damaged ({first_line(error)}); use another checkpoint") from error
+    with _explained(directory / str(step)), _reader(directory) as manager:
+        sums = _read_facts(manager, step)["sums"]
+    sums = {name: value for name, value in sums.items() if name.startswith("params.")}
     return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class _MismatchError(Exception):
+    """The arrays of an intact checkpoint are not those of the model."""
+
+
+@contextmanager
+def _explained(checkpoint: Path) -> Iterator[None]:
+    """Raises ValueError with a fix in place of an error of reading."""
+    try:
+        yield
+    except _MismatchError as error:
+        raise ValueError(f"{checkpoint} does not match: {error}") from None
+    except Exception as error:  # reading a damaged file can raise any exception
+        if not is_damage(error):
+            raise _unreadable(checkpoint, error) from error
+        raise ValueError(f"{checkpoint} is damaged ({reason(error)}); use another checkpoint") from error
+
+
+def _unreadable(checkpoint: Path, error: Exception) -> ValueError:
+    fix = "which need not be damage and changed nothing; repair the cause and run the same command again"
+    return ValueError(f"{checkpoint} cannot be read ({reason(error)}), {fix}")
 
 
 def _reader(directory: Path) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(directory.absolute(), options=ocp.CheckpointManagerOptions(create=False))
 
 
-def _read_metadata(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
-    return manager.restore(step, args=ocp.args.Composite(facts=ocp.args.JsonRestore()))["facts"]
+def _read(manager: ocp.CheckpointManager, step: int, target: Arrays, prefix: str) -> dict[str, jax.Array]:
+    """Reads the arrays named in `target`: those of the checkpoint whose names start with `prefix`.
+
+    Raises _MismatchError unless they have the same names and shapes.
+    """
+    stored = _read_facts(manager, step)
+    if {name: shape for name, shape in stored["shapes"].items() if name.startswith(prefix)} != shapes(target):
+        raise _MismatchError(difference(stored, target))
+    return _read_arrays(manager, step, target, stored["sums"])
+
+
+def _read_facts(manager: ocp.CheckpointManager, step: int) -> Facts:
+    stored = manager.restore(step, args=ocp.args.Composite(facts=ocp.args.JsonRestore()))["facts"]
+    check_facts(stored)
+    return stored
 
 
 def _read_arrays(
-    manager: ocp.CheckpointManager, step: int, target: dict[str, Any], sums: dict[str, int]
+    manager: ocp.CheckpointManager, step: int, target: Arrays, sums: dict[str, int]
 ) -> dict[str, jax.Array]:
     """Reads the arrays named in `target`, a subset of the checkpoint. Raises ValueError if a checksum differs."""
     restore_args = ocp.checkpoint_utils.construct_restore_args(target)
     args = ocp.args.PyTreeRestore(target, restore_args=restore_args, partial_restore=True)
     arrays = manager.restore(step, args=ocp.args.Composite(state=args))["state"]
     arrays = {name: arrays[name] for name in target}
-    changed = [name for name, value in _checksums(arrays).items() if value != sums[name]]
-    if changed:
-        raise ValueError(f"the checksum of {changed[0]} differs")
+    check_arrays(arrays, sums)
     return arrays
-
-
-def _named(tree: Any) -> dict[str, Any]:
-    """Returns the leaves by path, such as 'params.layers.attention.query', in tree order."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
-
-
-def _shapes(arrays: dict[str, Any]) -> dict[str, list[int]]:
-    return {name: list(array.shape) for name, array in arrays.items()}
-
-
-@jax.jit
-def _is_finite(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    return {name: jnp.isfinite(array).all() for name, array in arrays.items()}
-
-
-@jax.jit
-def _bit_sums(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    def bits(array: jax.Array) -> jax.Array:
-        unsigned = jnp.dtype(f"uint{8 * array.dtype.itemsize}")
-        return jax.lax.bitcast_convert_type(array, unsigned).astype(jnp.uint32)
-
-    return {name: jnp.sum(bits(array), dtype=jnp.uint32) for name, array in arrays.items()}
-
-
-def _checksums(arrays: dict[str, jax.Array]) -> dict[str, int]:
-    """Returns the sum of each array's bit patterns modulo 2**32, which does not depend on the mesh."""
-    return {name: int(value) for name, value in jax.device_get(_bit_sums(arrays)).items()}
-
-
-def _difference(metadata: dict[str, Any], target: dict[str, Any]) -> str:
-    """Returns a message that names the first array whose shape differs, both shapes and a fix."""
-    stored, expected = metadata["shapes"], _shapes(target)
-    name = next(name for name in [*expected, *stored] if stored.get(name) != expected.get(name))
-    fix = "restore the config's model and data sections, or start a new run with another --name"
-    stored_shape, shape = stored.get(name, "missing"), expected.get(name, "missing")
-    return f"the shape of {name} is {stored_shape} in the checkpoint but {shape} in the config's model; {fix}"

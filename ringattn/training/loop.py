@@ -1,5 +1,6 @@
 """The training loop: trains all stages of a config and writes the run directory."""
 
+import math
 import signal
 from collections.abc import Iterator
 from contextlib import closing
@@ -25,9 +26,9 @@ from ringattn.runs.writers import Writers
 from ringattn.training.frames import plot_frames
 from ringattn.training.plots import plot_loss
 from ringattn.training.profile import Profile
-from ringattn.training.recorder import LogConfig, Recorder
+from ringattn.training.recorder import DIVERGED, LogConfig, Recorder
 from ringattn.training.stage import Run, compile_step, describe, prepare_stage, rebatch, tokens_per_step
-from ringattn.training.step import TrainState
+from ringattn.training.step import TrainState, TrainStep, skip
 
 
 def train(c: config.Config) -> int:
@@ -125,15 +126,13 @@ def _train_stage(c: config.Config, number: int, splits: Splits, directory: Path,
             Checkpoints(directory / "checkpoints", c.checkpoint.keep) as checkpoints,
         ):
             profile = Profile(c.profile, launch_step, steps, directory / "profile", display)
-            status, state, result = advance(run, state, display, file, checkpoints, stop, profile)
+            status, result = advance(run, state, display, file, checkpoints, stop, profile)
         if status == 0 and number < len(c.stages):
             if not stop.number:
                 return None
             # A signal during the last step of a stage must not start the next stage.
             status, name = 128 + stop.number, signal.Signals(stop.number).name
             result = f"stopped by {name} after step {run.end_step}; checkpoint saved"
-        if status == 0:
-            finish(run, state, directory)
         display.print(f"{result}; run directory {directory}")
         return status
 
@@ -153,8 +152,8 @@ def _initial_or_restored(run: Run, directory: Path) -> tuple[TrainState, list[st
 def _describe_stage(run: Run) -> Iterator[str]:
     stages = len(run.full_config.stages)
     if stages > 1:
-        count, shards = run.config.train.batch_size, context_shards(run.mesh)
-        rows = f"{count} row{'s' * (count > 1)} of {run.config.data.seq_len:,} tokens, {shards} devices per row"
+        size, shards = run.config.train.batch_size, context_shards(run.mesh)
+        rows = f"{size} row{'s' * (size > 1)} of {run.config.data.seq_len:,} tokens, {shards} devices per row"
         yield f"stage {run.stage_number} of {stages}, steps {run.start_step + 1} to {run.end_step}: {rows}"
 
 
@@ -176,8 +175,8 @@ def advance(
     checkpoints: Checkpoints,
     stop: Stop,
     profile: Profile,
-) -> tuple[int, TrainState, str]:
-    """Trains the remaining steps. Returns the exit status, the last state, and a summary of the result."""
+) -> tuple[int, str]:
+    """Trains the remaining steps and completes the last stage. Returns the exit status and a summary of the result."""
     c, restored_step = run.config, int(state.step)
     result = ""
     with profile, Writers(run.full_config, restored_step, display) as writers:
@@ -194,14 +193,16 @@ def advance(
             for step, batch in enumerate(batches, restored_step + 1):
                 profile.before(step, recorder)
                 with jax.profiler.StepTraceAnnotation("step", step_num=step):
-                    state, metrics = train_step(state, run.place(batch))
-                recorder.step(step, metrics, step_flops(c, run.tokenizer.size, batch))
+                    learned = batch.weights.any()
+                    state, metrics = train_step(state, run.place(batch)) if learned else (skip(state), None)
+                recorder.step(step, metrics, step_flops(c, run.tokenizer.size, batch) if learned else 0)
                 profile.after(step, recorder)
                 is_last, signal_number = step == run.end_step, stop.number
                 to_validate = is_last or step % c.validation.every == 0
                 to_save = is_last or signal_number > 0 or step % c.checkpoint.every == 0
                 if to_validate or to_save:
                     recorder.flush()
+                checkpoints.confirm(recorder.confirmed_step)
                 if to_validate:
                     with display.subtask("validation", run.validation_batches, compiles=not result) as advance_bar:
                         values = run.validate(state.params, advance_bar)
@@ -211,10 +212,29 @@ def advance(
                     checkpoints.save(step, state)
                 if to_validate or to_save:
                     recorder.restart_clock()
+                if is_last or signal_number:
+                    _conclude(run, train_step, state, recorder, checkpoints)
                 if signal_number and not is_last:
                     stopped = f"stopped by {signal.Signals(signal_number).name} after step {step}; checkpoint saved"
-                    return 128 + signal_number, state, stopped
-    return 0, state, result
+                    return 128 + signal_number, stopped
+    return 0, result
+
+
+def _conclude(run: Run, train_step: TrainStep, state: TrainState, recorder: Recorder, checkpoints: Checkpoints) -> None:
+    """Completes a run that ends with `state`, and confirms the checkpoint of `state` with one more, discarded, step.
+
+    Raises ValueError if no run can resume from `state`, which is then not saved.
+    """
+    step, per_epoch = int(state.step), run.training.rows_per_epoch // run.config.train.batch_size
+    if step == run.full_config.steps_before(len(run.full_config.stages) + 1):
+        finish(run, state, run.config.run_directory)
+    start = step - run.start_step
+    batches = map(run.training.batch, range(start, start + per_epoch + 1))
+    batch = next((batch for batch in batches if batch.weights.any()), None)
+    if batch is None:
+        raise ValueError("all targets of the training text are masked out of the loss; use more text")
+    recorder.check(step + 1, train_step(state, run.place(batch))[1])
+    checkpoints.confirm(recorder.confirmed_step)
 
 
 def _compile(run: Run, state: TrainState, display: Display) -> jax.stages.Compiled:
@@ -237,4 +257,5 @@ def _log_config(run: Run) -> LogConfig:
         peak_flops=peak_flops(),
         token_offset=run.earlier_tokens - run.start_step * tokens,
         always=(run.start_step + 1, run.end_step),  # the plot requires rows, also for stages shorter than `every`
+        max_loss=DIVERGED * math.log(run.tokenizer.size),
     )

@@ -24,15 +24,14 @@ def _weight_decay_mask(params: Params) -> Params:
     return jax.tree_util.tree_map_with_path(lambda path, _: "scale" not in jax.tree_util.keystr(path), params)
 
 
-def optimizer(c: config.Optimizer, steps: int, start_step: int = 0) -> optax.GradientTransformation:
-    """Returns clipping by global norm, followed by AdamW (arXiv 1711.05101) with weight decay on matrices only."""
+def optimizer(c: config.Optimizer) -> optax.GradientTransformation:
+    """Returns clipping by global norm, followed by AdamW (arXiv 1711.05101) with weight decay on matrices only.
+
+    The train step multiplies its updates by -learning_rate. The optimizer counts only updates; a run's schedule counts
+    all steps.
+    """
     return optax.chain(
         optax.clip_by_global_norm(c.clip_norm),
-        optax.adamw(
-            learning_rate(c, steps, start_step),
-            b1=c.beta1,
-            b2=c.beta2,
-            weight_decay=c.weight_decay,
-            mask=_weight_decay_mask,
-        ),
+        optax.scale_by_adam(b1=c.beta1, b2=c.beta2),
+        optax.add_decayed_weights(c.weight_decay, _weight_decay_mask),
     )

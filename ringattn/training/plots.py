@@ -33,7 +33,7 @@ def plot_loss(rows: list[Row], path: Path) -> None:
 
 def _by_step(axes: Axes, rows: list[Row]) -> None:
     for key, label in (("loss", "training"), ("eval/loss", "validation")):
-        points = [(row["step"], row[key]) for row in rows if key in row]
+        points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
         axes.plot(*zip(*points, strict=True), label=label, marker="." if key.startswith("eval") else None)
     for step in stage_ends(rows):
         axes.axvline(step, color="gray", linestyle=":")

@@ -5,8 +5,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ringattn.config import option
 from ringattn.cost.memory import peak_bytes
+from ringattn.runs.checkpoint import after_divergence
 from ringattn.runs.metrics import Row
 from ringattn.runs.progress import Display
 from ringattn.training.by_context import losses_by_context
@@ -29,6 +29,15 @@ class LogConfig:
     """Tokens after step s are token_offset + s * tokens_per_step. 0 if all stages have the same tokens per step."""
     always: tuple[int, ...] = (1,)
     """Steps that are logged regardless of `every`."""
+    max_loss: float = math.inf
+    """Loss above which training has diverged: see DIVERGED."""
+
+
+DIVERGED = 10
+"""Training has diverged if the loss is more than this many times that of a uniform guess: parameters of such a size
+that lower learning rates no longer change them."""
+
+_Pending = tuple[int, Metrics | None, int]
 
 
 class Recorder:
@@ -36,18 +45,39 @@ class Recorder:
 
     def __init__(self, write: Callable[[Row], None], display: Display, config: LogConfig):
         self._write, self._display, self._config = write, display, config
-        self._pending: tuple[int, Metrics, int] | None = None
+        self._pending: _Pending | None = None
         self._seconds, self._steps, self._flops, self._clock = 0.0, 0, 0, time.monotonic()
+        self.confirmed_step = -1
+        """Last step from whose state a step was computed that passed `check`."""
 
-    def step(self, step: int, metrics: Metrics, flops: int) -> None:
-        """Takes the metrics of `step`, which may not be computed yet, and records the metrics of the preceding step."""
+    def step(self, step: int, metrics: Metrics | None, flops: int) -> None:
+        """Takes the metrics of `step`, which may not be computed yet, and records the metrics of the preceding step.
+
+        `metrics` is None for a batch without learned tokens.
+        """
         previous, self._pending = self._pending, (step, metrics, flops)
         self._record(previous)
 
     def flush(self) -> None:
-        """Waits for the last step and records it. Raises ValueError if its loss or gradient norm is not finite."""
+        """Waits for the last step and records it. Raises ValueError if training has diverged."""
         previous, self._pending = self._pending, None
         self._record(previous)
+
+    def check(self, step: int, metrics: Metrics) -> dict[str, float]:
+        """Waits for the metrics of `step` and returns them. They confirm the state of the preceding step.
+
+        Raises ValueError if training has diverged: no run can continue from the state of the preceding step.
+        """
+        values = {name: float(value) for name, value in metrics._asdict().items()}
+        loss, limit = values["loss"], self._config.max_loss
+        non_finite = [f"{name} became {value}" for name, value in values.items() if not math.isfinite(value)]
+        problems = non_finite + [f"loss became {loss:.6g}, {DIVERGED} times that of a uniform guess"] * (loss > limit)
+        # Activations that overflow to 0 give the loss of a uniform guess and no gradient at all.
+        problems += [f"loss is {loss:.6g}, but grad_norm became 0"] * (values["grad_norm"] == 0 and loss > 1e-3)
+        if problems:
+            raise ValueError(f"{problems[0]} at step {step}; {after_divergence()}")
+        self.confirmed_step = step - 1
+        return values
 
     def restart_clock(self) -> None:
         """Excludes the time since the last recorded step from the speed."""
@@ -56,10 +86,7 @@ class Recorder:
     def validation(self, step: int, values: dict[str, float]) -> str:
         """Writes and prints the validation after `step`; returns it as text. Raises ValueError if not finite."""
         if not all(map(math.isfinite, values.values())):
-            raise ValueError(
-                f"the validation loss is {values['eval/loss']} after step {step}; lower "
-                f"--{option('optimizer.learning_rate')}"
-            )
+            raise ValueError(f"the validation loss is {values['eval/loss']} after step {step}; {after_divergence()}")
         self._write({"step": step} | values)
         bits = values.get("eval/bits_per_byte")
         text = f"validation loss {values['eval/loss']:.4f} nats per token"
@@ -71,21 +98,14 @@ class Recorder:
             self._display.print(f"  by number of preceding tokens: {', '.join(by_context)}")
         return text
 
-    def _record(self, pending: tuple[int, Metrics, int] | None) -> None:
+    def _record(self, pending: _Pending | None) -> None:
         if pending is None:
             return
         step, metrics, flops = pending
-        values = {name: float(value) for name, value in metrics._asdict().items()}
+        values = dict.fromkeys(Metrics._fields) if metrics is None else self.check(step, metrics)
         now = time.monotonic()
         self._seconds, self._steps, self._clock = self._seconds + now - self._clock, self._steps + 1, now
         self._flops += flops
-        non_finite = [name for name, value in values.items() if not math.isfinite(value)]
-        if non_finite:
-            name, flag = non_finite[0], option("optimizer.learning_rate")
-            raise ValueError(
-                f"{name} became {values[name]} at step {step}; lower --{flag} and resume from the last checkpoint, "
-                "or start a new run with another --name"
-            )
         if step in self._config.always or step % self._config.every == 0:
             row = {"step": step} | values | self._speed(step)
             self._write(row)
@@ -104,7 +124,8 @@ class Recorder:
         }
 
     def _show(self, row: Row) -> None:
-        step, text = row["step"], f"loss {row['loss']:.4f}  {row['tokens_per_second']:,.0f} tokens/s"
+        step, loss = row["step"], "no learned tokens" if row["loss"] is None else f"loss {row['loss']:.4f}"
+        text = f"{loss}  {row['tokens_per_second']:,.0f} tokens/s"
         text += "" if row["mfu"] is None else f"  mfu {row['mfu']:.1%}"
         text += "" if row["peak_bytes"] is None else f"  peak {bytes_in_words(row['peak_bytes'])}"
         self._display.update(step, text)

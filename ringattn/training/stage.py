@@ -65,7 +65,7 @@ class Run:
 
     @property
     def validation_batches(self) -> int:
-        return min(self.config.validation.batches, self.held_out.rows_per_epoch // self.config.train.batch_size)
+        return _validation_batches(self.held_out, self.config)
 
     def validate(self, params: Params, advance: Callable[[int], None] = lambda count: None) -> dict[str, float]:
         """Returns loss (nats per token, bits per byte, by context) and accuracy on fixed held-out batches.
@@ -81,9 +81,6 @@ class Run:
             weight = weight + sums_by_context(batch.weights, batch.positions)
             correct += float(np.sum(batch.weights, where=scores.predictions == batch.targets, dtype=np.float64))
             advance(1)
-        if not weight.any():
-            fix = "use more --validation.batches, or a larger --data.validation"
-            raise ValueError(f"all targets of the {count} validation batches are masked out of the loss; {fix}")
         masks = (batch.weights > 0 for batch in batches)
         text_bytes = sum(int(self.held_out.text_bytes(index)[mask].sum()) for index, mask in enumerate(masks))
         bits = {"eval/bits_per_byte": float(nats.sum()) / math.log(2) / text_bytes} if text_bytes else {}
@@ -117,8 +114,20 @@ def tokens_per_step(c: config.Config) -> int:
 
 
 def rebatch(splits: Splits, c: config.Config, stage_number: int) -> tuple[Loader, Loader]:
-    """Returns training and validation loaders of a stage with config `c`. Raises ValueError: see `make_loaders`."""
-    return make_loaders(splits, c.data, c.train.batch_size, c.train.seed, stage_number - 1)
+    """Returns training and validation loaders of a stage with config `c`.
+
+    Raises ValueError: see `make_loaders`; also if all targets of the validation batches are masked out of the loss.
+    """
+    training, held_out = make_loaders(splits, c.data, c.train.batch_size, c.train.seed, stage_number - 1)
+    if not any(held_out.batch(index).weights.any() for index in range(_validation_batches(held_out, c))):
+        rule = f"validation.batches={c.validation.batches} has no learned target: all are masked out of the loss"
+        raise ValueError(f"{rule}; use more --validation.batches, or a larger --data.validation")
+    return training, held_out
+
+
+def _validation_batches(held_out: Loader, c: config.Config) -> int:
+    """Returns the number of batches of a validation."""
+    return min(c.validation.batches, held_out.rows_per_epoch // c.train.batch_size)
 
 
 def prepare_stage(
@@ -134,8 +143,7 @@ def prepare_stage(
     training, held_out = rebatch(splits, c, stage_number)
     tokenizer, vocabulary = splits.tokenizer, splits.tokenizer.size
     make_model = model_factory(c, vocabulary)
-    schedule_args = c.optimizer, c.train.steps, start_step
-    update, schedule = optimizer(*schedule_args), learning_rate(*schedule_args)
+    update, schedule = optimizer(c.optimizer), learning_rate(c.optimizer, c.train.steps, start_step)
     earlier_stages = [full_config.stage(number) for number in range(1, stage_number)]
     return Run(
         full_config=full_config,

@@ -1,7 +1,7 @@
 """The training state and the jitted functions that create and update it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -68,15 +68,14 @@ def make_train_step(
     """Returns a jitted train_step(state, batch) -> (state, metrics), which donates `state`.
 
     Batch arrays are [microbatches, B, L]; gradients are accumulated over microbatches sequentially. The loss is the
-    weighted mean over all tokens of all microbatches, so the number of microbatches affects only memory and time.
+    weighted mean over all tokens of all microbatches, so the number of microbatches affects only memory and time. The
+    batch must have learned tokens: see `skip`.
     """
     loss_and_gradient = jax.value_and_grad(make_loss(make_model, vocabulary))
 
     @partial(jax.jit, donate_argnums=0)
     def train_step(state: TrainState, batch: Batch):
-        # If all targets are masked out, the total weight is 0: avoid 0 / 0, so that loss and gradient are 0.
-        total_weight = jnp.sum(batch.weights)
-        batch = batch._replace(weights=batch.weights / jnp.where(total_weight > 0, total_weight, jnp.float32(1)))
+        batch = batch._replace(weights=batch.weights / jnp.sum(batch.weights))
 
         def add(total, microbatch: Batch):
             return jax.tree.map(jnp.add, total, loss_and_gradient(state.params, microbatch)), None
@@ -87,7 +86,16 @@ def make_train_step(
         with jax.numpy_dtype_promotion("standard"):  # optax requires it; tests use "strict"
             updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
             rate = jnp.asarray(schedule(state.step), jnp.float32)
+        updates = jax.tree.map(lambda update: -rate * update, updates)
         params: Any = optax.apply_updates(state.params, updates)
         return TrainState(params, opt_state, state.step + 1), Metrics(loss, optax.tree.norm(gradient), rate)
 
     return train_step
+
+
+def skip(state: TrainState) -> TrainState:
+    """Returns the state after a batch without learned tokens: parameters and moments stay as they are.
+
+    The step counts all batches, so that data and learning rate do not depend on how many were skipped.
+    """
+    return replace(state, step=state.step + 1)

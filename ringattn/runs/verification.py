@@ -1,0 +1,122 @@
+"""What a checkpoint holds, its checksums, and which errors are evidence of damage."""
+
+import errno
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ringattn.units import first_line
+
+Arrays = dict[str, Any]
+"""Arrays, or jax.ShapeDtypeStructs, by path, such as 'params.layers.attention.query'."""
+Facts = dict[str, Any]
+"""The `shapes` and checksums (`sums`) of the arrays of a checkpoint, with a `digest` of both."""
+
+_MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
+
+
+def named(tree: Any) -> Arrays:
+    """Returns the leaves of `tree` by path, in tree order."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def shapes(arrays: Arrays) -> dict[str, list[int]]:
+    return {name: list(array.shape) for name, array in arrays.items()}
+
+
+@jax.jit
+def _is_finite(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {name: jnp.isfinite(array).all() for name, array in arrays.items()}
+
+
+def non_finite(arrays: dict[str, jax.Array]) -> list[str]:
+    """Returns the names of the arrays that have a value that is not finite."""
+    return [name for name, finite in jax.device_get(_is_finite(arrays)).items() if not finite]
+
+
+@jax.jit
+def _bit_sums(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    def bits(array: jax.Array) -> jax.Array:
+        unsigned = jnp.dtype(f"uint{8 * array.dtype.itemsize}")
+        return jax.lax.bitcast_convert_type(array, unsigned).astype(jnp.uint32)
+
+    return {name: jnp.sum(bits(array), dtype=jnp.uint32) for name, array in arrays.items()}
+
+
+def _checksums(arrays: dict[str, jax.Array]) -> dict[str, int]:
+    """Returns the sum of each array's bit patterns modulo 2**32, which does not depend on the mesh."""
+    return {name: int(value) for name, value in jax.device_get(_bit_sums(arrays)).items()}
+
+
+def facts(arrays: dict[str, jax.Array]) -> Facts:
+    """Returns the facts to store with `arrays`."""
+    content = {"shapes": shapes(arrays), "sums": _checksums(arrays)}
+    return content | {"digest": _digest(content)}
+
+
+def check_facts(stored: Facts) -> None:
+    """Raises ValueError unless `stored` is what `facts` returned."""
+    if stored["digest"] != _digest({name: stored[name] for name in ("shapes", "sums")}):
+        raise ValueError("the checksum of its metadata differs")
+
+
+def check_arrays(arrays: dict[str, jax.Array], sums: dict[str, int]) -> None:
+    """Raises ValueError if a checksum differs from `sums`."""
+    changed = [name for name, value in _checksums(arrays).items() if value != sums[name]]
+    if changed:
+        raise ValueError(f"the checksum of {changed[0]} differs")
+
+
+def difference(stored: Facts, target: Arrays) -> str:
+    """Returns a message that names the first array whose shape differs, both shapes and a fix."""
+    found, expected = stored["shapes"], shapes(target)
+    name = next(name for name in [*expected, *found] if found.get(name) != expected.get(name))
+    fix = "restore the config's model and data sections, or start a new run with another --name"
+    stored_shape, shape = found.get(name, "missing"), expected.get(name, "missing")
+    return f"the shape of {name} is {stored_shape} in the checkpoint but {shape} in the config's model; {fix}"
+
+
+def _digest(content: Facts) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def is_damage(error: Exception) -> bool:
+    """Returns whether an error of reading says that files are damaged: missing, not as written, or not parsable.
+
+    Errors of the operating system and a lack of memory say nothing about the files: reading them again may succeed.
+    """
+    for each in _causes(error):
+        number = each.errno if isinstance(each, OSError) else _os_error(str(each))
+        transient = number is not None and number not in _MISSING
+        if transient or isinstance(each, MemoryError | TimeoutError | jax.errors.JaxRuntimeError):
+            return False
+    return True
+
+
+def reason(error: Exception) -> str:
+    """Returns the operating system's words for an error, if it has some, or else the first line of its message."""
+    for each in _causes(error):
+        if isinstance(each, OSError) and each.strerror:
+            return each.strerror
+        if (number := _os_error(str(each))) is not None:
+            return os.strerror(number)
+    return first_line(error)
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
+def _os_error(message: str) -> int | None:
+    """Returns the number in a message of TensorStore, such as '... [OS error 28: ENOSPC No space left on device]'."""
+    found = re.search(r"\[OS error (\d+)", message)
+    return int(found[1]) if found else None
