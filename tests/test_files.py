@@ -5,9 +5,10 @@ import os
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from ringattn import config
-from ringattn.runs.files import write_bytes, write_json, write_text
+from ringattn.runs.files import write_bytes, write_figure, write_json, write_text
 
 
 def test_a_write_leaves_no_temporary_file(tmp_path):
@@ -55,3 +56,19 @@ def test_json_keeps_nan(tmp_path):
     """A NaN result of an evaluation must not lose the others."""
     write_json(tmp_path / "file", {"loss": float("nan"), "tokens": 3})
     assert repr(json.loads((tmp_path / "file").read_text())) == "{'loss': nan, 'tokens': 3}"
+
+
+def test_an_interrupted_figure_is_not_written(tmp_path, monkeypatch):
+    path, save = tmp_path / "plots" / "loss.png", Figure.savefig
+
+    def interrupted(self, target, **options):
+        save(self, target, **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Figure, "savefig", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_figure(path, Figure())
+    assert not path.exists()  # otherwise a resumed run would keep half a plot
+    monkeypatch.undo()
+    write_figure(path, Figure())
+    assert path.read_bytes().startswith(b"\x89PNG")

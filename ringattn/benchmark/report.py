@@ -10,6 +10,7 @@ from matplotlib.ticker import FixedLocator, LogLocator
 from rich.console import Console
 from rich.table import Table
 
+from ringattn.runs.files import write_figure
 from ringattn.units import bytes_in_words
 
 
@@ -130,8 +131,7 @@ def plot(results: Sequence[Result], title: str, path: Path) -> None:
     if subjects:
         handles, labels = grid[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4))
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path, dpi=150)
+    write_figure(path, figure)
 
 
 def _draw(axes: Axes, results: Sequence[Result], subjects: list[str], by: Abscissa, quantity: Quantity) -> None:

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from ringattn.config import LOSSES
 from ringattn.evaluation.losses import changes
 from ringattn.evaluation.results import Result
+from ringattn.runs.files import write_figure
 
 Runs = dict[str, list[Result]]
 """Results by the name of the run."""
@@ -28,17 +29,13 @@ def write_plots(runs: Runs, directory: Path) -> None:
         old.unlink()
     results = [result for run_results in runs.values() for result in run_results]
     for task in dict.fromkeys(result["task"] for result in results if result["depth"] is not None):
-        _save(heat_maps(runs, task), directory / f"{task}.png")
+        write_figure(directory / f"{task}.png", heat_maps(runs, task))
     without_depth = (result["task"] for result in results if result["depth"] is None and "rate" in result)
     if tasks := list(dict.fromkeys(without_depth)):
-        _save(exact_match(runs, tasks), directory / "retrieval.png")
+        write_figure(directory / "retrieval.png", exact_match(runs, tasks))
     for task, plot in zip(LOSSES, (by_position, by_context, by_kind), strict=True):
         if any(result["task"] == task for result in results):
-            _save(plot(runs), directory / f"{task}.png")
-
-
-def _save(figure: Figure, path: Path) -> None:
-    figure.savefig(path, dpi=150)
+            write_figure(directory / f"{task}.png", plot(runs))
 
 
 def _of_task(results: list[Result], task: str) -> list[Result]:

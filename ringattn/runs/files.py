@@ -1,9 +1,12 @@
 """Atomic writes: readers find either the complete new file or the old one."""
 
+import io
 import json
 import os
 from pathlib import Path
 from typing import Any
+
+from matplotlib.figure import Figure
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -24,3 +27,11 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Writes `content` as indented JSON, like `write_bytes`. NaN and infinity are written as NaN and Infinity."""
     write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_figure(path: Path, figure: Figure) -> None:
+    """Writes `figure` as a PNG, like `write_bytes`. Creates the parent directory."""
+    path.parent.mkdir(exist_ok=True)
+    png = io.BytesIO()
+    figure.savefig(png, dpi=150)
+    write_bytes(path, png.getvalue())

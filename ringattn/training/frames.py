@@ -5,6 +5,8 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+from ringattn.runs.files import write_figure
+
 
 def plot_frames(original: np.ndarray, reconstructed: np.ndarray, path: Path) -> None:
     """Plots both uint8 arrays [frames, height, width, 3] as rows of a PNG. Writes nothing if `original` is empty."""
@@ -19,5 +21,4 @@ def plot_frames(original: np.ndarray, reconstructed: np.ndarray, path: Path) -> 
             cell.imshow(frame, interpolation="nearest")
             cell.set(xticks=[], yticks=[])
         axes[0].set_ylabel(label)
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path, dpi=150)
+    write_figure(path, figure)

@@ -162,9 +162,10 @@ def finish(run: Run, state: TrainState, directory: Path) -> None:
     samples = run.samples(state.params)
     if jax.process_index() == 0:
         write_text(directory / "samples.txt", samples)
-        plot_loss(read_rows(directory / "metrics.jsonl"), directory / "plots" / "loss.png")
         if isinstance(run.tokenizer, VideoTokenizer):
             plot_frames(run.tokenizer.preview, run.tokenizer.reconstruct_preview(), directory / "plots" / "frames.png")
+        # The last file: a run without it was interrupted here.
+        plot_loss(read_rows(directory / "metrics.jsonl"), directory / "plots" / "loss.png")
 
 
 def advance(

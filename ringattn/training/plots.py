@@ -7,6 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
+from ringattn.runs.files import write_figure
 from ringattn.runs.metrics import Row, stage_ends
 from ringattn.training.by_context import losses_by_context
 
@@ -27,8 +28,7 @@ def plot_loss(rows: list[Row], path: Path) -> None:
     _by_step(axes[0], rows)
     if validations:
         _by_context(axes[1], validations)
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path, dpi=150)
+    write_figure(path, figure)
 
 
 def _by_step(axes: Axes, rows: list[Row]) -> None:
