@@ -131,7 +131,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         rf"length L=4 must be a .*multiple of context = 8 .*use 8{ORDER}",
     ),
     "key's heads first": ({"key": zeros(B, G, L, D), "value": zeros(B, G, L, D)}, rf"H=4 query heads .*{ORDER}"),
-    "value's heads first": ({"key": zeros(B, G, L, D)}, rf"must agree in B, .*{ORDER}"),
+    "value's heads first": ({"value": zeros(B, G, L, D)}, rf"must agree in B, .*{ORDER}"),
     "as many heads as devices first": (
         {"query": zeros(B, 8, L, D), "key": zeros(B, 8, L, D), "value": zeros(B, 8, L, D)},
         rf"key has 64 heads but only 8 tokens; .* pad it to 64 keys, with negative segment_ids{ORDER}",

@@ -35,7 +35,7 @@ def check_arrays(query: Array, key: Array, value: Array, extras: Extras) -> Extr
         _check_is_array(name, x)
     if query.ndim != 4 or key.ndim != 4 or value.ndim != 4:
         raise ValueError(f"query, key, value must be [B, L, heads, D], not {query.shape}, {key.shape}, {value.shape}")
-    (B, _, H, D), (M, G), hint = query.shape, key.shape[1:3], order_hint(query, key)
+    (B, _, H, D), (M, G), hint = query.shape, key.shape[1:3], order_hint(query, key, value)
     if key.shape != (B, M, G, D) or value.shape[:3] != (B, M, G):
         raise ValueError(
             f"query {query.shape}, key {key.shape}, value {value.shape} must agree in B, key with query also in D, "
@@ -88,9 +88,9 @@ def manual_devices(axes: tuple[str, ...]) -> int:
     return math.prod(map(lax.axis_size, axes))
 
 
-def order_hint(query: Array, key: Array) -> str:
+def order_hint(*arrays: Array) -> str:
     """Returns the end of a message about lengths or heads, for arrays that may be [B, heads, L, D]; otherwise ""."""
-    if query.shape[1] < query.shape[2] or key.shape[1] < key.shape[2]:
+    if any(x.shape[1] < x.shape[2] for x in arrays):
         return "; the order of dims is [B, L, heads, D]: transpose [B, heads, L, D] by x.swapaxes(1, 2)"
     return ""
 
