@@ -12,8 +12,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from test_file_tokenizer import train as tokenizer
 from test_readme import COMMANDS, CONTRIBUTING, READMES, read
-from test_tokenizer import train as tokenizer
 from test_video import film
 
 ROOT = Path(__file__).parents[1]

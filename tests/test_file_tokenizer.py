@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -231,7 +232,7 @@ def test_what_a_normalizer_removes_is_refused_unless_it_is_a_control_character_o
 
 def byte_level(tmp_path: Path, normalizer=None, prefix: bool = False, suffix: str = "", unknown: str = "") -> str:
     """Like GPT-2; with a suffix at the end of words like CLIP."""
-    affix = {"end_of_word_suffix": suffix} if suffix else {}
+    affix: dict[str, Any] = {"end_of_word_suffix": suffix} if suffix else {}
     tokenizer = tokenizers.Tokenizer(models.BPE(**affix, **({"unk_token": unknown} if unknown else {})))
     level = pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=not suffix)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), level] if suffix else [level])

@@ -112,6 +112,11 @@ def test_documents_with_prompts_are_not_split():
     assert contents(validation) == [first.content[-33:]]
 
 
+def described(split, documents, fraction, unit=1):
+    training, validation = split
+    return describe_split("data", [training], [validation], documents, fraction, unit)
+
+
 def test_the_sizes_of_both_sides_are_described():
     documents = [document("large", 20_000), *numbered(2, 500)]
     training, validation = sides(documents, 0.05)
@@ -119,14 +124,14 @@ def test_the_sizes_of_both_sides_are_described():
     assert line.startswith(f"data: {training.count:,} training tokens (95.0%) in {training.starts.size} document")
     assert f", {validation.count:,} held-out tokens (5.0%, data.validation=0.05) in " in line
     assert line.endswith("the end of 1 document")
-    line = describe_split("data", *([side] for side in sides(numbered(100, 50), 0.1)), 100, 0.1, 1)
+    line = described(sides(numbered(100, 50), 0.1), 100, 0.1)
     assert line.endswith(
         "4,590 training tokens (90.0%) in 90 documents, 510 held-out tokens (10.0%, "
         "data.validation=0.1) in 10 documents"
     )
-    line = describe_split("data", *([side] for side in sides([document("film", 200)], 0.1, 100)), 1, 0.1, 100)
+    line = described(sides([document("film", 200)], 0.1, 100), 1, 0.1, unit=100)
     assert line.endswith("in the end of 1 document; videos are split only between frames")
-    line = describe_split("data", *([side] for side in sides([document("a", 2)], 0.05)), 1, 0.05, 1)
+    line = described(sides([document("a", 2)], 0.05), 1, 0.05)
     assert line.endswith("; the documents are too short to split")
 
 
