@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -171,17 +172,26 @@ def test_shards_are_written_and_trained_from(tmp_path):
     assert f"{tmp_path}/shards/shard-00000.bin has 2000 bytes instead of 4002" in message
 
 
-def test_a_killed_prepare_leaves_no_output_directory(tmp_path):
+def test_an_interrupted_or_killed_prepare_leaves_no_output_directory(tmp_path):
+    def temporary() -> list[Path]:
+        return [path for path in tmp_path.glob(".s.*") if path.is_dir()]
+
     (tmp_path / "t.jsonl").write_text('{"text": "some words"}\n' * 300_000)
     words = [*QUICKSTART, "--data.path", str(tmp_path / "t.jsonl"), "--output", str(tmp_path / "s")]
-    environ = os.environ | {"PYTHONPATH": str(ROOT)}
-    with subprocess.Popen([sys.executable, str(ROOT / "scripts" / "prepare.py"), *words], env=environ) as process:
-        deadline = time.monotonic() + 60
-        while not list(tmp_path.glob(".s.*")) and time.monotonic() < deadline:
-            time.sleep(0.01)
-        process.kill()
-    assert len(list(tmp_path.glob(".s.*"))) == 1
-    assert not (tmp_path / "s").exists()
+    command, environ = (
+        [sys.executable, str(ROOT / "scripts" / "prepare.py"), *words],
+        os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    for number, status, left in ((signal.SIGINT, 130, 0), (signal.SIGKILL, -signal.SIGKILL, 1)):
+        with subprocess.Popen(command, env=environ, stderr=subprocess.PIPE, text=True) as process:
+            while process.poll() is None and not temporary():
+                time.sleep(0.01)
+            process.send_signal(number)
+            _, err = process.communicate()
+        assert process.returncode == status
+        assert err == "stopped by SIGINT; run the same command again to start over\n" * (number == signal.SIGINT)
+        assert len(temporary()) == left
+        assert not (tmp_path / "s").exists()
     done = run(*words, script="prepare.py")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "s" / "index.json").is_file()
