@@ -85,7 +85,7 @@ class FileTokenizer:
             unknown, fault = model.get("unk_id"), "names no unknown token"
         else:
             name = model.get("unk_token")
-            unknown, fault = vocabulary.get(name), f"names the unknown token {name!r}, which is not in its vocabulary"
+            unknown, fault = vocabulary.get(name), f"names the unknown token {name!r}, which its vocabulary lacks"
             if not name or _encodes_all_bytes(vocabulary, model, is_byte_level):  # it is not needed
                 return unknown
         if unknown is None:
