@@ -34,9 +34,9 @@ def flax_attention(
     """Attention over the context axis, as `attention_fn` of `flax.nnx.MultiHeadAttention`.
 
     Bind `masking`, which is required, and `options` with `functools.partial`, as in
-    `attention_fn=partial(flax_attention, masking=Mask(causal=True))`. Flax passes all other arguments, even those that
-    `partial` binds: it calls `partial(flax_attention, mask=...)` with `mask=None`, exactly as `flax_attention`. Without
-    `masking` both therefore raise an error; otherwise the bound mask would be ignored.
+    `attention_fn=partial(flax_attention, masking=Mask(causal=True))`. Flax passes all other arguments and
+    overrides those that `partial` binds: it calls `partial(flax_attention, mask=...)` with `mask=None`. Without
+    `masking`, `flax_attention` therefore raises an error, because the bound mask would be ignored.
 
     Args:
       query, key, value: as in `ringattn.attention`.
@@ -45,7 +45,7 @@ def flax_attention(
       is_causal: passed by Flax. True makes `masking` causal. Requires as many queries as keys: otherwise Flax aligns
         the first query with the first key, and ringattn the last query with the last key.
       dtype: dtype to which query, key and value are cast, as in Flax.
-      precision: has no effect. Products of float32 arrays always have the highest precision.
+      precision: has no effect. Products of float32 arrays always use the highest precision.
       options: other keyword arguments of `ringattn.attention`: segment_ids, layout, strategy, axis, spec, ...
 
     Raises:

@@ -26,7 +26,7 @@ VALID: dict[str, Any] = {"query": zeros(B, L, H, D), "key": zeros(B, L, G, D), "
 IDS = zeros(B, L, dtype=jnp.int32)
 NUMPY_IDS = np.zeros((B, L), np.int64)
 ORDER = r"; the order of dims is \[B, L, heads, D\]: transpose \[B, heads, L, D\] by x\.swapaxes\(1, 2\)"
-MASK = r"must be a ringattn.Mask: Mask\(\) is causal, Mask\(causal=False\) is not; in place of an array of token pairs"
+MASK = r"must be a ringattn.Mask: Mask\(\) is causal, Mask\(causal=False\) is not; instead of an array of token pairs"
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "length": ({"query": zeros(B, 60, H, D)}, r"length L=60 must be a .*multiple of context = 8 .*use 56 or 64"),
     "zigzag": (

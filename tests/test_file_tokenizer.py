@@ -76,8 +76,8 @@ def test_dropout_truncation_and_padding_are_switched_off_and_named(tmp_path: Pat
     with caplog.at_level(logging.WARNING):
         loaded = load_tokenizer(str(tmp_path / "t.json"))
     assert caplog.messages == [
-        f"data.tokenizer='{tmp_path}/t.json': switched off its dropout of 0.5 and truncation to 4 tokens and padding, "
-        "so that documents are encoded whole, and always alike"
+        f"data.tokenizer='{tmp_path}/t.json': disabled its dropout of 0.5 and truncation to 4 tokens and padding, "
+        "so that documents are encoded completely and deterministically"
     ]
     for _ in range(5):
         assert loaded.encode(TEXT.encode()).tolist() == plain.encode(TEXT.encode()).tolist()
@@ -153,9 +153,7 @@ def test_text_without_a_token_is_refused_by_character(tmp_path: Path):
     model = models.BPE(numbered("</s>", *ALPHABET), [])
     tokenizer = load_tokenizer(saved(tmp_path, model, pre_tokenizers.Whitespace()))
     assert tokenizer.decode(tokenizer.encode(b"all of it\n")) == "a l l o f i t"
-    message = (
-        r"t.json' drops 'é' \(character 5\), because no token stands for it; use a tokenizer with byte fallback or"
-    )
+    message = r"t.json' drops 'é' \(character 5\), because it has no token; use a tokenizer with byte fallback or"
     with pytest.raises(ValueError, match=message):
         tokenizer.encode("all é of it".encode())
     (tmp_path / "a.txt").write_text("caf\u00e9 " * 20)

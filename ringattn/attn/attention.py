@@ -65,7 +65,7 @@ def attention(
       axis: a mesh axis, or a pair (outer, inner). With a pair, "ring" is a nested ring, and "usp" is a ring over outer
         and an all-to-all over inner.
       spec: PartitionSpec of query. Default: read from the array on an explicit mesh; P(None, axis) on an auto mesh
-        without other axes. Required on an auto mesh with other axes, where query does not tell how it is sharded.
+        without other axes. Required on an auto mesh with other axes, on which query's sharding is unknown.
       scale: default D ** -0.5.
       soft_cap: logits become soft_cap * tanh(logits / soft_cap). Default: no cap.
       sinks: one extra logit per head in the denominator, like a key whose value is 0.

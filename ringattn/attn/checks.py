@@ -13,10 +13,10 @@ from ringattn.attn.settings import Settings, shown
 from ringattn.layout import check_length
 
 MOST_KV_HEADS = 32
-"""With more K/V heads than this and fewer keys than heads, arrays are taken for [B, heads, L, D]."""
+"""Arrays with more K/V heads than this, and fewer keys than heads, are assumed to be [B, heads, L, D]."""
 AnyArray = Array | np.ndarray
 TokenIds = Integer[AnyArray, "B L"] | tuple[Integer[AnyArray, "B L"], Integer[AnyArray, "B M"]] | None
-"""An id per token: one array for queries and keys, or a pair, (queries, keys)."""
+"""One id per token: a single array for queries and keys, or a pair (queries, keys)."""
 
 
 class Extras(NamedTuple):
@@ -89,7 +89,7 @@ def manual_devices(axes: tuple[str, ...]) -> int:
 
 
 def order_hint(*arrays: Array) -> str:
-    """Returns the end of a message about lengths or heads, for arrays that may be [B, heads, L, D]; otherwise ""."""
+    """Returns a hint to append to a message, if the arrays seem to be [B, heads, L, D]; otherwise ""."""
     if any(x.shape[1] < x.shape[2] for x in arrays):
         return "; the order of dims is [B, L, heads, D]: transpose [B, heads, L, D] by x.swapaxes(1, 2)"
     return ""
@@ -103,7 +103,7 @@ def _check_is_array(name: str, x: Any) -> None:
 
 
 def _int32_ids(name: str, ids: Any, q_shape: tuple[int, ...], kv_shape: tuple[int, ...]) -> TokenIds:
-    """Returns `ids` as int32. NumPy's ids are usually int64: they may have any integer dtype if their values fit."""
+    """Returns `ids` as int32. NumPy arrays, usually int64, may have any integer dtype if their values fit."""
     if ids is None:
         return None
     if isinstance(ids, tuple) and len(ids) == 2 and all(x is not None for x in ids):

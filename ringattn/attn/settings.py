@@ -16,7 +16,7 @@ from ringattn.attn.kernels.registry import choose_kernel
 from ringattn.attn.mask import Mask
 
 REDUCE_DTYPES = ("bfloat16", "float32")
-"""Without float16, in which gradients can overflow."""
+"""Excludes float16, because gradients can overflow."""
 Axis = str | tuple[str, str]
 
 
@@ -36,12 +36,12 @@ class Settings:
     def __post_init__(self):
         if not isinstance(self.mask, Mask):
             rule = "a ringattn.Mask: Mask() is causal, Mask(causal=False) is not"
-            fix = "in place of an array of token pairs, use its window or chunk, segment_ids or span_ids"
+            fix = "instead of an array of token pairs, use its window or chunk, segment_ids or span_ids"
             raise ValueError(f"mask={shown(self.mask)} must be {rule}; {fix}")
         names = axis_names(self.axis) if isinstance(self.axis, str | tuple | list) else ()
         if not 1 <= len(names) <= 2 or not all(isinstance(x, str) for x in names) or len(set(names)) < len(names):
             raise ValueError(f"axis={self.axis!r} must be one mesh axis or two different ones, (outer, inner)")
-        # Settings are hashed. A list of names, as from a JSON file, and arrays cannot be.
+        # Settings are hashed, and lists (as from a JSON file) and arrays are not hashable.
         object.__setattr__(self, "axis", names[0] if len(names) == 1 else names)
         for name, x in {"scale": self.scale, "soft_cap": self.soft_cap}.items():
             object.__setattr__(self, name, None if x is None else _number(name, x))
@@ -56,7 +56,7 @@ class Settings:
         if self.reduce_dtype is not None and self.reduce_dtype not in REDUCE_DTYPES:
             raise ValueError(f"reduce_dtype={self.reduce_dtype!r} must be one of {_quoted(REDUCE_DTYPES)}, or None")
         if self.reduce_dtype is not None and self.strategy == "ulysses":
-            fix = "use None: its exchange sends gradients in query's dtype"
+            fix = "use None: its all-to-all sends gradients in query's dtype"
             raise ValueError(f"reduce_dtype={self.reduce_dtype!r} does not apply to strategy='ulysses'; {fix}")
 
     @property
@@ -84,7 +84,7 @@ def _number(name: str, x: Any) -> float:
 
 
 def shown(x: Any) -> str:
-    """Returns an argument for a message: an array as dtype and shape."""
+    """Formats an argument for a message. Shows only dtype and shape of an array."""
     return f"{x.dtype} {x.shape}" if isinstance(x, np.ndarray | jax.Array) and x.ndim > 0 else reprlib.repr(x)
 
 

@@ -29,13 +29,13 @@ class Splits(NamedTuple):
 
     tokenizer: Tokenizer
     training: list[Corpus]
-    """One corpus per path, except paths that contain only copies of documents of other paths."""
+    """One corpus per path, except for paths with only duplicates of documents of other paths."""
     validation: list[Corpus]
     """One corpus per corpus of `training`."""
     kinds: list[list[str]]
     """Kind of each validation document, per path: `Document.kind`, the directory name of shards, or the task name."""
     notes: list[str]
-    """Lines that tell how much text each side has, and which documents are copies."""
+    """Lines for the display: size of each side, and duplicate documents."""
 
 
 def read(data: Data, run_directory: Path | None = None) -> Splits:
@@ -43,7 +43,7 @@ def read(data: Data, run_directory: Path | None = None) -> Splits:
 
     A tokenizer file or codebook in `run_directory` takes precedence over the tokenizer that `data` specifies. Identical
     documents are used once. Raises ValueError if documents, tokenizer or shards cannot be read or do not match, or if
-    `data.mixture` includes a path whose documents are all in other paths, too.
+    `data.mixture` includes a path whose documents are all also in other paths.
     """
     shards, tokenizer = _open(data, run_directory)
     sources = [_read_path(path, tokenizer, data, shards) for path in data.paths]

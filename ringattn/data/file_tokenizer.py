@@ -1,4 +1,4 @@
-"""The tokenizer of a local tokenizer.json. It refuses to lose text, and counts the bytes that each token stands for."""
+"""The tokenizer of a local tokenizer.json. Rejects text that it would drop, and counts the text bytes of each token."""
 
 import hashlib
 import json
@@ -35,8 +35,8 @@ _log = logging.getLogger(__name__)
 class FileTokenizer:
     """The vocabulary of a tokenizer.json, read with the package `tokenizers`.
 
-    Encodes without special tokens, and without the dropout, truncation and padding that the file may ask for: documents
-    are encoded whole, and always alike. Names of special tokens in the text are encoded as plain text.
+    Encodes without special tokens, and disables dropout, truncation and padding of the file: documents are encoded
+    completely and deterministically. Names of special tokens in the text are encoded as plain text.
 
     Raises ValueError if the package is missing, if the file cannot be read or is not a tokenizer.json, if it has no
     end-of-text token, or if the unknown token that it names is missing.
@@ -51,8 +51,8 @@ class FileTokenizer:
         self._tokenizer, content = _open(path)
         switched_off = _switch_off(self._tokenizer)
         if switched_off:
-            reason = "so that documents are encoded whole, and always alike"
-            _log.warning("data.tokenizer=%r: switched off its %s, %s", path, " and ".join(switched_off), reason)
+            reason = "so that documents are encoded completely and deterministically"
+            _log.warning("data.tokenizer=%r: disabled its %s, %s", path, " and ".join(switched_off), reason)
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.size: int = 1 + max(vocabulary.values(), default=-1)
         added = self._tokenizer.get_added_tokens_decoder().items()
@@ -74,7 +74,7 @@ class FileTokenizer:
         self.byte_lengths = np.array(list(map(len, spellings)), np.int32)
         self.byte_lengths[[*special.values(), *([] if unknown is None else [unknown])]] = 0
         self._is_byte_level, self._normalizes_to_letters = is_byte_level, "ByteLevel" in normalizer
-        # Without an unknown token, a byte can disappear although the other bytes of its character remain.
+        # Without an unknown token, single bytes of a character can be lost.
         loses_bytes = is_byte_level and unknown is None and not _encodes_all_bytes(vocabulary, model, is_byte_level)
         self._spellings = spellings if loses_bytes else None
 
@@ -102,7 +102,7 @@ class FileTokenizer:
         return self.align(document).ids
 
     def align(self, document: bytes) -> Aligned:
-        """Encodes like `encode`. Also returns which tokens stand for another number of bytes than `byte_lengths`."""
+        """Encodes like `encode`. Also returns the tokens whose number of text bytes differs from `byte_lengths`."""
         text = document.decode("utf-8")
         try:
             encoding = self._tokenizer.encode(text, add_special_tokens=False)
@@ -143,7 +143,7 @@ class FileTokenizer:
         if self._normalizes_to_letters:
             normalized = bytes(map(_BYTE_LETTERS.index, normalized)).decode()
         spelled = b"".join(self._spellings[token] for token in ids.tolist()).decode(errors="replace")
-        # Added tokens spell the text as it was before the normalizer.
+        # Added tokens contain the text before normalization.
         expected, found = self._normalize(normalized), self._normalize(spelled)
         kept = "".join(found.split())
         if kept != "".join(expected.split()):
@@ -156,7 +156,7 @@ class FileTokenizer:
     def _check_characters(self, text: str, normalized: str, hidden: np.ndarray) -> None:
         """Raises ValueError if a character at the indices `hidden`, which is in no token, is lost.
 
-        The normalizer may compose it with the character before, or remove a control character or an accent.
+        The normalizer may compose it with the preceding character, or remove a control character or an accent.
         """
         if not hidden.size:
             return
@@ -170,7 +170,7 @@ class FileTokenizer:
             self._refuse(normalized, int(lost[0]))
 
     def _refuse(self, text: str, index: int) -> None:
-        problem = f"drops {text[index]!r} (character {index + 1}), because no token stands for it"
+        problem = f"drops {text[index]!r} (character {index + 1}), because it has no token"
         fix = "use a tokenizer with byte fallback or an unknown token, or data.tokenizer=bytes"
         raise ValueError(f"data.tokenizer={self._path!r} {problem}; {fix}")
 
@@ -202,7 +202,7 @@ def _open(path: str) -> tuple[Any, bytes]:
 
 
 def _switch_off(tokenizer: Any) -> list[str]:
-    """Switches off what would change documents without notice; returns the names of what the file had switched on."""
+    """Disables settings that would silently change documents. Returns the names of those that the file enables."""
     import tokenizers
 
     found = []
@@ -256,7 +256,7 @@ _BYTE_LETTERS = _byte_letters()
 
 
 def _spellings(vocabulary: dict[str, int], size: int, model: dict[str, Any], is_byte_level: bool) -> list[bytes]:
-    """Returns the text that each id usually stands for, as UTF-8: [size]."""
+    """Returns the usual text of each id as UTF-8: [size]."""
     spellings, byte_of = [b""] * size, {letter: byte for byte, letter in enumerate(_BYTE_LETTERS)}
     prefix, suffix = (model.get(name) or "" for name in _AFFIXES)
     for token, token_id in vocabulary.items():

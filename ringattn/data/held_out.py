@@ -1,4 +1,4 @@
-"""Which tokens are held out for validation, and which documents are copies of others. Both depend on contents only."""
+"""Selects the tokens held out for validation, and detects duplicate documents. Both depend on contents only."""
 
 from collections.abc import Sequence
 
@@ -14,8 +14,8 @@ def first_copies(sources: Sequence[np.ndarray]) -> tuple[list[np.ndarray], np.nd
     """Finds equal documents in all `sources`, each given as digests ([documents], any dtype that can be sorted).
 
     Returns a boolean array per source, True for the documents to keep, and for each document of all sources the index
-    of the equal one that is kept, counted over all sources. Of equal documents the one in the source with the fewest
-    distinct documents is kept, so that a file remains a source beside the directory that contains it; then the first.
+    of the equal one that is kept, counted over all sources. Of equal documents, keeps the one in the source with
+    the fewest distinct documents, so that a file is not emptied by the directory that contains it; on ties, the first.
     """
     sizes = [digests.size for digests in sources]
     ends = np.cumsum(sizes)[:-1]
@@ -32,14 +32,14 @@ def first_copies(sources: Sequence[np.ndarray]) -> tuple[list[np.ndarray], np.nd
 def held_out_lengths(
     lengths: np.ndarray, digests: np.ndarray, fraction: float, unit: int, name: str, whole: np.ndarray | None = None
 ) -> np.ndarray:
-    """Returns how many tokens at the end of each document are held out: none, all of them, or a part.
+    """Returns the number of tokens at the end of each document that are held out: none, some or all.
 
-    Documents are held out in the order of their digests until they have about `fraction` of all tokens. Adding files
-    therefore changes little: the documents before that point stay held out. If whole documents would miss the fraction
-    by more than TOLERANCE, the end of one is held out, at a multiple of `unit` tokens. Both sides have text.
+    Documents are held out in the order of their digests until they contain about `fraction` of all tokens. Adding
+    files therefore changes few of them. If whole documents would miss the fraction by more than TOLERANCE, the end of
+    one is held out, at a multiple of `unit` tokens. Neither side is empty.
 
     `lengths`: [documents] tokens, with the boundary. `digests`: [documents], distinct. `whole`: [documents] bool, True
-    for documents that are not split unless there is no other, such as those with prompts. `name` is used in messages.
+    for documents that are split only if there is no other, such as those with prompts. `name` is used in messages.
     Raises ValueError if there is a single document that is too short to be split.
     """
     units = (lengths - 1) // unit
@@ -90,7 +90,7 @@ def split(corpus: Corpus, held_out: np.ndarray) -> tuple[Corpus, Corpus]:
 def describe_split(
     name: str, training: Sequence[Corpus], validation: Sequence[Corpus], documents: int, fraction: float, unit: int
 ) -> str:
-    """Returns a line that tells how much text is for training and how much is held out.
+    """Returns a line with the number of training tokens and of held-out tokens.
 
     If the share is not about `fraction`, the line ends with the reason. `documents`: number of documents before the
     split. `unit`: see `held_out_lengths`.
@@ -131,7 +131,7 @@ def describe_copies(paths: Sequence[str], sources: Sequence[Documents], kept_of:
     example = f"{name(int(copies[0]))} is the same as {name(int(kept_of[copies[0]]))}"
     fix = "; to use a path more often, set data.mixture" if len(paths) > 1 else ""
     count = f"{copies.size:,} of {_count(kept_of.size, 'document')}"
-    return [f"data: left out {count}, copies of others: {example}{fix}"]
+    return [f"data: skipped {count}, duplicates of others: {example}{fix}"]
 
 
 def _count(number: int, noun: str) -> str:

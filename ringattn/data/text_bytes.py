@@ -1,7 +1,7 @@
-"""Counts the bytes of text that tokens stand for, so that bits per byte refer to the source, as it was before encoding.
+"""Counts the text bytes of tokens, so that bits per byte refer to the source text before encoding.
 
-Most ids always stand for the same bytes. Tokens for which that does not hold are stored as corrections: a token that
-replaced unknown text, or text that a normalizer changed.
+Most ids always represent the same bytes. The other tokens are stored as corrections: unknown tokens, and tokens of text
+that a normalizer changed.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ import numpy as np
 
 
 class Corrections(NamedTuple):
-    """Tokens that stand for another number of bytes than their id usually does."""
+    """Tokens whose number of text bytes differs from the usual number of their id."""
 
     positions: np.ndarray
     """[n] int64, ascending: indices of tokens."""
@@ -70,11 +70,11 @@ class TextBytes(NamedTuple):
 
 
 def counted(document: bytes, offsets: np.ndarray, hidden: np.ndarray) -> np.ndarray:
-    """Returns the number of bytes of `document`, UTF-8, that each token stands for: [tokens] int32.
+    """Returns the number of bytes of the UTF-8 text `document` per token: [tokens] int32.
 
-    A token stands for the bytes from the end of the preceding token to its own end, so the counts sum to the length of
+    A token represents the bytes from the end of the preceding token to its own end, so the counts sum to the length of
     the document. `offsets`: [tokens, 2], first and last character (exclusive) of each token. `hidden`: indices of
-    characters in no token that belong to the token before, such as an accent that was composed with its letter.
+    characters in no token that belong to the preceding token, such as an accent that was composed with its letter.
     """
     starts = np.append(_character_starts(document), len(document))  # byte offset of each character
     ends = np.maximum.accumulate(offsets[:, 1])

@@ -53,7 +53,7 @@ class Tokenizer(Protocol):
 
     @property
     def byte_lengths(self) -> np.ndarray:
-        """[size] int32: number of bytes of text that each id stands for, see `TextBytes`; 0 if it is not text."""
+        """[size] int32: number of text bytes of each id, see `TextBytes`; 0 if it is not text."""
         ...
 
     def encode(self, document: bytes) -> np.ndarray:
@@ -61,7 +61,7 @@ class Tokenizer(Protocol):
         ...
 
     def align(self, document: bytes) -> Aligned:
-        """Encodes like `encode`. Also returns which tokens stand for another number of bytes than `byte_lengths`."""
+        """Encodes like `encode`. Also returns the tokens whose number of text bytes differs from `byte_lengths`."""
         ...
 
     def decode(self, ids: ArrayLike) -> str:

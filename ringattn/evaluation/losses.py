@@ -151,7 +151,7 @@ class Total:
         self._bytes = 0
 
     def count(self, batch: Batch, text_bytes: Integer[np.ndarray, "B L"]) -> Batch:
-        """Adds the bytes of the targets that have weight, and returns the batch, which is yet to be scored."""
+        """Adds the text bytes of the targets with nonzero weight. Returns the unscored batch."""
         self._bytes += int(np.sum(text_bytes, where=batch.weights > 0))
         return batch
 

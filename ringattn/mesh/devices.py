@@ -28,7 +28,7 @@ from ringattn.units import first_line
 FORCED = "--xla_force_host_platform_device_count"
 START_FIRST = "restart Python and call ringattn.mesh.devices.start before other JAX code"
 MAX_SIMULATED = 1024
-"""Maximum number of simulated devices. Each takes one or two threads, and a process may start a few thousand."""
+"""Maximum number of simulated devices. Each uses one or two threads, and a process can start a few thousand."""
 
 
 def start(section: config.Mesh) -> jax.sharding.Mesh:

@@ -33,7 +33,7 @@ class _Elapsed(ProgressColumn):
 
 
 class _Remaining(TimeRemainingColumn):
-    """The remaining time. For a task that compiles a program: the elapsed time, until the first progress."""
+    """The remaining time; for a task that first compiles a program, the elapsed time until the first progress."""
 
     def render(self, task: Task) -> Text:
         if COMPILING in task.fields and not task.completed:
@@ -93,7 +93,7 @@ class Display:
 
     @contextmanager
     def waiting(self, text: str) -> Iterator[None]:
-        """Shows `text` with the elapsed time inside the context, before the bar is live; off a terminal, prints it."""
+        """Shows `text` and the elapsed time inside the context, before the bar is live. Off a terminal, prints it."""
         if not self.is_terminal:
             self.print(text)
         columns = SpinnerColumn(), TextColumn("{task.description}"), _Elapsed()
@@ -105,7 +105,7 @@ class Display:
     def subtask(self, name: str, total: int, *, compiles: bool = False) -> Iterator[Callable[[int], None]]:
         """Shows a second bar inside the context; yields a function that advances it by a count.
 
-        `compiles`: the task first compiles a program; until it advances, the bar shows for how long.
+        `compiles`: the task first compiles a program. The bar shows the elapsed time until the task advances.
         """
         fields = {COMPILING: True} if compiles else {}
         task = self._live.add_task(name, total=total, **fields)
