@@ -191,7 +191,7 @@ def test_a_state_that_is_not_finite_is_not_saved(directory, mesh):
 
 def test_an_unconfirmed_checkpoint_is_not_written_and_those_before_it_stay(directory, mesh, capfd):
     before = listing(directory)
-    with Checkpoints(directory, keep=1) as checkpoints:  # would remove 4 and 6
+    with Checkpoints(directory, keep=1) as checkpoints:  # keeps 8, and removes 4 and 6, if 8 is confirmed
         checkpoints.save(8, state(mesh, 8))
         checkpoints.confirm(7)  # step 8 was computed, but no step from its state
     assert saved_steps(directory) == [6, 4]

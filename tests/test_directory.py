@@ -47,16 +47,36 @@ def test_the_description_is_that_of_the_run(tmp_path):
 
 
 def test_a_directory_that_cannot_be_written_is_an_error():
-    with pytest.raises(ValueError, match=r"cannot write to /proc/none/small .*; use another --log.directory"):
+    with pytest.raises(ValueError, match=r"cannot write to /proc/none/small .*, or use another --log.directory"):
         write_description(Path("/proc/none/small"), SINGLE, {}, {})
 
 
 def test_other_data_are_refused(tmp_path):
-    check_data(tmp_path, {"training": "0a"}, "text")  # a run without data.json
+    (note,) = check_data(tmp_path, {"training": "0a"}, "text")
+    assert note.endswith("data.json is missing: resuming without a check that the data are unchanged")
     write_description(tmp_path, SINGLE, {"training": "0a"}, {})
-    check_data(tmp_path, {"training": "0a"}, "text")
+    assert check_data(tmp_path, {"training": "0a"}, "text") == []
     with pytest.raises(ValueError, match=r"data.path='text' has changed since the run .*; restore the data, or start"):
         check_data(tmp_path, {"training": "0b"}, "text")
+
+
+@pytest.mark.parametrize("content", [b"", b"{}}", b"[]", b"\xff"])
+def test_damaged_data_json_is_refused(tmp_path, content):
+    (tmp_path / "data.json").write_bytes(content)
+    message = r"^\S*data.json cannot be read \(.+\); restore it, or remove it to continue without a check that"
+    with pytest.raises(ValueError, match=message):
+        check_data(tmp_path, {"training": "0a"}, "text")
+
+
+@pytest.mark.parametrize("content", [None, b"", b"[]"])
+def test_a_run_without_its_config_is_not_resumed(tmp_path, content):
+    directory = begin(tmp_path, SINGLE, 3)
+    (directory / "config.json").unlink()
+    if content is not None:
+        (directory / "config.json").write_bytes(content)
+    message = r"^\S*config.json.*; restore it, or copy the one that the same command writes with another --name$"
+    with pytest.raises(ValueError, match=message):
+        check_resumable(SINGLE, directory)
 
 
 @pytest.mark.parametrize(

@@ -226,9 +226,7 @@ def test_a_diverged_run_saves_no_state_that_cannot_be_resumed(base, capfd, rate)
         train=replace(base.train, steps=3),
         validation=replace(base.validation, every=2),
     )
-    with pytest.raises(
-        ValueError, match=r"(became|NaN or infinity).* step \d; lower --optimizer.learning_rate and run"
-    ):
+    with pytest.raises(ValueError, match=r"(became|NaN or infinity).* step \d; .*lower --optimizer.learning_rate and"):
         train(c)
     checkpoints = c.run_directory / "checkpoints"
     assert not list(checkpoints.glob("*tmp*"))

@@ -30,6 +30,7 @@ from ringattn.evaluation.subject import Subject, find_subject
 from ringattn.mesh.devices import start
 from ringattn.mesh.processes import check_same
 from ringattn.model.scoring import Scores
+from ringattn.runs.directory import stored_fingerprints
 from ringattn.runs.progress import Display
 from ringattn.runs.shared import claimed
 
@@ -147,12 +148,12 @@ def _read_text(subject: Subject, c: config.Evaluation) -> losses.Text:
     data = subject.stage.data
     if c.path is not None:
         return losses.Text(*read_all(replace(data, path=c.path, mixture=None), subject.directory))
-    splits, stored = read(data, subject.directory), subject.directory / "data.json"
+    splits, stored = read(data, subject.directory), stored_fingerprints(subject.directory)
     fingerprints = {
         name: fingerprint([corpus.fingerprint for corpus in corpora], data.mixture)
         for name, corpora in (("training", splits.training), ("validation", splits.validation))
     }
-    if stored.is_file() and json.loads(stored.read_text(encoding="utf-8")) != fingerprints:
+    if stored not in (None, fingerprints):
         fix = "restore it, or choose other text with --path"
         raise ValueError(f"the text of data.path={data.path!r} has changed since {subject.name} was trained; {fix}")
     return losses.Text(splits.validation, splits.kinds)

@@ -25,6 +25,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from ringattn.config import option
+from ringattn.runs.files import cannot_write
 from ringattn.runs.verification import (
     Arrays,
     Facts,
@@ -167,8 +168,7 @@ class Checkpoints:
             raise
         except Exception as error:  # the disk and the libraries that write can raise any exception
             self._remove_incomplete()
-            fix = "free disk space or repair the disk, then run the same command again to resume"
-            raise ValueError(f"cannot write a checkpoint to {self._directory} ({reason(error)}); {fix}") from error
+            raise cannot_write(self._directory, reason(error)) from error
 
     def _remove_incomplete(self) -> None:
         if jax.process_index() == 0:

@@ -10,7 +10,8 @@ import jax
 from ringattn import config
 from ringattn.environment import environment
 from ringattn.runs.checkpoint import saved_steps
-from ringattn.runs.files import write_bytes, write_text
+from ringattn.runs.files import write_bytes, write_text, writing
+from ringattn.units import first_line
 
 FIXED = ("model.", "data.", "attention.window", "train.batch_size", "train.seed")
 """Prefixes of the fields that a resumed run must not change: they define the loss and the order of the data."""
@@ -28,7 +29,7 @@ def write_description(
     """
     if jax.process_index() > 0:
         return
-    try:
+    with writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
         # `resume` and `profile` belong to one launch, not to the run.
         write_text(directory / "config.json", config.to_json(replace(c, resume="auto", profile=None)))
@@ -36,16 +37,38 @@ def write_description(
             write_text(directory / name, json.dumps(content, indent=2) + "\n")
         for name, content in tokenizer_files.items():
             write_bytes(directory / name, content)
-    except OSError as error:
-        raise ValueError(f"cannot write to {directory} ({error.strerror}); use another --log.directory") from None
 
 
-def check_data(directory: Path, fingerprints: dict[str, str], path: str | tuple[str, ...]) -> None:
-    """Raises ValueError if the run in `directory` was trained on other data; `path` is data.path for the message."""
-    file = directory / "data.json"
-    if file.is_file() and json.loads(file.read_text(encoding="utf-8")) != fingerprints:
+def check_data(directory: Path, fingerprints: dict[str, str], path: str | tuple[str, ...]) -> list[str]:
+    """Returns a note if data.json of the run in `directory` is missing; `path` is data.path for messages.
+
+    Raises ValueError if the run was trained on other data, or if data.json is damaged.
+    """
+    stored = stored_fingerprints(directory)
+    if stored is None:
+        return [f"{directory / 'data.json'} is missing: resuming without a check that the data are unchanged"]
+    if stored != fingerprints:
         fix = "restore the data, or start a new run with another --name"
         raise ValueError(f"data.path={path!r} has changed since the run in {directory} was trained on it; {fix}")
+    return []
+
+
+def stored_fingerprints(directory: Path) -> dict[str, str] | None:
+    """Returns the fingerprints in data.json of the run in `directory`; None if the file is missing.
+
+    Raises ValueError if the file is damaged.
+    """
+    file = directory / "data.json"
+    if not file.is_file():
+        return None
+    try:
+        stored = json.loads(file.read_bytes())
+        if not isinstance(stored, dict):
+            raise ValueError("not a JSON object")
+    except (OSError, ValueError) as error:
+        fix = "restore it, or remove it to continue without a check that the data are unchanged"
+        raise ValueError(f"{file} cannot be read ({first_line(error)}); {fix}") from None
+    return stored
 
 
 def check_resumable(c: config.Config, directory: Path) -> None:
@@ -61,18 +84,28 @@ def check_resumable(c: config.Config, directory: Path) -> None:
     if c.resume == "never":
         fix = "use another --name, or resume with --resume auto"
         raise ValueError(f"resume='never', but {directory} has a checkpoint of step {steps[0]}; {fix}")
+    previous = _previous_config(directory)
+    current = previous.stage_after(steps[0] - 1)  # the stage of the last update
+    if current > len(c.stages):
+        fix = "restore the missing stages, or start a new run with another --name"
+        raise ValueError(
+            f"stages: the config has {len(c.stages)}, but the run in {directory} is in stage {current}; {fix}"
+        )
+    for stage in range(1, current + 1):
+        _check_fixed(previous, c, stage, directory, finished=stage < current)
+    _check_steps(previous, c, current, steps[0], directory)
+
+
+def _previous_config(directory: Path) -> config.Config:
+    """Returns the config of the run in `directory`. Raises ValueError if it cannot be read."""
     path = directory / "config.json"
-    if path.is_file():
-        previous = config.load(path)
-        current = previous.stage_after(steps[0] - 1)  # the stage of the last update
-        if current > len(c.stages):
-            fix = "restore the missing stages, or start a new run with another --name"
-            raise ValueError(
-                f"stages: the config has {len(c.stages)}, but the run in {directory} is in stage {current}; {fix}"
-            )
-        for stage in range(1, current + 1):
-            _check_fixed(previous, c, stage, directory, finished=stage < current)
-        _check_steps(previous, c, current, steps[0], directory)
+    fix = "restore it, or copy the one that the same command writes with another --name"
+    if not path.is_file():
+        raise ValueError(f"{path} is missing, so the run cannot be compared with this config; {fix}")
+    try:
+        return config.load(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; {fix}") from None
 
 
 def _check_fixed(previous: config.Config, c: config.Config, stage: int, directory: Path, finished: bool) -> None:

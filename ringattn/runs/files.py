@@ -1,8 +1,10 @@
-"""Atomic writes: readers find either the complete new file or the old one."""
+"""Atomic writes: readers find either the complete new file or the old one, also after a power failure."""
 
 import io
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ def write_bytes(path: Path, content: bytes) -> None:
     temporary_path = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary_path.write_bytes(content)
+        with temporary_path.open("rb") as file:
+            os.fsync(file.fileno())  # otherwise a power failure after the rename could leave an empty file
         os.replace(temporary_path, path)
     finally:
         temporary_path.unlink(missing_ok=True)
@@ -35,3 +39,18 @@ def write_figure(path: Path, figure: Figure) -> None:
     png = io.BytesIO()
     figure.savefig(png, dpi=150)
     write_bytes(path, png.getvalue())
+
+
+def cannot_write(path: Path, reason: str) -> ValueError:
+    """Returns the error for a file or directory of a run that cannot be written."""
+    fix = "free disk space or make it writable and run the same command again, or use another --log.directory"
+    return ValueError(f"cannot write to {path} ({reason}); {fix}")
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raises `cannot_write(path, ...)` in place of an OSError, such as that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        raise cannot_write(path, error.strerror or str(error)) from None

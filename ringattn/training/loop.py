@@ -17,7 +17,7 @@ from ringattn.mesh.devices import build_mesh, check_divisible, start
 from ringattn.mesh.processes import check_same
 from ringattn.runs.checkpoint import Checkpoints, saved_steps
 from ringattn.runs.directory import check_data, check_resumable, write_description
-from ringattn.runs.files import write_json, write_text
+from ringattn.runs.files import write_json, write_text, writing
 from ringattn.runs.metrics import MetricsFile, Row, read_rows
 from ringattn.runs.progress import Display
 from ringattn.runs.shared import check_shared, claimed, newest_step
@@ -138,15 +138,16 @@ def _train_stage(c: config.Config, number: int, splits: Splits, directory: Path,
 
 
 def _initial_or_restored(run: Run, directory: Path) -> tuple[TrainState, list[str]]:
-    """Returns the initial or restored state, and a message for each damaged checkpoint.
+    """Returns the initial or restored state, and notes, such as one for each damaged checkpoint.
 
     Raises ValueError if the data has changed.
     """
     if not saved_steps(directory / "checkpoints"):
         return run.initial_state(), []
-    check_data(directory, run.fingerprints(), run.config.data.path)
+    notes = check_data(directory, run.fingerprints(), run.config.data.path)
     with Checkpoints(directory / "checkpoints", run.config.checkpoint.keep) as checkpoints:
-        return run.restore(checkpoints)
+        state, damage = run.restore(checkpoints)
+    return state, [*notes, *damage]
 
 
 def _describe_stage(run: Run) -> Iterator[str]:
@@ -160,7 +161,9 @@ def _describe_stage(run: Run) -> Iterator[str]:
 def finish(run: Run, state: TrainState, directory: Path) -> None:
     """Writes samples and plots of a completed run."""
     samples = run.samples(state.params)
-    if jax.process_index() == 0:
+    if jax.process_index() > 0:
+        return
+    with writing(directory):
         write_text(directory / "samples.txt", samples)
         if isinstance(run.tokenizer, VideoTokenizer):
             plot_frames(run.tokenizer.preview, run.tokenizer.reconstruct_preview(), directory / "plots" / "frames.png")
@@ -243,7 +246,8 @@ def _compile(run: Run, state: TrainState, display: Display) -> jax.stages.Compil
     with display.waiting("compiling the train step"):
         train_step, statistics = compile_step(run, state)
     if jax.process_index() == 0:
-        write_json(run.config.run_directory / "compiled.json", statistics)
+        with writing(run.config.run_directory):
+            write_json(run.config.run_directory / "compiled.json", statistics)
     for line in describe_statistics(statistics):
         display.print(line)
     return train_step
