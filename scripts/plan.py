@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ringattn import config, planning
-from ringattn.runs.files import write_json
+from ringattn.runs.files import check_writable, write_json
 from ringattn.runs.progress import Display
 
 SECTIONS = ("model", "data", "mesh", "attention", "optimizer", "train", "stages")
@@ -36,9 +36,8 @@ def main() -> int:
     with config.reported_errors():
         if options.topology is None:
             raise ValueError("--topology is required, such as --topology v5e:8x8")
-        if options.json is not None and not Path(options.json).parent.is_dir():
-            parent = Path(options.json).parent
-            raise ValueError(f"--json {options.json}: directory {parent} does not exist; create it first")
+        if options.json is not None:
+            check_writable(Path(options.json), "--json")
         if options.stage is not None and not 0 < options.stage <= len(run.stages):
             raise ValueError(f"--stage {options.stage} must be from 1 to {len(run.stages)}, the stages of {run.name}")
         with Display(None, every_process=True).waiting("compiling the train step"):
@@ -49,7 +48,10 @@ def main() -> int:
                     plan = planning.plan(run.stage(options.stage), options.topology)
         print(*planning.report(plan), sep="\n")
         if options.json is not None:
-            write_json(Path(options.json), asdict(plan))
+            try:
+                write_json(Path(options.json), asdict(plan))
+            except OSError as error:
+                raise ValueError(f"cannot write --json {options.json} ({error.strerror}); use another") from None
     return int(plan.refusal is not None)
 
 

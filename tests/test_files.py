@@ -2,13 +2,14 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
 from matplotlib.figure import Figure
 
 from ringattn import config
-from ringattn.runs.files import write_bytes, write_figure, write_json, write_text
+from ringattn.runs.files import check_writable, write_bytes, write_figure, write_json, write_text
 
 
 def test_a_write_leaves_no_temporary_file(tmp_path):
@@ -72,3 +73,41 @@ def test_an_interrupted_figure_is_not_written(tmp_path, monkeypatch):
     monkeypatch.undo()
     write_figure(path, Figure())
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_writable_place_is_left_as_it_is(tmp_path):
+    check_writable(tmp_path / "new", "--json")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "old").write_text("old")
+    check_writable(tmp_path / "old", "--json")
+    assert (tmp_path / "old").read_text() == "old"
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("none/plan.json", "directory {0}/none does not exist; create it first"),
+        ("file/plan.json", "{0}/file is a file; use a path in a directory"),
+        ("file/more/plan.json", "directory {0}/file/more does not exist"),
+        ("directory", "--json {0}/directory is a directory; use a file name, such as {0}/directory/new.json"),
+        ("/dev/null", "--json /dev/null is not a regular file"),
+        ("x" * 300, "cannot write to {0} (File name too long); use another"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_named(tmp_path, path, message):
+    (tmp_path / "file").write_text("a file")
+    (tmp_path / "directory").mkdir()
+    with pytest.raises(ValueError, match=re.escape(message.format(tmp_path))):
+        check_writable(tmp_path / path, "--json")
+
+
+def test_a_directory_without_permission_is_named(tmp_path, monkeypatch):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    if os.geteuid() == 0:  # root may write everywhere
+
+        def refuse(self):
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr(Path, "touch", refuse)
+    with pytest.raises(ValueError, match=r"cannot write to .*/locked \(Permission denied\); use another"):
+        check_writable(tmp_path / "locked" / "plan.json", "--json")

@@ -1,5 +1,6 @@
 """Memory of devices and of compiled programs, in bytes per device."""
 
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,11 +49,22 @@ def free_memory(device: Any) -> int | None:
     stats = device.memory_stats() or {}
     if "bytes_limit" in stats:
         return stats["bytes_limit"] - stats["bytes_in_use"]
+    return host_memory(free=True) if device.platform == "cpu" else None
+
+
+def host_memory(free: bool = False) -> int | None:
+    """Returns the memory of this machine, or what is free of it, in bytes; None if unknown.
+
+    Without /proc (macOS), all memory counts as free.
+    """
     meminfo = Path("/proc/meminfo")
-    if device.platform != "cpu" or not meminfo.is_file():
+    if meminfo.is_file():
+        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        return int(lines["MemAvailable" if free else "MemTotal"].split()[0]) * 1024
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError):  # Windows has no sysconf
         return None
-    lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-    return int(lines["MemAvailable"].split()[0]) * 1024
 
 
 def peak_bytes() -> int | None:

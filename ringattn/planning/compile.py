@@ -1,8 +1,6 @@
 """Compiles a train step ahead of time, for devices that need not be present, and reports its memory."""
 
-import importlib.util
 import math
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,20 +9,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import P
-from jax.experimental import topologies
 
 from ringattn import config
-from ringattn.cost.memory import program_memory
+from ringattn.cost.memory import host_memory, program_memory
+from ringattn.cost.minimum import check_minimum
 from ringattn.data import Batch
 from ringattn.hardware import CHIPS
 from ringattn.mesh.axes import TOKENS, abstract, describe_sizes
-from ringattn.mesh.devices import check_divisible, resolve, start
+from ringattn.mesh.devices import check_divisible, resolve
 from ringattn.mesh.topology import arrange_devices
 from ringattn.model.build import model_factory
 from ringattn.model.transformer import count_parameters
+from ringattn.planning.devices import devices_of
 from ringattn.training.optimizer import learning_rate, optimizer
 from ringattn.training.step import TrainState, TrainStep, make_initial_state, make_train_step
-from ringattn.units import bytes_in_words, first_line
+from ringattn.units import bytes_in_words
+
+COMPILED = 100
+"""A step that needs at least so many times the memory of a device is refused without compiling it. The compiler would
+need minutes or abort, and all figures would be as far off."""
 
 
 @dataclass(frozen=True)
@@ -44,27 +47,30 @@ class Plan:
     argument_bytes: int
     """The step's arguments: state and batch."""
     temporary_bytes: int | None
-    """Everything else that the step needs on the device; None if it does not fit."""
+    """Everything else that the step needs on the device; None if the compiler refused it."""
     host_bytes: int | None
-    """Temporaries in the host's memory; None if the step does not fit."""
+    """Temporaries in the host's memory; None if the compiler refused the step."""
     memory_bytes: int | None
-    """Memory of the device; None if unknown."""
+    """Memory of the device, or its share of this machine's memory for a CPU device; None if unknown."""
     compile_seconds: float
     refusal: str | None
-    """The compiler's error if the step does not fit, otherwise None."""
+    """The reason why the step does not fit, such as the compiler's error; None if it fits."""
 
 
 def plan(c: config.Config, topology: str) -> Plan:
     """Compiles one update of `c` for a topology such as 'v5e:8x8', 'v5p:4x4x4' or 'cpu:8'; allocates nothing on it.
 
     Raises ValueError if the topology does not exist, if the TPU compiler (the extra `tpu`) is not installed, if `c`
-    does not fit its mesh, or if `c` has several stages; `c.stage(2)` is the config of one stage.
+    does not fit its mesh, if the step needs more than `COMPILED` times the memory of a device, or if `c` has several
+    stages; `c.stage(2)` is the config of one stage.
     """
     if len(c.stages) > 1:
         raise ValueError(f"{c.name} has {len(c.stages)} stages, but a plan covers one; choose one, such as --stage 2")
-    devices = _devices(topology)
+    devices = devices_of(topology)
     mesh = arrange_devices(resolve(c.mesh, len(devices)), devices)
     check_divisible(c, mesh)
+    limit = _memory(devices)
+    check_minimum(c, mesh, limit, factor=COMPILED)
     began, refusal, memory = time.monotonic(), None, None
     with jax.set_mesh(mesh):
         state, batch, step = abstract_step(c, mesh)
@@ -74,7 +80,9 @@ def plan(c: config.Config, topology: str) -> Plan:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             refusal = next((line.strip() for line in str(error).splitlines() if "xceed" in line), str(error)[:500])
-    chip = CHIPS.get(devices[0].device_kind)
+    if memory is not None and limit is not None and devices[0].platform == "cpu" and memory.total > limit:
+        needed, available = (bytes_in_words(len(devices) * size) for size in (memory.total, limit))
+        refusal = f"{len(devices)} devices need {needed}, but this machine has {available}"
     return Plan(
         topology=topology,
         device_kind=devices[0].device_kind,
@@ -86,7 +94,7 @@ def plan(c: config.Config, topology: str) -> Plan:
         argument_bytes=_shard_bytes(state) + _shard_bytes(batch),
         temporary_bytes=None if memory is None else memory.temporaries,
         host_bytes=None if memory is None else memory.host,
-        memory_bytes=None if chip is None else int(chip.memory),
+        memory_bytes=limit,
         compile_seconds=time.monotonic() - began,
         refusal=refusal,
     )
@@ -104,19 +112,13 @@ def abstract_step(c: config.Config, mesh: jax.sharding.Mesh) -> tuple[TrainState
     return state, _abstract_batch(c, mesh), make_train_step(make_model, vocabulary, update, schedule)
 
 
-def _devices(topology: str) -> Sequence[Any]:
-    platform, _, size = topology.partition(":")
-    if platform == "cpu" and size.isdecimal():
-        return list(start(config.Mesh(simulate=int(size))).devices.flat)
-    if importlib.util.find_spec("libtpu") is None:
-        raise ValueError(f"--topology {topology} needs the TPU compiler, on Linux; pip install -e '.[tpu]'")
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")  # libtpu requires it on a machine without a TPU
-    jax.config.update("jax_platforms", "cpu")
-    try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    except Exception as error:  # the plugin's errors have no narrower type
-        fix = "use one such as v5e:8x8, v5p:4x4x4, v6e:16x16 or cpu:8"
-        raise ValueError(f"--topology {topology}: {first_line(error)}; {fix}") from None
+def _memory(devices: Sequence[Any]) -> int | None:
+    """Returns the memory of each device in bytes; None if unknown."""
+    if devices[0].platform == "cpu":
+        memory = host_memory()
+        return None if memory is None else memory // len(devices)
+    chip = CHIPS.get(devices[0].device_kind)
+    return None if chip is None else int(chip.memory)
 
 
 def _abstract_batch(c: config.Config, mesh: jax.sharding.Mesh) -> Batch:

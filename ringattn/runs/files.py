@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Replaces the content of the file at `path`. If the process is killed, the old file remains. Raises OSError."""
-    temporary_path = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary_path = _temporary(path)
     try:
         temporary_path.write_bytes(content)
         with temporary_path.open("rb") as file:
@@ -21,6 +21,28 @@ def write_bytes(path: Path, content: bytes) -> None:
         os.replace(temporary_path, path)
     finally:
         temporary_path.unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> Path:
+    """Returns the path of the file that `write_bytes` writes before it replaces `path`."""
+    return path.with_name(f".{path.name}.{os.getpid()}")
+
+
+def check_writable(path: Path, name: str) -> None:
+    """Raises ValueError, with a fix, if `write_bytes` cannot write `path`. `name` is the option that gives the path."""
+    directory = path.parent
+    try:
+        if not directory.exists():
+            raise ValueError(f"{name} {path}: directory {directory} does not exist; create it first")
+        if not directory.is_dir():
+            raise ValueError(f"{name} {path}: {directory} is a file; use a path in a directory")
+        if path.exists() and not path.is_file():
+            kind = "a directory" if path.is_dir() else "not a regular file"
+            raise ValueError(f"{name} {path} is {kind}; use a file name, such as {path / 'new.json'}")
+        _temporary(path).touch()
+        _temporary(path).unlink()
+    except OSError as error:
+        raise ValueError(f"{name} {path}: cannot write to {directory} ({error.strerror}); use another") from None
 
 
 def write_text(path: Path, text: str) -> None:

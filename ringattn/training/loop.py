@@ -10,6 +10,7 @@ import jax
 
 from ringattn import config
 from ringattn.cost.flops import peak_flops, step_flops
+from ringattn.cost.minimum import check_free_memory
 from ringattn.cost.step_statistics import describe_statistics
 from ringattn.data import Splits, VideoTokenizer, prefetch, read
 from ringattn.mesh.axes import context_shards
@@ -75,7 +76,7 @@ def _checked_data(c: config.Config, current: int) -> Splits:
     for number in range(current, len(c.stages) + 1):
         with config.stage_errors(c.stages, number):
             stage = c.stage(number)
-            _checked_mesh(stage)
+            check_free_memory(stage, _checked_mesh(stage))
             if splits is None:
                 splits = read(stage.data, tokenizer_directory)
                 display = Display(None)
