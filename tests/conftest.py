@@ -11,6 +11,7 @@ FORCED = "--xla_force_host_platform_device_count"
 if FORCED not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FORCED}=8".strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)  # the tests and the processes that they start compile everything
 
 import hypothesis
 import jax

@@ -15,18 +15,19 @@ ROOT = Path(__file__).parents[1]
 TOP = {"pyproject.toml", "README.md", "LICENSE", "CONTRIBUTING.md"}
 TOP |= {"ringattn", "configs", "scripts", "tests", "notebooks"}
 
-GROUND = {"environment", "hardware", "layout", "units"}
+GROUND = {"compilation_cache", "environment", "hardware", "layout", "units"}
 SHARED = GROUND | {"config", "mesh"}
 ROOMS = {
     "__init__": {"attn", "flax", "layout"},
     "flax": {"attn"},
+    "compilation_cache": set(),
     "environment": set(),
     "hardware": set(),
     "layout": set(),
     "units": set(),
     "config": {"attn", "layout"},  # of attn only choices.py, which holds no arrays
-    "mesh": {"config", "layout", "units"},
-    "attn": {"hardware", "layout"},
+    "mesh": {"compilation_cache", "config", "layout", "units"},
+    "attn": {"compilation_cache", "hardware", "layout"},
     "runs": SHARED,
     "data": SHARED | {"runs"},
     "model": SHARED | {"attn", "data"},

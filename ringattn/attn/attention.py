@@ -1,6 +1,7 @@
 """Exact attention over a sequence that is sharded over a mesh axis. Start reading here, then sharded.py and ring.py.
 
-The package can be used on its own: it imports only `ringattn.layout` and `ringattn.hardware`.
+The package can be used on its own: it imports only `ringattn.layout`, `ringattn.hardware` and
+`ringattn.compilation_cache`.
 """
 
 import math

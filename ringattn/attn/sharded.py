@@ -26,6 +26,7 @@ from ringattn.attn.ring import Ring
 from ringattn.attn.settings import Axis, Settings
 from ringattn.attn.softmax import shifted_exp, varying_like, with_sink
 from ringattn.attn.ulysses import exchange
+from ringattn.compilation_cache import disable_for_cpus
 
 Attend = Callable[[Inputs], Float[Array, "B L H Dv"]]
 
@@ -80,6 +81,7 @@ def local_attention(
     extras: Extras,
 ) -> Float[Array, "B L H Dv"]:
     """Computes `shard_attention` without checking the arguments."""
+    disable_for_cpus(jax.sharding.get_abstract_mesh())
     axis = settings.axis if settings.strategy == "usp" else _drop_single_devices(settings.axes)
     positions, segments, spans = map(ids_pair, (extras.positions, extras.segment_ids, extras.span_ids))
     implied = None
@@ -108,9 +110,8 @@ def _drop_single_devices(axes: tuple[str, ...]) -> Axis:
 
 
 def _auto_strategy(settings: Settings, axis: Axis, query: Array, key: Array, extras: Extras) -> str:
-    mask = replace(
-        settings.mask, causal=settings.mask.causal and extras.span_ids is None
-    )  # a span can reach later keys
+    causal = settings.mask.causal and extras.span_ids is None  # a span can reach later keys
+    mask = replace(settings.mask, causal=causal)
     layout = settings.layout if extras.positions is None else None
     sizes = lax.axis_size(axis) if isinstance(axis, str) else (lax.axis_size(axis[0]), lax.axis_size(axis[1]))
     device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from ringattn import config
+from ringattn.compilation_cache import disable_for_cpus
 from ringattn.config import option
 from ringattn.layout import check_length
 from ringattn.mesh.axes import (
@@ -37,7 +38,7 @@ def start(section: config.Mesh) -> jax.sharding.Mesh:
     Call it before any other use of JAX devices. It creates the simulated CPU devices (per process;
     XLA_FLAGS=--xla_force_host_platform_device_count=N takes precedence) and calls `jax.distributed.initialize` in a
     multi-process environment: JAX_COORDINATOR_ADDRESS with JAX_NUM_PROCESSES and JAX_PROCESS_ID, a Slurm step or a TPU
-    pod.
+    pod. On several CPU devices it disables JAX's persistent compilation cache: see `compilation_cache.py`.
 
     Raises:
       ValueError: if the axis sizes do not multiply to the number of devices (the message suggests a mesh), if JAX is
@@ -45,6 +46,7 @@ def start(section: config.Mesh) -> jax.sharding.Mesh:
     """
     join(section)
     mesh = build_mesh(section)
+    disable_for_cpus(mesh.abstract_mesh)
     if section.simulate and jax.default_backend() != "cpu":
         running = f"JAX already runs on {jax.default_backend()}"
         raise ValueError(f"mesh.simulate={section.simulate}, but {running}; {START_FIRST}")
