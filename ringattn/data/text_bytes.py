@@ -25,7 +25,8 @@ class Corrections(NamedTuple):
         return table
 
     def shift(self, offset: int) -> "Corrections":
-        return self._replace(positions=self.positions + offset)
+        """Adds `offset` to the positions. Most documents have no corrections, and share one empty array."""
+        return self._replace(positions=self.positions + offset) if self.positions.size else self
 
 
 TABLE = np.dtype([("position", "<i8"), ("count", "<i4")])
