@@ -182,8 +182,7 @@ def advance(
     profile: Profile,
 ) -> tuple[int, str]:
     """Trains the remaining steps and completes the last stage. Returns the exit status and a summary of the result."""
-    c, restored_step = run.config, int(state.step)
-    result = ""
+    c, restored_step, result = run.config, int(state.step), ""
     with profile, Writers(run.full_config, restored_step, display) as writers:
         train_step = _compile(run, state, display)
 
