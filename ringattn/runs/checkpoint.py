@@ -43,25 +43,25 @@ from ringattn.runs.verification import (
 Tree = TypeVar("Tree")
 
 _MAX_SECONDS = 7 * 24 * 3600
-"""Time after which Orbax gives up a write. It includes the step that confirms the checkpoint."""
+"""Timeout of a write in seconds. It includes the step that confirms the checkpoint."""
 _MAX_BARRIER_SECONDS = 1200
-"""Time that a process waits for the writes of other processes."""
+"""Maximum seconds to wait for the writes of other processes."""
 _orbax_log = logging.getLogger("absl")
 
 
 def saved_steps(directory: Path) -> list[int]:
     """Returns the steps of the complete checkpoints in `directory`, newest first; [] if the directory is missing.
 
-    Ignores everything but directories with the name of a step, as Orbax writes it.
+    Ignores everything except directories that have a step as their name.
     """
     names = [entry.name for entry in directory.iterdir() if entry.is_dir()] if directory.is_dir() else []
     return sorted((int(name) for name in names if re.fullmatch("[1-9][0-9]*", name)), reverse=True)
 
 
 def _wait_for_processes(*, key: str, timeout_ms: int) -> None:
-    """Waits for the other processes at barrier `key`; not if the write in this process has failed.
+    """Waits for the other processes at barrier `key`, unless the write in this process has failed.
 
-    The others may still be writing, and would arrive at this barrier only after the one that this process will miss.
+    The others may still be writing, and would reach this barrier only after one that this process misses.
     """
     if sys.exc_info()[0] is None:
         barrier = ocp.multihost.get_barrier_sync_fn()
@@ -69,7 +69,7 @@ def _wait_for_processes(*, key: str, timeout_ms: int) -> None:
 
 
 def after_divergence() -> str:
-    """Returns, for messages, what to do after training has diverged."""
+    """Returns the fix for messages about diverged training."""
     flag = option("optimizer.learning_rate")
     return f"lower --{flag} and run the command again: it resumes from the newest checkpoint, if there is one"
 
@@ -86,7 +86,7 @@ class _StateHandler(ocp.StandardCheckpointHandler):
 @ocp.args.register_with_handler(_StateHandler, for_save=True, for_restore=True)  # Orbax requires both
 @dataclass
 class _StateSave(ocp.args.StandardSave):
-    """Saves `item`. The checkpoint gets its name after all of its bytes are written and `confirmed` has a result."""
+    """Saves `item`. The checkpoint gets its final name once it is written completely and `confirmed` has a result."""
 
     confirmed: Future[None] = field(default_factory=Future)
 
@@ -124,7 +124,7 @@ class Checkpoints:
     def save(self, step: int, tree: Any) -> None:
         """Starts an asynchronous write of `tree`, whose arrays may be donated immediately.
 
-        Replaces a checkpoint that is not confirmed yet. Raises ValueError, and writes nothing, if `tree` contains NaN
+        Replaces an unconfirmed checkpoint. Raises ValueError, and writes nothing, if `tree` contains NaN
         or infinity: no run could resume from it. Also raises ValueError if the previous write failed.
         """
         self._drop_unconfirmed()
@@ -139,7 +139,7 @@ class Checkpoints:
         self._unconfirmed = step, state.confirmed
 
     def confirm(self, step: int) -> None:
-        """States up to that of `step` are fit to resume from: completes a checkpoint of such a state.
+        """Confirms that runs can resume from the states up to `step`. Completes a pending checkpoint of such a state.
 
         Raises ValueError if a write has failed. Call it after each step; it does not wait.
         """
@@ -157,11 +157,11 @@ class Checkpoints:
             with suppress(_UnconfirmedError), self._write_errors():
                 self._manager.wait_until_finished()
             self._remove_incomplete()
-            self._manager.reload()  # Orbax has forgotten the checkpoints that this one would have replaced
+            self._manager.reload()  # Orbax no longer lists the checkpoints that this one would have replaced
 
     @contextmanager
     def _write_errors(self) -> Iterator[None]:
-        """Raises ValueError with a fix in place of an error of Orbax or of the disk."""
+        """Converts errors of Orbax and of the disk to ValueError with a fix."""
         try:
             yield
         except _UnconfirmedError:
@@ -231,12 +231,12 @@ def params_digest(directory: Path, step: int) -> str:
 
 
 class _MismatchError(Exception):
-    """The arrays of an intact checkpoint are not those of the model."""
+    """Raised if the arrays of an intact checkpoint do not match the model."""
 
 
 @contextmanager
 def _explained(checkpoint: Path) -> Iterator[None]:
-    """Raises ValueError with a fix in place of an error of reading."""
+    """Converts read errors to ValueError with a fix."""
     try:
         yield
     except _MismatchError as error:

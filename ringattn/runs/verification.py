@@ -1,4 +1,4 @@
-"""What a checkpoint holds, its checksums, and which errors are evidence of damage."""
+"""Verifies checkpoints: shapes and checksums of their arrays, and errors that are evidence of damage."""
 
 import errno
 import hashlib
@@ -37,7 +37,7 @@ def _is_finite(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
 
 
 def non_finite(arrays: dict[str, jax.Array]) -> list[str]:
-    """Returns the names of the arrays that have a value that is not finite."""
+    """Returns the names of the arrays that contain NaN or infinity."""
     return [name for name, finite in jax.device_get(_is_finite(arrays)).items() if not finite]
 
 
@@ -56,13 +56,13 @@ def _checksums(arrays: dict[str, jax.Array]) -> dict[str, int]:
 
 
 def facts(arrays: dict[str, jax.Array]) -> Facts:
-    """Returns the facts to store with `arrays`."""
+    """Returns the facts that are stored with `arrays`."""
     content = {"shapes": shapes(arrays), "sums": _checksums(arrays)}
     return content | {"digest": _digest(content)}
 
 
 def check_facts(stored: Facts) -> None:
-    """Raises ValueError unless `stored` is what `facts` returned."""
+    """Raises ValueError if the `digest` of `stored` does not match its content."""
     if stored["digest"] != _digest({name: stored[name] for name in ("shapes", "sums")}):
         raise ValueError("the checksum of its metadata differs")
 
@@ -88,9 +88,9 @@ def _digest(content: Facts) -> str:
 
 
 def is_damage(error: Exception) -> bool:
-    """Returns whether an error of reading says that files are damaged: missing, not as written, or not parsable.
+    """Returns True if a read error shows that files are damaged: missing, changed or not parsable.
 
-    Errors of the operating system and a lack of memory say nothing about the files: reading them again may succeed.
+    Other errors of the operating system, and a lack of memory, are no evidence: reading again may succeed.
     """
     for each in _causes(error):
         number = each.errno if isinstance(each, OSError) else _os_error(str(each))
@@ -101,7 +101,7 @@ def is_damage(error: Exception) -> bool:
 
 
 def reason(error: Exception) -> str:
-    """Returns the operating system's words for an error, if it has some, or else the first line of its message."""
+    """Returns the operating system's message for an error, or else the first line of the error's own message."""
     for each in _causes(error):
         if isinstance(each, OSError) and each.strerror:
             return each.strerror
@@ -117,6 +117,6 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _os_error(message: str) -> int | None:
-    """Returns the number in a message of TensorStore, such as '... [OS error 28: ENOSPC No space left on device]'."""
+    """Returns the number in a TensorStore message, such as '... [OS error 28: ENOSPC No space left on device]'."""
     found = re.search(r"\[OS error (\d+)", message)
     return int(found[1]) if found else None

@@ -168,7 +168,7 @@ def finish(run: Run, state: TrainState, directory: Path) -> None:
         write_text(directory / "samples.txt", samples)
         if isinstance(run.tokenizer, VideoTokenizer):
             plot_frames(run.tokenizer.preview, run.tokenizer.reconstruct_preview(), directory / "plots" / "frames.png")
-        # The last file: a run without it was interrupted here.
+        # Written last: if it is missing, the run was interrupted here.
         plot_loss(read_rows(directory / "metrics.jsonl"), directory / "plots" / "loss.png")
 
 
@@ -225,7 +225,7 @@ def advance(
 
 
 def _conclude(run: Run, train_step: TrainStep, state: TrainState, recorder: Recorder, checkpoints: Checkpoints) -> None:
-    """Completes a run that ends with `state`, and confirms the checkpoint of `state` with one more, discarded, step.
+    """Completes a run that ends with `state`, and confirms the checkpoint of `state` by one more, discarded step.
 
     Raises ValueError if no run can resume from `state`, which is then not saved.
     """

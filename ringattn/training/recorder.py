@@ -34,8 +34,8 @@ class LogConfig:
 
 
 DIVERGED = 10
-"""Training has diverged if the loss is more than this many times that of a uniform guess: parameters of such a size
-that lower learning rates no longer change them."""
+"""Training has diverged if the loss exceeds this many times that of a uniform guess. The parameters are then too large
+to be changed by lower learning rates."""
 
 _Pending = tuple[int, Metrics | None, int]
 
@@ -48,7 +48,7 @@ class Recorder:
         self._pending: _Pending | None = None
         self._seconds, self._steps, self._flops, self._clock = 0.0, 0, 0, time.monotonic()
         self.confirmed_step = -1
-        """Last step from whose state a step was computed that passed `check`."""
+        """Last step whose state is confirmed: the step computed from it has passed `check`."""
 
     def step(self, step: int, metrics: Metrics | None, flops: int) -> None:
         """Takes the metrics of `step`, which may not be computed yet, and records the metrics of the preceding step.
@@ -72,7 +72,7 @@ class Recorder:
         loss, limit = values["loss"], self._config.max_loss
         non_finite = [f"{name} became {value}" for name, value in values.items() if not math.isfinite(value)]
         problems = non_finite + [f"loss became {loss:.6g}, {DIVERGED} times that of a uniform guess"] * (loss > limit)
-        # Activations that overflow to 0 give the loss of a uniform guess and no gradient at all.
+        # Activations that overflow to 0 give the loss of a uniform guess and zero gradients.
         problems += [f"loss is {loss:.6g}, but grad_norm became 0"] * (values["grad_norm"] == 0 and loss > 1e-3)
         if problems:
             raise ValueError(f"{problems[0]} at step {step}; {after_divergence()}")

@@ -94,7 +94,7 @@ def make_train_step(
 
 
 def skip(state: TrainState) -> TrainState:
-    """Returns the state after a batch without learned tokens: parameters and moments stay as they are.
+    """Returns the state after a batch without learned tokens: parameters and moments are unchanged.
 
     The step counts all batches, so that data and learning rate do not depend on how many were skipped.
     """
