@@ -53,19 +53,19 @@ def test_a_document_in_two_paths_is_used_once(directory: Path, case: str, docume
     assert sum(map(len, texts(splits))) == {8: 8 * 400, 30: 30 * 50}[documents]
     assert not windows(splits.training) & windows(splits.validation)
     (line,) = [line for line in splits.notes if "duplicates" in line]
-    assert line.startswith(f"data: skipped {copies} of {documents + copies} documents, duplicates of others: ")
+    assert line.startswith(f"data: skipped {copies} of {documents + copies} documents, duplicates of others; e.g. ")
     assert line.endswith("; to use a path more often, set data.mixture")
 
 
 def test_the_example_names_both_documents(directory: Path):
     paths = paths_of(directory, "file")
     assert read(Data(path=paths)).notes[-1] == (
-        f"data: skipped 1 of 9 documents, duplicates of others: {paths[1]} (data.path={paths[0]!r}) is the same as "
+        f"data: skipped 1 of 9 documents, duplicates of others; e.g. {paths[1]} (data.path={paths[0]!r}) is the same as "
         f"{paths[1]} (data.path={paths[1]!r}); to use a path more often, set data.mixture"
     )
     (directory / "copy.txt").write_bytes((directory / "5.txt").read_bytes())
     assert read(Data(path=str(directory))).notes[1:] == [
-        f"data: skipped 1 of 9 documents, duplicates of others: {directory}/copy.txt is the same as {directory}/5.txt"
+        f"data: skipped 1 of 9 documents, duplicates of others; e.g. {directory}/copy.txt is the same as {directory}/5.txt"
     ]
     assert "document 4 of" in read(Data(path=paths_of(directory, "shards"))).notes[-1]
 

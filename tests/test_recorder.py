@@ -86,7 +86,9 @@ def test_a_loss_far_above_that_of_a_uniform_guess_or_without_gradient_is_an_erro
     assert recorder.check(1, metrics(49.0))["loss"] == 49.0
     assert recorder.check(2, metrics(0.0)._replace(grad_norm=jnp.float32(0)))["loss"] == 0.0  # learned by heart
     assert recorder.confirmed_step == 1
-    with pytest.raises(ValueError, match=r"^loss became 51, 10 times that of a uniform guess at step 3; lower --opt"):
+    with pytest.raises(
+        ValueError, match=r"^loss became 51, over 10 times that of a uniform guess at step 3; lower --opt"
+    ):
         recorder.check(3, metrics(51.0))
     with pytest.raises(ValueError, match=r"^loss is 5.5, but grad_norm became 0 at step 3; lower --optimizer"):
         recorder.check(3, metrics(5.5)._replace(grad_norm=jnp.float32(0)))
@@ -102,7 +104,7 @@ def test_a_batch_without_learned_tokens_is_null_and_confirms_nothing(clock, caps
     assert recorder.confirmed_step == 0
     assert [(row["loss"], row["grad_norm"]) for row in rows] == [(2.0, 1.0), (None, None)]
     assert [row["tokens_per_second"] for row in rows] == [10, 10]
-    assert capsys.readouterr().out.splitlines()[1].startswith("step 2/3  no learned tokens  10 tokens/s")
+    assert capsys.readouterr().out.splitlines()[1].startswith("step 2/3  no unmasked targets  10 tokens/s")
     recorder.flush()
     assert recorder.confirmed_step == 2
 

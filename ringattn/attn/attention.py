@@ -54,10 +54,10 @@ def attention(
       mask: causality, window and chunk, by positions.
       segment_ids: int32. Tokens see only their own segment. A negative id marks padding, which sees no key and which no
         query sees. Ids and positions are one [B, L] array for queries and keys, or a pair (queries
-        [B, L], keys [B, M]). NumPy arrays may have any integer dtype if their values fit int32.
+        [B, L], keys [B, M]). NumPy arrays may have any integer dtype if their values fit in int32.
       span_ids: int32. Tokens of one span (id >= 0) see each other in both directions, even under a causal mask
         (prefix-LM, image spans), within the window, chunk and segment; -1: no span.
-      positions: int32, in storage order. Default: the positions that `layout` implies. If given, `layout` only
+      positions: int32, in storage order. Default: the positions that `layout` implies. With these, `layout` only
         constrains the lengths, the positions are sent with K/V, and no hop is skipped.
       layout: storage order of the tokens, as produced by `ringattn.permute`: "contiguous", "striped" or "zigzag". It
         does not depend on the strategy; a pair of axes counts as one axis of outer * inner devices.
@@ -153,7 +153,7 @@ def _resolve_spec(query: Array, key: Array, spec: jax.P | None, mesh: AbstractMe
 
 
 def _default_spec(query: Array, mesh: AbstractMesh, axes: tuple[str, ...]) -> jax.P:
-    """Returns the sharding of batch and heads if the mesh is explicit. Under jit, an auto mesh does not reveal it."""
+    """Returns the sharding of batch and heads if the mesh is explicit. Under jit, it is unknown on an auto mesh."""
     axis = axes[0] if len(axes) == 1 else axes
     if _is_explicit(mesh):
         batch, _, heads, *_ = (*jax.typeof(query).sharding.spec, None, None, None)

@@ -129,7 +129,7 @@ def relate(mask: Mask, q: Bounds, k: Bounds) -> tuple[Bool[Array, "..."], Bool[A
     """Returns (empty, full) for tokens within these bounds.
 
     `empty` is true only if no query sees any key, `full` only if every query sees every key. Both are false where the
-    bounds do not decide. The bounds broadcast against each other, so one call compares all tiles of queries with all
+    bounds are inconclusive. The bounds broadcast against each other, so one call compares all tiles of queries with all
     tiles of keys. `full` tiles are computed without a mask, so `full` must take every field of Mask into account.
     """
     empty, full = q.first > q.last, q.first <= q.last  # False and True, in the shape of the bounds

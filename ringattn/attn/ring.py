@@ -115,7 +115,7 @@ class Ring:
         def hop(direction: int, state: _BackwardState, kv_sent: _Shard | None) -> _BackwardState:
             query_grads, remote, received, added = state
             assert remote is not None
-            # The summands are added here: at the end of the previous hop, the sum would need one more buffer.
+            # Add here, because a sum at the end of the previous hop would need one more buffer.
             grads_sent = None if added is None else self._send_grads(_add(received, added), direction)
             query_grads, added, (remote, received) = compute(query_grads, self._kv(remote), (kv_sent, grads_sent))
             return _BackwardState(query_grads, remote, received, added)
@@ -180,7 +180,7 @@ class Ring:
 
 
 def _repeat(times: int, f: Callable[[State], State], state: State) -> State:
-    """Applies f `times` times with lax.scan. Unrolled, XLA would keep every hop's buffers alive at once."""
+    """Applies f `times` times with lax.scan. Without it, XLA would keep every hop's buffers alive."""
     return lax.scan(lambda state, _: (f(state), None), state, length=times)[0] if times else state
 
 
@@ -192,7 +192,7 @@ def _halves(kv: KV) -> list[KV]:
         tokens = jax.tree.map(lambda x: x[:, start:stop], kv.tokens)
         return KV(kv.key[:, :, start:stop], kv.value[:, :, start:stop], tokens)
 
-    middle = (length + 1) // 2  # of an odd length, the first half gets the extra key
+    middle = (length + 1) // 2  # with an odd length, the first half gets the extra key
     return [part(0, middle), part(middle, length)] if length > 1 else [kv]
 
 

@@ -55,7 +55,7 @@ def shard_attention(
     Takes the same arguments as `ringattn.attention`, except `spec`. All array arguments are local shards.
 
     Raises:
-      ValueError: if the arguments are inconsistent with each other, and outside of such a shard_map.
+      ValueError: if the arguments are inconsistent with each other, or outside such a shard_map.
     """
     settings = Settings(
         mask=mask,
@@ -82,7 +82,7 @@ def local_attention(
 ) -> Float[Array, "B L H Dv"]:
     """Computes `shard_attention` without checking the arguments."""
     disable_for_cpus(jax.sharding.get_abstract_mesh())
-    axis = settings.axis if settings.strategy == "usp" else _drop_single_devices(settings.axes)
+    axis = settings.axis if settings.strategy == "usp" else _drop_unit_axes(settings.axes)
     positions, segments, spans = map(ids_pair, (extras.positions, extras.segment_ids, extras.span_ids))
     implied = None
     if positions[0] is None:
@@ -97,13 +97,13 @@ def local_attention(
     logit_spec = LogitSpec(settings.mask, scale, settings.soft_cap)
     strategy = _auto_strategy(settings, axis, query, key, extras) if settings.strategy == "auto" else settings.strategy
     attend = _strategy(strategy, axis, implied, logit_spec, settings)
-    # All inputs must vary over the same mesh axes. Transposed, pcast is a psum over the gradients of replicated inputs.
+    # All inputs must vary over the same mesh axes. pcast transposes to a psum over the gradients of replicated inputs.
     inputs = Inputs(query, key, value, q_tokens, kv_tokens, extras.slopes, extras.sinks)
     out = attend(jax.tree.map(lambda x: varying_like(x, *jax.tree.leaves(inputs)), inputs))
     return out if segments[0] is None else zero_padding(out, segments[0])
 
 
-def _drop_single_devices(axes: tuple[str, ...]) -> Axis:
+def _drop_unit_axes(axes: tuple[str, ...]) -> Axis:
     """Drops axes of size 1, which turns a degenerate nested ring into a plain ring."""
     several = [name for name in axes if lax.axis_size(name) > 1] or [axes[0]]
     return several[0] if len(several) == 1 else (several[0], several[1])

@@ -96,7 +96,7 @@ class Benchmark:
     dtype: Dtype = "float32"
     """Dtype of queries, keys and values."""
     seconds: int = 60
-    """Measurement time per row length and ring size, in seconds, without compilation. At least three rounds run."""
+    """Measurement time per row length and ring size, in seconds, excluding compilation. At least three rounds run."""
 
     def __post_init__(self) -> None:
         check_types(self)

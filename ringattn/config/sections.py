@@ -143,7 +143,7 @@ class Mesh:
 @section("attention.")
 class Attention:
     layout: Layout = "zigzag"
-    """Order of a row's tokens over the devices. zigzag and striped balance causal attention."""
+    """Order of a row's tokens across devices. zigzag and striped balance causal attention."""
     strategy: Strategy = "ring"
     """Communication strategy. ring: K/V rotate; gather: K/V are all-gathered; ulysses: all-to-all between sequence and
     heads; usp: ulysses over mesh.context, ring over mesh.context_outer; auto: the strategy with the least exposed

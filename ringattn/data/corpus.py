@@ -1,4 +1,4 @@
-"""Token documents: storage in memory or files, and cutting of long documents."""
+"""Tokenized documents: storage in memory or files, and cutting of long documents."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,7 +32,7 @@ class ShardedTokens:
 
 
 class Corpus(NamedTuple):
-    """Token documents, or pieces of documents. The target of each token is the next token in `tokens`."""
+    """Tokenized documents, or pieces of documents. The target of each token is the next token in `tokens`."""
 
     tokens: np.ndarray | ShardedTokens
     """[tokens + 1], any integer dtype: concatenated documents, each preceded by a boundary, then a final boundary."""
@@ -43,7 +43,7 @@ class Corpus(NamedTuple):
     masked_prefixes: np.ndarray
     """[pieces] int64: number of tokens at the start of each piece whose targets are masked out of the loss."""
     ignored_id: int | None = None
-    """Token id whose targets are masked out of the loss."""
+    """Targets with this id are masked out of the loss."""
     text_bytes: TextBytes | None = None
     """Number of bytes of text of each token; None if the tokens are not text."""
 
@@ -87,7 +87,7 @@ class Documents(NamedTuple):
     kinds: list[str]
     """`Document.kind` of each document."""
     name: Callable[[int], str]
-    """Returns the name of the document with an index, for messages."""
+    """Maps a document's index to its name, for messages."""
 
 
 DIGEST = np.dtype("V32")

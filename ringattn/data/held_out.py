@@ -13,9 +13,9 @@ TOLERANCE = 0.2
 def first_copies(sources: Sequence[np.ndarray]) -> tuple[list[np.ndarray], np.ndarray]:
     """Finds equal documents in all `sources`, each given as digests ([documents], any dtype that can be sorted).
 
-    Returns a boolean array per source, True for the documents to keep, and for each document of all sources the index
-    of the equal one that is kept, counted over all sources. Of equal documents, keeps the one in the source with
-    the fewest distinct documents, so that a file is not emptied by the directory that contains it; on ties, the first.
+    Returns a boolean array per source, True for the documents to keep, and the index of the kept copy of every document,
+    both numbered across all sources. Of equal documents, keeps the one in the source with the fewest distinct documents,
+    so that a file keeps the documents that its directory repeats; on ties, the first.
     """
     sizes = [digests.size for digests in sources]
     ends = np.cumsum(sizes)[:-1]
@@ -131,7 +131,7 @@ def describe_copies(paths: Sequence[str], sources: Sequence[Documents], kept_of:
     example = f"{name(int(copies[0]))} is the same as {name(int(kept_of[copies[0]]))}"
     fix = "; to use a path more often, set data.mixture" if len(paths) > 1 else ""
     count = f"{copies.size:,} of {_count(kept_of.size, 'document')}"
-    return [f"data: skipped {count}, duplicates of others: {example}{fix}"]
+    return [f"data: skipped {count}, duplicates of others; e.g. {example}{fix}"]
 
 
 def _count(number: int, noun: str) -> str:

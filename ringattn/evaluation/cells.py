@@ -56,7 +56,7 @@ def evaluate(c: config.Evaluation) -> int:
 
     Raises:
       ValueError: before any computation, if config, runs, text and devices are inconsistent, or if another process
-        writes the same evaluation; later, if a file cannot be read or written.
+        runs the same evaluation; later, if a file cannot be read or written.
     """
     subjects = [find_subject(path, c) for path in c.runs]
     if len({subject.name for subject in subjects}) < len(subjects):
@@ -67,7 +67,7 @@ def evaluate(c: config.Evaluation) -> int:
 
 
 def _evaluate_claimed(c: config.Evaluation, subjects: list[Subject]) -> int:
-    """Evaluates into output directories that no other process writes. Returns the exit status of the process."""
+    """Evaluates into output directories that no other process uses. Returns the exit status of the process."""
     try:
         mesh = start(c.mesh)
         check_same("config", repr(c))
@@ -124,7 +124,7 @@ def _comparison_note(subjects: list[Subject], texts: list[losses.Text | None]) -
 
 
 def _check(subject: Subject, c: config.Evaluation, mesh: jax.sharding.Mesh) -> losses.Text | None:
-    """Returns the text of the loss tasks, None without such tasks.
+    """Returns the text of the loss tasks, or None if none.
 
     Raises ValueError for every error that would otherwise stop the evaluation later, except running out of memory.
     """

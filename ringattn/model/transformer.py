@@ -117,7 +117,7 @@ REMAT_POLICIES = {
         offload_dst="pinned_host",
     ),
 }
-"""Residuals that a layer saves besides its input, by `model.remat`. The output and log-sum-exp of attention are always
+"""Residuals that a layer saves besides its input, per `model.remat`. The output and log-sum-exp of attention are always
 saved, so that K/V do not rotate a third time."""
 
 

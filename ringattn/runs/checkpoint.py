@@ -68,7 +68,7 @@ def _wait_for_processes(*, key: str, timeout_ms: int) -> None:
         barrier(key=key, timeout_ms=min(timeout_ms, 1000 * _MAX_BARRIER_SECONDS))
 
 
-def after_divergence() -> str:
+def divergence_fix() -> str:
     """Returns the fix for messages about diverged training."""
     flag = option("optimizer.learning_rate")
     return f"lower --{flag} and run the command again: it resumes from the newest checkpoint, if there is one"
@@ -131,7 +131,7 @@ class Checkpoints:
         arrays = named(tree)
         if names := non_finite(arrays):
             problem = f"{names[0]} contains NaN or infinity after step {step}; no checkpoint saved"
-            raise ValueError(f"{problem}; {after_divergence()}")
+            raise ValueError(f"{problem}; {divergence_fix()}")
         state = _StateSave(arrays)
         args = ocp.args.Composite(state=state, facts=ocp.args.JsonSave(facts(arrays)))
         with self._write_errors():
@@ -217,14 +217,14 @@ def read_params(directory: Path, step: int, like: Tree) -> Tree:
     Raises ValueError if the checkpoint is damaged, does not match `like`, or cannot be read.
     """
     target = {f"params.{name}": leaf for name, leaf in named(like).items()}
-    with _explained(directory / str(step)), _reader(directory) as manager:
+    with _read_errors(directory / str(step)), _reader(directory) as manager:
         arrays = _read(manager, step, target, "params.")
         return jax.tree.unflatten(jax.tree.structure(like), list(arrays.values()))
 
 
 def params_digest(directory: Path, step: int) -> str:
     """Returns a hexadecimal digest of the parameters of checkpoint `step`. Raises ValueError if it cannot be read."""
-    with _explained(directory / str(step)), _reader(directory) as manager:
+    with _read_errors(directory / str(step)), _reader(directory) as manager:
         sums = _read_facts(manager, step)["sums"]
     sums = {name: value for name, value in sums.items() if name.startswith("params.")}
     return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()[:16]
@@ -235,7 +235,7 @@ class _MismatchError(Exception):
 
 
 @contextmanager
-def _explained(checkpoint: Path) -> Iterator[None]:
+def _read_errors(checkpoint: Path) -> Iterator[None]:
     """Converts read errors to ValueError with a fix."""
     try:
         yield
@@ -248,7 +248,7 @@ def _explained(checkpoint: Path) -> Iterator[None]:
 
 
 def _unreadable(checkpoint: Path, error: Exception) -> ValueError:
-    fix = "which need not be damage and changed nothing; repair the cause and run the same command again"
+    fix = "which may not mean damage; nothing was changed; fix the cause and run the same command again"
     return ValueError(f"{checkpoint} cannot be read ({reason(error)}), {fix}")
 
 

@@ -1,4 +1,4 @@
-"""File locks, so that two processes never write the same output directory.
+"""File locks, so that two processes never write to the same output directory.
 
 The operating system releases the lock of a process that ends or is killed. An unlocked lock file has no effect.
 """
@@ -24,13 +24,13 @@ _held = set[int]()  # descriptors of lock files
 
 @contextmanager
 def locked(file: Path, directory: Path, fix: str, unwritable_fix: str) -> Iterator[None]:
-    """Holds a lock on `file` inside the context, so that only this process writes `directory`.
+    """Holds a lock on `file` inside the context, so that only this process writes to `directory`.
 
     Creates the file and missing directories, and removes them at the end, except directories that are not empty. On a
     file system without locks, it prints a warning and continues.
 
     Raises:
-      ValueError: if another process holds the lock, or this process in another call; the message names the process
+      ValueError: if another process, or another call in this one, holds the lock; the message names the process
         and proposes `fix`. Also if the file cannot be written; the message proposes `unwritable_fix`.
     """
     created = [parent for parent in file.parents if not parent.exists()]
@@ -65,7 +65,7 @@ def _acquire(file: Path) -> int | None:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
-        except FileNotFoundError:  # a process that ends has just removed the directory
+        except FileNotFoundError:  # an exiting process has just removed the directory
             if attempt == ATTEMPTS - 1:
                 raise
             continue
@@ -152,5 +152,5 @@ def _holder(file: Path) -> str:
             host, command = (
                 textwrap.shorten(str(content[name]), 120, placeholder=" ...") for name in ("host", "command")
             )
-            return f"process {int(content['pid'])} on host {host} since {started} ({command})"
+            return f"process {int(content['pid'])} on host {host}, started {started} ({command})"
     return "another process"

@@ -30,7 +30,7 @@ class _Script:
 
     def __init__(self, hint: str):
         self.claims: list[Callable[[int], None]] = []
-        """Handlers of one signal each, which then does not end the process. The last one handles the next signal."""
+        """Handlers that each take one signal instead of ending the process. The last one takes the next signal."""
         self.cleanups: list[Callable[[], None]] = []
         """Functions to call before a signal ends the process."""
         self._hint, self._ending = hint, threading.Lock()
@@ -43,7 +43,7 @@ class _Script:
         self.register()
 
     def register(self) -> None:
-        """Registers the handlers, except for signals that the process was started to ignore."""
+        """Registers the handlers, except for signals that were ignored when the process started."""
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 if signal.getsignal(number) is not signal.SIG_IGN:
@@ -64,7 +64,7 @@ class _Script:
                 self._end(number)
 
     def _clean_up(self, number: int, frame: FrameType | None) -> None:
-        """Runs the cleanups in the main thread, so that it does not write again what they remove."""
+        """Runs the cleanups in the main thread, so that this thread cannot rewrite what they remove."""
         if self.cleanups:
             try:
                 for cleanup in self.cleanups:
@@ -98,7 +98,7 @@ def end_on_signals(hint: str = "") -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # os._exit would lose printed lines
     # A forked child that wrote to the pipe would end its parent. During interpreter shutdown, no thread could end the
-    # process. atexit calls the function that was registered first as the last one.
+    # process. atexit calls functions in reverse order of registration.
     os.register_at_fork(after_in_child=_restore_defaults)
     atexit.register(_restore_defaults)
 

@@ -27,7 +27,7 @@ from ringattn.runs.writers import Writers
 from ringattn.training.frames import plot_frames
 from ringattn.training.plots import plot_loss
 from ringattn.training.profile import Profile
-from ringattn.training.recorder import DIVERGED, LogConfig, Recorder
+from ringattn.training.recorder import DIVERGENCE_FACTOR, LogConfig, Recorder
 from ringattn.training.stage import Run, compile_step, describe, prepare_stage, rebatch, tokens_per_step
 from ringattn.training.step import TrainState, TrainStep, skip
 
@@ -38,7 +38,7 @@ def train(c: config.Config) -> int:
     Returns the exit status of the process: 0, or 128 + signal number if a signal stopped the run.
 
     Raises:
-      ValueError: if config, data, devices and run directory are inconsistent, if another process trains the run, or
+      ValueError: if config, data, devices and run directory are inconsistent, if another process is training it, or
         if the loss or gradient norm becomes non-finite.
     """
     directory = c.run_directory
@@ -49,7 +49,7 @@ def train(c: config.Config) -> int:
 
 
 def _train_claimed(c: config.Config, directory: Path) -> int:
-    """Trains the run in `directory`, which no other launch writes. Returns the exit status of the process."""
+    """Trains the run in `directory`, which no other launch uses. Returns the exit status of the process."""
     launch_step = newest_step(directory)
     check_resumable(c, directory)
     current = _current_stage(c, directory)
@@ -106,7 +106,7 @@ def _train_stage(c: config.Config, number: int, splits: Splits, directory: Path,
         state, damage = _initial_or_restored(run, directory)
         done = int(state.step)
         display = Display(run.end_step, done)
-        if done < run.start_step:  # the newest checkpoint was damaged, and the restored one is of an earlier stage
+        if done < run.start_step:  # the newest checkpoint was damaged, and the restored one is from an earlier stage
             for line in damage:
                 display.print(line)
             return None
@@ -197,9 +197,9 @@ def advance(
             for step, batch in enumerate(batches, restored_step + 1):
                 profile.before(step, recorder)
                 with jax.profiler.StepTraceAnnotation("step", step_num=step):
-                    learned = batch.weights.any()
-                    state, metrics = train_step(state, run.place(batch)) if learned else (skip(state), None)
-                recorder.step(step, metrics, step_flops(c, run.tokenizer.size, batch) if learned else 0)
+                    has_targets = batch.weights.any()
+                    state, metrics = train_step(state, run.place(batch)) if has_targets else (skip(state), None)
+                recorder.step(step, metrics, step_flops(c, run.tokenizer.size, batch) if has_targets else 0)
                 profile.after(step, recorder)
                 is_last, signal_number = step == run.end_step, stop.number
                 to_validate = is_last or step % c.validation.every == 0
@@ -236,7 +236,7 @@ def _conclude(run: Run, train_step: TrainStep, state: TrainState, recorder: Reco
     batches = map(run.training.batch, range(start, start + per_epoch + 1))
     batch = next((batch for batch in batches if batch.weights.any()), None)
     if batch is None:
-        raise ValueError("all targets of the training text are masked out of the loss; use more text")
+        raise ValueError("all training targets are masked out of the loss; use more data")
     recorder.check(step + 1, train_step(state, run.place(batch))[1])
     checkpoints.confirm(recorder.confirmed_step)
 
@@ -261,6 +261,6 @@ def _log_config(run: Run) -> LogConfig:
         tokens_per_step=tokens,
         peak_flops=peak_flops(),
         token_offset=run.earlier_tokens - run.start_step * tokens,
-        always=(run.start_step + 1, run.end_step),  # the plot requires rows, also for stages shorter than `every`
-        max_loss=DIVERGED * math.log(run.tokenizer.size),
+        always=(run.start_step + 1, run.end_step),  # the plot requires rows, even for stages shorter than `every`
+        max_loss=DIVERGENCE_FACTOR * math.log(run.tokenizer.size),
     )

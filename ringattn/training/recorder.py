@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ringattn.cost.memory import peak_bytes
-from ringattn.runs.checkpoint import after_divergence
+from ringattn.runs.checkpoint import divergence_fix
 from ringattn.runs.metrics import Row
 from ringattn.runs.progress import Display
 from ringattn.training.by_context import losses_by_context
@@ -30,10 +30,10 @@ class LogConfig:
     always: tuple[int, ...] = (1,)
     """Steps that are logged regardless of `every`."""
     max_loss: float = math.inf
-    """Loss above which training has diverged: see DIVERGED."""
+    """Loss above which training has diverged: see DIVERGENCE_FACTOR."""
 
 
-DIVERGED = 10
+DIVERGENCE_FACTOR = 10
 """Training has diverged if the loss exceeds this many times that of a uniform guess. The parameters are then too large
 to be changed by lower learning rates."""
 
@@ -53,7 +53,7 @@ class Recorder:
     def step(self, step: int, metrics: Metrics | None, flops: int) -> None:
         """Takes the metrics of `step`, which may not be computed yet, and records the metrics of the preceding step.
 
-        `metrics` is None for a batch without learned tokens.
+        `metrics` is None for a batch without unmasked targets.
         """
         previous, self._pending = self._pending, (step, metrics, flops)
         self._record(previous)
@@ -71,11 +71,12 @@ class Recorder:
         values = {name: float(value) for name, value in metrics._asdict().items()}
         loss, limit = values["loss"], self._config.max_loss
         non_finite = [f"{name} became {value}" for name, value in values.items() if not math.isfinite(value)]
-        problems = non_finite + [f"loss became {loss:.6g}, {DIVERGED} times that of a uniform guess"] * (loss > limit)
+        above = f"loss became {loss:.6g}, over {DIVERGENCE_FACTOR} times that of a uniform guess"
+        problems = non_finite + [above] * (loss > limit)
         # Activations that overflow to 0 give the loss of a uniform guess and zero gradients.
         problems += [f"loss is {loss:.6g}, but grad_norm became 0"] * (values["grad_norm"] == 0 and loss > 1e-3)
         if problems:
-            raise ValueError(f"{problems[0]} at step {step}; {after_divergence()}")
+            raise ValueError(f"{problems[0]} at step {step}; {divergence_fix()}")
         self.confirmed_step = step - 1
         return values
 
@@ -86,7 +87,7 @@ class Recorder:
     def validation(self, step: int, values: dict[str, float]) -> str:
         """Writes and prints the validation after `step`; returns it as text. Raises ValueError if not finite."""
         if not all(map(math.isfinite, values.values())):
-            raise ValueError(f"the validation loss is {values['eval/loss']} after step {step}; {after_divergence()}")
+            raise ValueError(f"the validation loss is {values['eval/loss']} after step {step}; {divergence_fix()}")
         self._write({"step": step} | values)
         bits = values.get("eval/bits_per_byte")
         text = f"validation loss {values['eval/loss']:.4f} nats per token"
@@ -124,7 +125,7 @@ class Recorder:
         }
 
     def _show(self, row: Row) -> None:
-        step, loss = row["step"], "no learned tokens" if row["loss"] is None else f"loss {row['loss']:.4f}"
+        step, loss = row["step"], "no unmasked targets" if row["loss"] is None else f"loss {row['loss']:.4f}"
         text = f"{loss}  {row['tokens_per_second']:,.0f} tokens/s"
         text += "" if row["mfu"] is None else f"  mfu {row['mfu']:.1%}"
         text += "" if row["peak_bytes"] is None else f"  peak {bytes_in_words(row['peak_bytes'])}"

@@ -119,7 +119,7 @@ def _tile_bounds(tokens: Tokens, size: int, dim: int) -> Bounds:
 
 
 def tile_size(length: int, max_size: int) -> int:
-    """Returns the tile size: the largest divisor of length / 2 (of an odd length itself) that is at most max_size.
+    """Returns the tile size: the largest divisor <= max_size of length / 2, or of length if it is odd.
 
     Tiles do not cross the middle of a shard. The two halves of a zigzag shard are far apart in the sequence, so the
     position bounds of a tile with tokens of both halves would be too wide to skip any pair.
