@@ -60,12 +60,13 @@ def test_a_document_in_two_paths_is_used_once(directory: Path, case: str, docume
 def test_the_example_names_both_documents(directory: Path):
     paths = paths_of(directory, "file")
     assert read(Data(path=paths)).notes[-1] == (
-        f"data: skipped 1 of 9 documents, duplicates of others; e.g. {paths[1]} (data.path={paths[0]!r}) is the same as "
-        f"{paths[1]} (data.path={paths[1]!r}); to use a path more often, set data.mixture"
+        f"data: skipped 1 of 9 documents, duplicates of others; e.g. {paths[1]} (data.path={paths[0]!r}) is the same "
+        f"as {paths[1]} (data.path={paths[1]!r}); to use a path more often, set data.mixture"
     )
     (directory / "copy.txt").write_bytes((directory / "5.txt").read_bytes())
     assert read(Data(path=str(directory))).notes[1:] == [
-        f"data: skipped 1 of 9 documents, duplicates of others; e.g. {directory}/copy.txt is the same as {directory}/5.txt"
+        f"data: skipped 1 of 9 documents, duplicates of others; e.g. {directory}/copy.txt is the same "
+        f"as {directory}/5.txt"
     ]
     assert "document 4 of" in read(Data(path=paths_of(directory, "shards"))).notes[-1]
 

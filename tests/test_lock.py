@@ -44,8 +44,10 @@ def test_a_second_start_is_refused_by_name(tmp_path, monkeypatch):
         for attempt in (hold, lambda directory: nullcontext(check(directory))):
             with pytest.raises(ValueError, match="is in use") as refused, attempt(directory):
                 pass
-            since = r"since \d{4}-\d\d-\d\d \d\d:\d\d"
-            process = rf"process {os.getpid()} on host {socket.gethostname()} {since} \(scripts/train.py --name 'a b'\)"
+            started = r"started \d{4}-\d\d-\d\d \d\d:\d\d"
+            process = (
+                rf"process {os.getpid()} on host {socket.gethostname()}, {started} \(scripts/train.py --name 'a b'\)"
+            )
             assert refused.match(rf"^{directory} is in use by {process}: wait for it, stop it, or {FIX}$")
             assert (directory / ".lock").read_bytes() == written
     assert list(tmp_path.iterdir()) == []  # everything that it created
@@ -133,9 +135,12 @@ from ringattn.runs.lock import locked
 directory = Path({str(tmp_path)!r})
 with locked(directory / ".lock", directory, "", ""):
     program = subprocess.Popen(["sleep", "100"], close_fds=False)
+    reader, writer = os.pipe()
     copy = os.fork()
     if copy == 0:
+        os.write(writer, b"1")  # after the functions that os.fork calls in the child
         time.sleep(100)
+    os.read(reader, 1)
     print(program.pid, copy, flush=True)
     time.sleep(100)
 """

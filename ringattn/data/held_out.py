@@ -13,9 +13,9 @@ TOLERANCE = 0.2
 def first_copies(sources: Sequence[np.ndarray]) -> tuple[list[np.ndarray], np.ndarray]:
     """Finds equal documents in all `sources`, each given as digests ([documents], any dtype that can be sorted).
 
-    Returns a boolean array per source, True for the documents to keep, and the index of the kept copy of every document,
-    both numbered across all sources. Of equal documents, keeps the one in the source with the fewest distinct documents,
-    so that a file keeps the documents that its directory repeats; on ties, the first.
+    Returns a boolean array per source, True for the documents to keep, and the index of the kept copy of every
+    document, both numbered across all sources. Of equal documents, keeps the one in the source with the fewest distinct
+    documents, so that a file keeps the documents that its directory repeats; on ties, the first.
     """
     sizes = [digests.size for digests in sources]
     ends = np.cumsum(sizes)[:-1]
