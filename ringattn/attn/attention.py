@@ -52,13 +52,13 @@ def attention(
       key, value: in query's dtype. H must be a multiple of G; K/V heads are never repeated. Query i has position
         i + M - L, as in chunked prefill (negative where i < L - M), unless `positions` is given.
       mask: causality, window and chunk, by positions.
-      segment_ids: int32. Tokens see only their own segment. A negative id marks padding, which sees no key and which no
-        query sees. Ids and positions are one [B, L] array for queries and keys, or a pair (queries
+      segment_ids: int32. Tokens see only their own segment. A negative id marks padding, which neither sees nor is
+        seen. Ids and positions are one [B, L] array for queries and keys, or a pair (queries
         [B, L], keys [B, M]). NumPy arrays may have any integer dtype if their values fit in int32.
       span_ids: int32. Tokens of one span (id >= 0) see each other in both directions, even under a causal mask
         (prefix-LM, image spans), within the window, chunk and segment; -1: no span.
-      positions: int32, in storage order. Default: the positions that `layout` implies. With these, `layout` only
-        constrains the lengths, the positions are sent with K/V, and no hop is skipped.
+      positions: int32, in storage order. Default: the positions that `layout` implies. If given, they are sent
+        with K/V, no hop is skipped, and `layout` only constrains the lengths.
       layout: storage order of the tokens, as produced by `ringattn.permute`: "contiguous", "striped" or "zigzag". It
         does not depend on the strategy; a pair of axes counts as one axis of outer * inner devices.
       strategy: "ring"; "gather" (all-gathers K/V); "ulysses" (exchanges sequence shards for head shards); "usp"

@@ -37,9 +37,7 @@ class Mask:
         if self.window is not None:
             sides = np.ravel(self.window).tolist()
             if len(sides) not in (1, 2) or not all(isinstance(side, int) and 0 <= side < INT32_MAX for side in sides):
-                raise ValueError(
-                    f"window={self.window} must be an int from 0 to {INT32_MAX - 1}, or two, (left, right)"
-                )
+                raise ValueError(f"window={self.window} must be an int from 0 to {INT32_MAX - 1}, or (left, right)")
             # Python ints, because a NumPy array or a list could not be hashed.
             object.__setattr__(self, "window", sides[0] if len(sides) == 1 else tuple(sides))
         if self.chunk is not None:
@@ -136,7 +134,7 @@ def relate(mask: Mask, q: Bounds, k: Bounds) -> tuple[Bool[Array, "..."], Bool[A
     if mask.causal:
         future, past = k.first > q.last, k.last <= q.first
         if q.spans is not None and k.spans is not None:
-            # A span can make keys of the future visible. In the past, causality already allows every pair.
+            # A span can make future keys visible. Causality already allows all past keys.
             future &= (q.spans.largest < k.spans.smallest) | (k.spans.largest < q.spans.smallest)
         empty, full = empty | future, full & past
     if mask.left is not None:

@@ -5,7 +5,7 @@ online softmax. Each send overlaps with compute on the shard that is sent.
 
 Backward. The K/V rotate a second time, so that no remote shard is kept from the forward pass. The gradients dK/dV of a
 shard travel one hop behind their shard: while computing with shard h, a device sends the gradients of shard h - 1. A
-final send returns them to the owner, and overlaps with half of the local shard. With n >= 2 hops in one direction:
+final send returns them to the owner during compute on half of the local shard. With n >= 2 hops in one direction:
 
     compute                send K/V      send dK/dV
     local, first half      first send    -
@@ -68,8 +68,8 @@ class Ring:
       axis: the mesh axis whose devices are the members of the ring.
       kernel: applied at each hop; in a nested ring, the Ring over the inner axis.
       implied: positions, if the layout implies them; None: positions are given, and sent with their shard.
-      inner: in a nested ring, the inner axis: each of its devices holds one shard of the member. None: the member is
-        one device and holds all of its shards (several under USP).
+      inner: the inner axis of a nested ring, where a member is several devices with one shard each. None: a member
+        is one device with all of its shards (several under USP).
       reduce_dtype: dtype in which dK/dV are sent; None: the dtype in which they are summed.
     """
 

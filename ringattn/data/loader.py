@@ -49,7 +49,7 @@ class Rows:
         return bool(np.any(self._corpus.masked_prefixes < self._corpus.lengths))
 
     def rows(self, indices: np.ndarray, read: ReadRows) -> list[np.ndarray]:
-        """Returns the arrays that `read` returns for the rows with `indices` ([B], ascending), over all epochs."""
+        """Returns the arrays that `read` returns for the rows with `indices` ([B], ascending, across epochs)."""
         epochs, rows = np.divmod(indices, self.per_epoch)
         batches = []
         for epoch in np.unique(epochs):

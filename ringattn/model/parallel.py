@@ -147,7 +147,7 @@ def _gather_params(params: Params, specs: Params, dtype: DTypeLike) -> Params:
 
 @partial(jax.jit, static_argnums=2)
 def embed(tokens: Int[Array, "B L"], table: Float[Array, "V E"], dtype: str) -> Float[Array, "B L E"]:
-    """Looks up `tokens` in the sharded embedding `table`. Returns `dtype`; the gradient of the table is float32.
+    """Looks up `tokens` in the sharded embedding `table`, in `dtype`; the gradient of the table is float32.
 
     Each device looks up the tokens of all devices in its shard of the table. An all-to-all then sends the embedding
     columns to the devices that hold the tokens.

@@ -61,7 +61,7 @@ def saved_steps(directory: Path) -> list[int]:
 def _wait_for_processes(*, key: str, timeout_ms: int) -> None:
     """Waits for the other processes at barrier `key`, unless the write in this process has failed.
 
-    The others may still be writing, and would reach this barrier only after one that this process misses.
+    After a failure, this process skips an earlier barrier, so the others would never reach this one.
     """
     if sys.exc_info()[0] is None:
         barrier = ocp.multihost.get_barrier_sync_fn()
@@ -248,7 +248,7 @@ def _read_errors(checkpoint: Path) -> Iterator[None]:
 
 
 def _unreadable(checkpoint: Path, error: Exception) -> ValueError:
-    fix = "which may not mean damage; nothing was changed; fix the cause and run the same command again"
+    fix = "but may be intact; nothing was changed; fix the cause and run the same command again"
     return ValueError(f"{checkpoint} cannot be read ({reason(error)}), {fix}")
 
 

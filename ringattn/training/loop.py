@@ -38,7 +38,7 @@ def train(c: config.Config) -> int:
     Returns the exit status of the process: 0, or 128 + signal number if a signal stopped the run.
 
     Raises:
-      ValueError: if config, data, devices and run directory are inconsistent, if another process is training it, or
+      ValueError: if config, data, devices and run directory are inconsistent, if another process trains the run, or
         if the loss or gradient norm becomes non-finite.
     """
     directory = c.run_directory
@@ -131,7 +131,7 @@ def _train_stage(c: config.Config, number: int, splits: Splits, directory: Path,
         if status == 0 and number < len(c.stages):
             if not stop.number:
                 return None
-            # A signal during the last step of a stage must not start the next stage.
+            # After a signal in a stage's last step, the next stage must not start.
             status, name = 128 + stop.number, signal.Signals(stop.number).name
             result = f"stopped by {name} after step {run.end_step}; checkpoint saved"
         display.print(f"{result}; run directory {directory}")
@@ -225,7 +225,7 @@ def advance(
 
 
 def _conclude(run: Run, train_step: TrainStep, state: TrainState, recorder: Recorder, checkpoints: Checkpoints) -> None:
-    """Completes a run that ends with `state`, and confirms the checkpoint of `state` by one more, discarded step.
+    """Completes a run that ends with `state`, and confirms the checkpoint of `state` by a discarded extra step.
 
     Raises ValueError if no run can resume from `state`, which is then not saved.
     """

@@ -35,7 +35,7 @@ class LogConfig:
 
 DIVERGENCE_FACTOR = 10
 """Training has diverged if the loss exceeds this many times that of a uniform guess. The parameters are then too large
-to be changed by lower learning rates."""
+to recover at a lower learning rate."""
 
 _Pending = tuple[int, Metrics | None, int]
 
