@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 TOP = {"pyproject.toml", "README.md", "LICENSE", "CONTRIBUTING.md"}
 TOP |= {"ringattn", "configs", "scripts", "tests", "notebooks"}
 
-GROUND = {"compilation_cache", "environment", "hardware", "layout", "units"}
+GROUND = {"compilation_cache", "environment", "hardware", "layout", "palette", "units"}
 SHARED = GROUND | {"config", "mesh"}
 ROOMS = {
     "__init__": {"attn", "flax", "layout"},
@@ -24,6 +24,7 @@ ROOMS = {
     "environment": set(),
     "hardware": set(),
     "layout": set(),
+    "palette": set(),
     "units": set(),
     "config": {"attn", "layout"},  # of attn only choices.py, which holds no arrays
     "mesh": {"compilation_cache", "config", "layout", "units"},

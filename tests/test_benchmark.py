@@ -169,6 +169,17 @@ def test_the_legend_has_only_measured_subjects(finished, tmp_path, monkeypatch):
     assert names == ["gather contiguous", "dense"], "ulysses and ringattention were skipped"
 
 
+def test_the_legend_has_only_subjects_of_the_plotted_rings_and_lengths(finished, tmp_path, monkeypatch):
+    """Ulysses runs on a ring of 1 with few tokens. The plots show the ring of 2 and the most tokens."""
+    names = []
+    monkeypatch.setattr(Figure, "legend", lambda self, handles, labels, **_: names.extend(labels))
+    most = max(row["shard_tokens"] for row in finished[1]["rows"])
+    rows = [row for row in finished[1]["rows"] if "ulysses" not in row["subject"] or row["shard_tokens"] < most]
+    assert any("ulysses" in row["subject"] and row["skipped"] is None for row in rows)
+    report.plot(rows, "both", tmp_path / "plots" / "both.png")
+    assert names == ["gather contiguous", "dense"]
+
+
 def test_a_program_that_does_not_fit_memory_is_not_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(timing, "free_memory", lambda device: 1000)
     small = {"rings": (2,), "shard_tokens": (16,), "subjects": ("gather contiguous", "dense"), "baselines": ("dense",)}

@@ -10,6 +10,7 @@ from matplotlib.ticker import FixedLocator, LogLocator
 from rich.console import Console
 from rich.table import Table
 
+from ringattn.palette import COLOURS, MARKERS
 from ringattn.runs.files import write_figure
 from ringattn.units import bytes_in_words
 
@@ -40,9 +41,6 @@ Result = TypedDict(
 )
 """One pass of one subject at one length and ring size, a row of results.json. If skipped, it has only the reason."""
 
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")
-"""Okabe and Ito's palette for colour-blind readers, without yellow, which is faint on white."""
-MARKERS = "osD^vPX*"
 LABELS = {"seconds": "time per call", "temp_bytes": "temporary memory per device"}
 
 Quantity = Literal["seconds", "temp_bytes"]
@@ -128,9 +126,12 @@ def plot(results: Sequence[Result], title: str, path: Path) -> None:
         for axes, (pass_, quantity) in zip(panels, columns, strict=True):
             _draw(axes, [result for result in chosen if result["pass"] == pass_], subjects, by, quantity)
             axes.set(title=pass_, xlabel=label, ylabel=LABELS[quantity])
-    if subjects:
-        handles, labels = grid[0][0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4))
+    # A subject without a point in any panel, because it is skipped for the rings and lengths shown, gets no entry.
+    drawn = {line.get_label(): line for axes in grid.flat for line in axes.lines if len(line.get_xdata())}
+    shown = [subject for subject in subjects if subject in drawn]
+    if shown:
+        handles = [drawn[subject] for subject in shown]
+        figure.legend(handles, shown, loc="outside lower center", ncols=min(len(shown), 4))
     write_figure(path, figure)
 
 

@@ -4,19 +4,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ringattn.config import LOSSES
 from ringattn.evaluation.losses import changes
 from ringattn.evaluation.results import Result
+from ringattn.palette import COLOURS, MARKERS
 from ringattn.runs.files import write_figure
 
 Runs = dict[str, list[Result]]
 """Results by the name of the run."""
-COLOURS = style.library["seaborn-v0_8-colorblind"]["axes.prop_cycle"].by_key()["color"]
-MARKERS = "osD^vPX*<>h"
 LINES = ("-", "--", ":", "-.")
 LENGTH_LABEL = "tokens per row"
 LOSS_LABEL = "loss (nats per token)"
@@ -66,12 +64,17 @@ def heat_maps(runs: Runs, task: str) -> Figure:
     return figure
 
 
-def _line_plot(ylabel: str) -> tuple[Figure, Axes]:
+def _line_plot(runs: Runs, title: str, ylabel: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    axes.set(ylabel=ylabel)
+    axes.set(title=_title(runs, title), ylabel=ylabel)
     axes.grid(alpha=0.3)
     return figure, axes
+
+
+def _title(runs: Runs, title: str) -> str:
+    """Returns `title`, with a second line if there is only one run. The legend names several."""
+    return f"{title}\nrun {next(iter(runs))}" if len(runs) == 1 else title
 
 
 def _log_ticks(axes: Axes, ticks: list[int], label: str) -> None:
@@ -94,7 +97,7 @@ def _legend(axes: Axes) -> None:
 
 def exact_match(runs: Runs, tasks: list[str]) -> Figure:
     """Exact match by length, with 95 % intervals: one colour and marker per task, one line style per run."""
-    figure, axes = _line_plot("exact match (bars: 95% interval)")
+    figure, axes = _line_plot(runs, "Exact match by length", "exact match (bars: 95% interval)")
     all_lengths: set[int] = set()
     for number, (run, results) in enumerate(runs.items()):
         for task_number, task in enumerate(tasks):
@@ -112,7 +115,7 @@ def exact_match(runs: Runs, tasks: list[str]) -> Figure:
 
 def by_position(runs: Runs) -> Figure:
     """Loss by position in the row: one colour and marker per length, one line style per run."""
-    figure, axes = _line_plot(LOSS_LABEL)
+    figure, axes = _line_plot(runs, "Loss by position in the row", LOSS_LABEL)
     ticks = set()
     for number, (run, results) in enumerate(runs.items()):
         for length_number, result in enumerate(_of_task(results, LOSSES[0])):
@@ -131,7 +134,9 @@ def by_position(runs: Runs) -> Figure:
 
 def by_context(runs: Runs) -> Figure:
     """Change of the loss of the same tokens by length, relative to the shortest rows, one line per run."""
-    figure, axes = _line_plot("change in loss (nats per token)")
+    scored = _of_task(next(iter(runs.values())), LOSSES[1])[0]["scored"]
+    title = f"Loss of the same {scored:,} tokens at the end of longer rows"
+    figure, axes = _line_plot(runs, title, "change in loss (nats per token)")
     all_lengths: set[int] = set()
     for number, (run, results) in enumerate(runs.items()):
         of_task = _of_task(results, LOSSES[1])
@@ -142,8 +147,6 @@ def by_context(runs: Runs) -> Figure:
             lengths, [mean["loss"] for mean in means], errors, capsize=3, label=label, **_line_style(number, number)
         )
         all_lengths |= set(lengths)
-        scored = of_task[0]["scored"]
-        figure.suptitle(f"Loss of the same {scored:,} tokens at the end of rows of different lengths", fontsize=10)
     _log_ticks(axes, sorted(all_lengths), f"{LENGTH_LABEL}; bars: standard error over documents")
     _legend(axes)
     return figure
@@ -164,6 +167,9 @@ def by_kind(runs: Runs) -> Figure:
         axes.bar(ticks, heights, width, label=run, color=COLOURS[number % len(COLOURS)])
     axes.set_xticks([tick + 0.4 - width / 2 for tick in range(len(kinds))], kinds, rotation=30, ha="right")
     length = max(result["length"] for result in longest.values())
-    axes.set(ylabel=LOSS_LABEL, title=f"Rows of {length:,} tokens")
-    _legend(axes)
+    axes.set(ylabel=LOSS_LABEL, title=_title(runs, f"Loss by kind of document in rows of {length:,} tokens"))
+    axes.set_axisbelow(True)
+    axes.grid(axis="y", alpha=0.3)
+    if len(runs) > 1:
+        _legend(axes)
     return figure

@@ -169,7 +169,7 @@ def finish(run: Run, state: TrainState, directory: Path) -> None:
         if isinstance(run.tokenizer, VideoTokenizer):
             plot_frames(run.tokenizer.preview, run.tokenizer.reconstruct_preview(), directory / "plots" / "frames.png")
         # Written last: if it is missing, the run was interrupted here.
-        plot_loss(read_rows(directory / "metrics.jsonl"), directory / "plots" / "loss.png")
+        plot_loss(read_rows(directory / "metrics.jsonl"), directory / "plots" / "loss.png", run.full_config.name)
 
 
 def advance(

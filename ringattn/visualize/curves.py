@@ -7,6 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MultipleLocator, NullLocator
 
+from ringattn.palette import MARKERS
 from ringattn.units import bytes_in_words
 from ringattn.visualize.attention_memory import STRATEGIES, Curve
 from ringattn.visualize.figures import DPI, INK
@@ -14,7 +15,6 @@ from ringattn.visualize.svg import COLOURS
 
 SIZE = 7.6, 4.2
 """Inches."""
-MARKERS = "osD^vPX*"
 DASHES = (5, 1.5), (1.5, 1.5), (6, 1.5, 1.5, 1.5), (10, 3)
 """Dash patterns of horizontal lines."""
 
