@@ -21,6 +21,6 @@ def duration_in_words(seconds: float) -> str:
     return f"{whole // 86400} d {whole % 86400 // 3600} h"
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Returns the first line of an error's message, at most 200 characters; its type if the message is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,6 +1,10 @@
 """Checkpoints are kept, verified and restored on any mesh; damaged ones are skipped."""
 
+import errno
 import json
+import os
+import resource
+import signal
 from pathlib import Path
 
 import chex
@@ -148,10 +152,98 @@ def test_checksums_detect_changed_arrays(directory, mesh, monkeypatch):
     assert messages == [expected]
 
 
-def test_an_incomplete_write_is_no_checkpoint(directory, mesh):
-    (directory / "8.orbax-checkpoint-tmp").mkdir()
-    assert saved_steps(directory) == [6, 4]
+def files_of(directory):
+    return sorted(path for path in directory.rglob("*") if path.is_file())
+
+
+def test_one_flipped_bit_in_any_file_is_detected_or_has_no_effect(directory, mesh):
+    """Each file of the checkpoint, metadata of Orbax and TensorStore included, with a bit flipped in its middle."""
+    names, effects = [path.relative_to(directory / "6") for path in files_of(directory / "6")], []
+    assert len(names) > 8
+    for name in names:
+        path = directory / "6" / name
+        content = path.read_bytes()
+        path.write_bytes(bytes(byte ^ (4 * (at == len(content) // 2)) for at, byte in enumerate(content)))
+        restored, messages = restore(directory, mesh)
+        chex.assert_trees_all_equal(restored, state(mesh, int(restored.step)))
+        assert saved_steps(directory) == ([4] if messages else [6, 4]), name
+        effects.append((str(name), [message.startswith("checkpoint 6 is damaged (") for message in messages]))
+        if messages:
+            (directory / "damaged-6").rename(directory / "6")
+        path.write_bytes(content)
+    assert ("facts/metadata", [True]) in effects
+    assert ("state/_METADATA", [True]) in effects or ("state/manifest.ocdbt", [True]) in effects
     assert int(restore(directory, mesh)[0].step) == 6
+
+
+TENSORSTORE = "UNKNOWN: Error reading: Input/output error [tensorstore_spec='{}'] [os_error_code='5'] [source='']"
+"""As TensorStore 0.1.86 reports a failed read."""
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(errno.EIO, os.strerror(errno.EIO)), "Input/output error"),
+        (MemoryError(), "out of memory"),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes"), "RESOURCE_EXHAUSTED"),
+        (ValueError(TENSORSTORE), "Input/output error"),
+    ],
+)
+def test_an_error_that_is_no_evidence_of_damage_leaves_the_checkpoint_alone(
+    directory, mesh, monkeypatch, error, reason
+):
+    def failing(*args):
+        raise ValueError("cannot restore") from error
+
+    before = listing(directory)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_read_arrays", failing)
+        message = rf"6 cannot be read \({reason}.*\), but may be intact; nothing was changed; fix the cause"
+        with pytest.raises(ValueError, match=message):
+            restore(directory, mesh)
+        with pytest.raises(ValueError, match=message):
+            read_params(directory, 6, abstract(state(mesh, 6)).params)
+    assert listing(directory) == before
+    assert int(restore(directory, mesh)[0].step) == 6
+
+
+def test_a_disk_that_returns_errors_leaves_the_checkpoint_alone(directory, mesh):
+    """Reads of /proc/self/mem at 0 give an input/output error, like a broken disk."""
+    path = directory / "6" / "state" / "_METADATA"
+    path.unlink()
+    path.symlink_to("/proc/self/mem")
+    with pytest.raises(ValueError, match=r"6 cannot be read \(Input/output error\), but may be intact"):
+        restore(directory, mesh)
+    assert saved_steps(directory) == [6, 4]
+
+
+def test_other_entries_are_no_checkpoints(directory, mesh):
+    for name in ("8.orbax-checkpoint-tmp", "abc", "007", "0", "٩", "damaged-9", "10.5", "-3"):
+        (directory / name).mkdir()
+    (directory / "5").write_text("")
+    assert saved_steps(directory) == [6, 4]
+    restored, messages = restore(directory, mesh)
+    assert (int(restored.step), messages) == (6, [])
+    with Checkpoints(directory, keep=2) as checkpoints:
+        save(checkpoints, 7, state(mesh, 7))
+    assert saved_steps(directory) == [7, 6]
+    assert {"abc", "007", "5", "damaged-9"} < {path.name for path in directory.iterdir()}
+
+
+def test_a_full_disk_is_an_error_and_loses_no_checkpoint(directory, mesh, capfd):
+    """A limit on file sizes fails the write, as a full disk does."""
+    limits, ignored = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    before = files_of(directory)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (64, limits[1]))
+        message = r"cannot write to \S*checkpoints \(File too large\); free disk space or make it writable"
+        with pytest.raises(ValueError, match=message), Checkpoints(directory, keep=1) as checkpoints:
+            save(checkpoints, 8, state(mesh, 8))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert files_of(directory) == before
+    assert capfd.readouterr().err == ""
 
 
 def test_no_readable_checkpoint_is_an_error(directory, mesh):

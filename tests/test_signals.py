@@ -15,7 +15,8 @@ from ringattn.runs.signals import before_ending, stopped_by_signal
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "scripts"
-ENVIRON = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {"PYTHONPATH": str(ROOT)}
+ENVIRON = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "PYTHONUNBUFFERED")}
+ENVIRON |= {"PYTHONPATH": str(ROOT)}
 SCRIPT = f"""
 import gc, hashlib, os, signal, sys, threading
 sys.path.insert(0, {str(SCRIPTS)!r})
@@ -34,7 +35,7 @@ gc.callbacks.append(callback)
 gc.collect()
 """
 CLEANING = f"""
-with signals.before_ending(lambda: print("removed")):
+with signals.before_ending(lambda: os.write(1, b"removed\\n")):  # print could be interrupted by itself
     {WAIT}
 """
 LOOP = """
@@ -72,7 +73,8 @@ def deliver(words: Sequence[str], *deliveries: tuple[str, Sequence[int]]) -> tup
     command = [sys.executable, *words]
     with subprocess.Popen(command, env=ENVIRON, text=True, stdout=subprocess.PIPE, stderr=stderr) as process:
         assert process.stdout is not None
-        out: list[str] = []
+        watchdog, out = threading.Timer(300, process.kill), list[str]()  # otherwise a failure would take half an hour
+        watchdog.start()
         for text, numbers in deliveries:
             for line in process.stdout:
                 out.append(line.rstrip())
@@ -80,7 +82,8 @@ def deliver(words: Sequence[str], *deliveries: tuple[str, Sequence[int]]) -> tup
                     break
             for number in numbers:
                 process.send_signal(number)
-        rest, err = process.communicate(timeout=120)
+        rest, err = process.communicate()
+        watchdog.cancel()
     out += rest.splitlines()
     return process.returncode, [line for line in out if "import time:" not in line], (err or "").splitlines()
 
@@ -154,7 +157,11 @@ def test_a_signal_ends_a_run_while_its_step_compiles(tmp_path):
     endless = f"""
 import hashlib, runpy, sys
 import jax
-jax.stages.Lowered.compile = lambda self: hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
+def compile(self):
+    from ringattn.training import loop
+    assert loop.stopped_by_signal.__globals__["_script"], "scripts/startup.py and the package use the same module"
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
+jax.stages.Lowered.compile = compile
 sys.path.insert(0, {str(SCRIPTS)!r})
 sys.argv[0] = {str(SCRIPTS / "train.py")!r}
 runpy.run_path(sys.argv[0], run_name="__main__")

@@ -46,7 +46,7 @@ _MAX_SECONDS = 7 * 24 * 3600
 """Timeout of a write in seconds. It includes the step that confirms the checkpoint."""
 _MAX_BARRIER_SECONDS = 1200
 """Maximum seconds to wait for the writes of other processes."""
-_orbax_log = logging.getLogger("absl")
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax also logs the errors that it raises, with tracebacks
 
 
 def saved_steps(directory: Path) -> list[int]:
@@ -105,21 +105,20 @@ class Checkpoints:
             cleanup_tmp_directories=True,
             async_options=ocp.AsyncOptions(timeout_secs=_MAX_SECONDS, barrier_sync_fn=_wait_for_processes),
         )
-        self._manager = ocp.CheckpointManager(self._directory, options=options)
+        try:
+            self._manager = ocp.CheckpointManager(self._directory, options=options)
+        except OSError as error:
+            raise _unreadable(self._directory, error) from error
         self._unconfirmed: tuple[int, Future[None]] | None = None
 
     def __enter__(self) -> "Checkpoints":
-        self._level = _orbax_log.level
-        _orbax_log.setLevel(logging.CRITICAL)  # Orbax also logs the errors that it raises, with tracebacks
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        try:
+        with suppress(*[ValueError] * (kind is not None)):  # the first error is reported
             self._drop_unconfirmed()
-            with self._write_errors(), suppress(*[Exception] * (kind is not None)):  # the first error is reported
+            with self._write_errors():
                 self._manager.close()
-        finally:
-            _orbax_log.setLevel(self._level)
 
     def save(self, step: int, tree: Any) -> None:
         """Starts an asynchronous write of `tree`, whose arrays may be donated immediately.

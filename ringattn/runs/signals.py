@@ -152,8 +152,8 @@ class Stop:
         self._record(number)
 
     def _record(self, number: int) -> None:
-        self.number = number
         self._report(f"{signal.Signals(number).name}: saving after this step; send it again to stop immediately")
+        self.number = number  # after the line, because the loop may end the process at once
 
 
 @contextmanager

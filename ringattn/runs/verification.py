@@ -101,13 +101,19 @@ def is_damage(error: Exception) -> bool:
 
 
 def reason(error: Exception) -> str:
-    """Returns the operating system's message for an error, or else the first line of the error's own message."""
+    """Returns the cause of an error of reading or writing, as the operating system's message if it has one."""
     for each in _causes(error):
         if isinstance(each, OSError) and each.strerror:
             return each.strerror
         if (number := _os_error(str(each))) is not None:
             return os.strerror(number)
-    return first_line(error)
+        if isinstance(each, MemoryError):
+            return "out of memory"
+        if isinstance(each, jax.errors.JaxRuntimeError):
+            return first_line(each)
+    # The message of TensorStore ends with the cause and then a description of the array in brackets.
+    message, *description = str(error).split(" [tensorstore_spec", 1)
+    return message.rsplit(": ", 1)[-1] if description else first_line(error)
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -117,6 +123,6 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _os_error(message: str) -> int | None:
-    """Returns the number in a TensorStore message, such as '... [OS error 28: ENOSPC No space left on device]'."""
-    found = re.search(r"\[OS error (\d+)", message)
+    """Returns the number in a TensorStore message, such as '... [os_error_code='5'] ...'."""
+    found = re.search(r"\[os_error_code='(\d+)'\]", message)
     return int(found[1]) if found else None
