@@ -2,6 +2,7 @@
 
 import math
 import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,8 @@ FORCED = "--xla_force_host_platform_device_count"
 if FORCED not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FORCED}=8".strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a background job of a shell, whose children inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)  # the tests and the processes that they start compile everything
 
 import hypothesis
