@@ -96,7 +96,7 @@ def test_relate_is_exact_for_tiles_of_packed_documents(mask, sizes, lengths):
     ("wrong", "message"),
     [
         ({"window": -1}, "window=-1 must be an int from 0 to"),
-        ({"window": (3, -2)}, r"window=\(3, -2\) must be .* or two, \(left, right\)"),
+        ({"window": (3, -2)}, r"window=\(3, -2\) must be .* or \(left, right\)"),
         ({"window": ()}, r"window=\(\) must be an int from 0 to"),
         ({"window": (1, 2, 3)}, r"window=\(1, 2, 3\) must be an int from 0 to"),
         ({"window": 2.0}, "window=2.0 must be an int from 0 to"),
