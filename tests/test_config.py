@@ -169,6 +169,9 @@ def test_a_config_is_required_and_must_exist(capsys, base):
         (Mesh, {"context": 0}, "mesh.context=0 must be at least 1, or -1"),
         (Mesh, {"data": -1}, "mesh.data=-1 and mesh.context=-1: only one.*use --mesh.data 1"),
         (Mesh, {"simulate": -1}, "mesh.simulate=-1 must be at least 0"),
+        (config.Train, {"steps": 2**31}, "train.steps=2147483648 must be from 1 to 2147483647"),
+        (config.Train, {"seed": 10**20}, "train.seed=100000000000000000000 must be from 0 to 9223372036854775807"),
+        (config.Optimizer, {"warmup_steps": 10**12}, "warmup_steps=1000000000000 must be from 0 to 2147483647"),
         (config.Attention, {"window": -1}, "attention.window=-1 must be at least 0, or None"),
         (config.Optimizer, {"beta2": 1}, "optimizer.beta2=1.0 must be at least 0 and less than 1"),
         (config.Optimizer, {"final_fraction": 1.5}, "optimizer.final_fraction=1.5 must be between 0 and 1"),
@@ -202,7 +205,7 @@ def test_help_lists_every_field_with_the_defaults_of_the_config_file(capsys, bas
 
 @given(
     rate=st.floats(1e-30, 1e30),
-    steps=st.integers(21, 2**60),
+    steps=st.integers(21, 2**31 - 1),
     window=st.none() | st.integers(0, 2**40),
     text=st.text(st.characters(exclude_categories=["Cs"]), min_size=1),
 )

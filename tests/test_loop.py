@@ -198,6 +198,15 @@ def test_a_directory_that_cannot_be_written_is_an_error(base):
         train(replace(base, log=replace(base.log, directory="/proc/none")))
 
 
+def test_a_model_that_cannot_fit_is_refused_before_data_are_read(base, monkeypatch):
+    """Compiling and allocating the state of a billion layers would take hours."""
+    monkeypatch.setattr(loop, "read", lambda *_: pytest.fail("data were read"))
+    absurd = replace(base, name="absurd", model=replace(base.model, layers=10**9))
+    with pytest.raises(ValueError, match=r"each of 8 cpu devices needs at least .*; reduce model\.layers=1000000000$"):
+        train(absurd)
+    assert not absurd.run_directory.exists()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_the_run_after_a_checkpoint(base, monkeypatch, capsys, number):
     c = replace(base, name=f"stopped-{number.name}", train=replace(base.train, steps=8))

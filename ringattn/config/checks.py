@@ -66,9 +66,10 @@ def require(holds: bool, section: Any, name: str, rule: str) -> None:
         raise ValueError(f"{option(PREFIXES[type(section)] + name)}={vars(section)[name]!r} must be {rule}")
 
 
-def at_least(low: int, section: Any, *names: str) -> None:
+def at_least(low: int, section: Any, *names: str, at_most: float = math.inf) -> None:
+    rule = f"at least {low}" if at_most == math.inf else f"from {low} to {at_most}"
     for name in names:
-        require(vars(section)[name] >= low, section, name, f"at least {low}")
+        require(low <= vars(section)[name] <= at_most, section, name, rule)
 
 
 def check_types(section: Any) -> None:

@@ -176,7 +176,7 @@ class Optimizer:
     def __post_init__(self) -> None:
         check_types(self)
         require(self.learning_rate > 0, self, "learning_rate", "positive, such as 0.003")
-        at_least(0, self, "warmup_steps", "weight_decay")
+        at_least(0, self, "warmup_steps", "weight_decay", at_most=2**31 - 1)  # JAX counts steps in int32
         require(0 <= self.final_fraction <= 1, self, "final_fraction", "between 0 and 1, such as 0.1")
         for name, decay in {"beta1": self.beta1, "beta2": self.beta2}.items():
             require(0 <= decay < 1, self, name, "at least 0 and less than 1, such as 0.9")
@@ -196,11 +196,11 @@ class Train:
 
     def __post_init__(self) -> None:
         check_types(self)
-        at_least(1, self, "steps", "batch_size", "accumulate")
-        at_least(0, self, "seed")
-        multiple = f"a multiple of train.accumulate={self.accumulate}; use "
-        multiple += nearest_multiples(self.batch_size, self.accumulate)
-        require(self.batch_size % self.accumulate == 0, self, "batch_size", multiple)
+        at_least(1, self, "steps", at_most=2**31 - 1)
+        at_least(1, self, "batch_size", "accumulate")
+        at_least(0, self, "seed", at_most=2**63 - 1)
+        unit, fix = self.accumulate, f"use {nearest_multiples(self.batch_size, self.accumulate)}"
+        require(self.batch_size % unit == 0, self, "batch_size", f"a multiple of train.accumulate={unit}; {fix}")
 
 
 @section("validation.")
