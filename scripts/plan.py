@@ -40,12 +40,12 @@ def main() -> int:
             check_writable(Path(options.json), "--json")
         if options.stage is not None and not 0 < options.stage <= len(run.stages):
             raise ValueError(f"--stage {options.stage} must be from 1 to {len(run.stages)}, the stages of {run.name}")
-        with Display(None, every_process=True).waiting("compiling the train step"):
-            if options.stage is None:
-                plan = planning.plan(run, options.topology)
-            else:
-                with config.stage_errors(run.stages, options.stage):
-                    plan = planning.plan(run.stage(options.stage), options.topology)
+        compiling = Display(None, every_process=True).waiting("compiling the train step")
+        if options.stage is None:
+            plan = planning.plan(run, options.topology, compiling)
+        else:
+            with config.stage_errors(run.stages, options.stage):
+                plan = planning.plan(run.stage(options.stage), options.topology, compiling)
         print(*planning.report(plan), sep="\n")
         if options.json is not None:
             try:

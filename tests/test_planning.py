@@ -101,7 +101,9 @@ def error_of(monkeypatch, capsys):
         with pytest.raises(SystemExit) as end:
             main()
         assert end.value.code == 2
-        (line,) = capsys.readouterr().err.splitlines()
+        output = capsys.readouterr()
+        assert not output.out, "found before compiling"
+        (line,) = output.err.splitlines()
         assert line.startswith("error: ")
         return line
 

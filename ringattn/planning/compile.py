@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,8 +58,10 @@ class Plan:
     """The reason why the step does not fit, such as the compiler's error; None if it fits."""
 
 
-def plan(c: config.Config, topology: str) -> Plan:
+def plan(c: config.Config, topology: str, compiling: AbstractContextManager[Any] | None = None) -> Plan:
     """Compiles one update of `c` for a topology such as 'v5e:8x8', 'v5p:4x4x4' or 'cpu:8'; allocates nothing on it.
+
+    After all checks, it compiles inside the context `compiling`, such as a display.
 
     Raises ValueError if the topology does not exist, if the TPU compiler (the extra `tpu`) is not installed, if `c`
     does not fit its mesh, if the step needs more than `COMPILED` times the memory of a device, or if `c` has several
@@ -75,7 +78,8 @@ def plan(c: config.Config, topology: str) -> Plan:
     with jax.set_mesh(mesh):
         state, batch, step = abstract_step(c, mesh)
         try:
-            memory = program_memory(step.lower(state, batch).compile())
+            with compiling or nullcontext():
+                memory = program_memory(step.lower(state, batch).compile())
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
