@@ -169,6 +169,7 @@ def test_a_config_is_required_and_must_exist(capsys, base):
         (Mesh, {"context": 0}, "mesh.context=0 must be at least 1, or -1"),
         (Mesh, {"data": -1}, "mesh.data=-1 and mesh.context=-1: only one.*use --mesh.data 1"),
         (Mesh, {"simulate": -1}, "mesh.simulate=-1 must be at least 0"),
+        (config.Evaluation, {"samples": 10**15}, "samples=1000000000000000 must be from 1 to 1000000"),
         (config.Train, {"steps": 2**31}, "train.steps=2147483648 must be from 1 to 2147483647"),
         (config.Train, {"seed": 10**20}, "train.seed=100000000000000000000 must be from 0 to 9223372036854775807"),
         (config.Optimizer, {"warmup_steps": 10**12}, "warmup_steps=1000000000000 must be from 0 to 2147483647"),

@@ -57,6 +57,6 @@ class Evaluation:
         check_distinct(self, "runs", "tasks", "lengths", "depths")
         require(min(self.lengths) >= 2, self, "lengths", "at least 2 each")
         require(all(0 <= depth <= 1 for depth in self.depths), self, "depths", "between 0 and 1 each")
-        at_least(1, self, "samples", "batch_size")
+        at_least(1, self, "samples", "batch_size", at_most=10**6)  # a list of all samples is kept in memory
         at_least(0, self, "seed")
         require(self.path != "", self, "path", "a file, a directory, a glob or 'stdlib', or None")
