@@ -34,8 +34,8 @@ TABLE, SOURCES = "<!-- support table: python tests/test_support.py -->", "<!-- s
 END = "<!-- end -->"
 LEGEND = """\
 For ringattn, a probe in [tests/test_support.py](../../tests/test_support.py) runs each feature on simulated devices.
-*yes*: output and gradients agree with dense attention in float64 (for merged hops, the output). *no*: the feature is
-refused or does not exist. The last row follows "tested on" of the [front page](../../README.md#what-works).
+*yes*: output and gradients agree with dense attention in float64 (in bfloat16, only the output). *no*: the feature is
+refused or does not exist. The last row is from "tested on" in the [README](../../README.md#what-works).
 
 The other columns are based on the source code of the releases in the header, as of November 2026. Each entry links to
 the line of source code that shows it, or to the place where the feature is missing. *?*: the source code does not say.
