@@ -37,6 +37,16 @@ jaxtyping.install_import_hook(
 from ringattn.mesh.topology import arrange_devices
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Disables LLVM's optimizations, except for slow tests. They take a third of the compile time; the HLO is the same.
+
+    Processes that tests start inherit the setting.
+    """
+    if "not slow" in config.option.markexpr:
+        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+        jax.config.update("jax_disable_most_optimizations", True)
+
+
 @pytest.fixture(scope="session")
 def make_mesh() -> Callable[..., jax.sharding.Mesh]:
     """make_mesh(data=1, context=1, tensor=1, context_outer=1): a mesh with these axis sizes over the first devices."""
@@ -67,15 +77,8 @@ def jax_options(**values: Any) -> Iterator[None]:
         jax.config.update(name, value)
 
 
-@pytest.fixture(scope="module")
-def quick_compile() -> Iterator[None]:
-    """Compiles without LLVM's optimizations, which take a third of the time of small programs. The HLO is the same."""
-    with jax_options(jax_disable_most_optimizations=True):
-        yield
-
-
 @pytest.fixture
 def optimized() -> Iterator[None]:
-    """Compiles with LLVM's optimizations, for tests that measure time."""
+    """Compiles with all optimizations, for tests of the TPU compiler."""
     with jax_options(jax_disable_most_optimizations=False):
         yield

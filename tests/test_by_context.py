@@ -12,8 +12,6 @@ from ringattn.model.build import model_factory
 from ringattn.training.by_context import context_ranges, losses_by_context, named_losses, sums_by_context
 from ringattn.training.stage import prepare_stage
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 @pytest.mark.parametrize(
     ("length", "ranges"),

@@ -20,7 +20,6 @@ from ringattn.mesh.devices import start
 from ringattn.runs.metrics import read_rows
 
 ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 @pytest.fixture

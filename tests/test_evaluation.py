@@ -52,13 +52,11 @@ def runs(tmp_path_factory, small_task_data):
     return directory / "runs"
 
 
-@pytest.fixture
-def base(runs, tmp_path):
-    """Config of an evaluation with every kind of task, on a copy of the runs."""
-    shutil.copytree(runs, tmp_path / "runs")
+def evaluation_in(directory):
+    """Config of an evaluation with every kind of task, of the first run in the directory."""
     return config.Evaluation(
         name="all",
-        runs=(str(tmp_path / "runs" / "one"),),
+        runs=(str(directory / "one"),),
         tasks=("needle", "multi_key", "loss_by_position", "loss_by_context", "loss_by_kind"),
         lengths=(SHORT, LONG),
         depths=(0.0, 1.0),
@@ -66,6 +64,20 @@ def base(runs, tmp_path):
         batch_size=2,
         mesh=config.Mesh(context=8),
     )
+
+
+@pytest.fixture
+def base(runs, tmp_path):
+    """Config of an evaluation, on a copy of the runs."""
+    return evaluation_in(shutil.copytree(runs, tmp_path / "runs"))
+
+
+@pytest.fixture(scope="module")
+def ring_results(runs, tmp_path_factory):
+    """Results on a ring of eight devices."""
+    c = evaluation_in(shutil.copytree(runs, tmp_path_factory.mktemp("ring") / "runs"))
+    assert evaluate(c) == 0
+    return results_of(c)
 
 
 def other_run(c, name):
@@ -138,12 +150,10 @@ def test_the_loss_equals_the_validation_loss(base):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_results_do_not_depend_on_mesh_layout_and_strategy(base, mesh, layout, strategy):
-    c = replace(base, batch_size=8)
-    other = replace(c, name="other", mesh=mesh, layout=layout, strategy=strategy)
-    for evaluation in (c, other):
-        assert evaluate(evaluation) == 0
-    for one, two in zip(results_of(c), results_of(other), strict=True):
+def test_results_do_not_depend_on_mesh_layout_and_strategy(base, ring_results, mesh, layout, strategy):
+    c = replace(base, batch_size=8, mesh=mesh, layout=layout, strategy=strategy)
+    assert evaluate(c) == 0
+    for one, two in zip(ring_results, results_of(c), strict=True):
         if "rate" in one:
             assert one["right"] == two["right"]
             assert one["nats"] == pytest.approx(two["nats"], abs=1e-4)
@@ -151,8 +161,7 @@ def test_results_do_not_depend_on_mesh_layout_and_strategy(base, mesh, layout, s
             assert one["loss"] == pytest.approx(two["loss"], abs=1e-5)
 
 
-def test_a_stopped_evaluation_resumes(base, monkeypatch, capsys):
-    assert evaluate(replace(base, name="uninterrupted")) == 0
+def test_a_stopped_evaluation_resumes(base, ring_results, monkeypatch, capsys):
     measured, measure = [], cells._measure
 
     def stopping_measure(score, tokenizer, c, cell, text):
@@ -169,7 +178,7 @@ def test_a_stopped_evaluation_resumes(base, monkeypatch, capsys):
         file.write('{"key": "0123')  # a line that was being written when the power failed
     assert evaluate(base) == 0
     assert len(measured) == len(set(measured)) + 1 == len(list(cells.cells(base))) + 1
-    assert results_of(base) == results_of(replace(base, name="uninterrupted"))
+    assert results_of(base) == ring_results
     assert "(stored)" in capsys.readouterr().out
     assert evaluate(base) == 0
     assert len(measured) == len(list(cells.cells(base))) + 1

@@ -13,8 +13,6 @@ from ringattn.runs.metrics import read_rows
 from ringattn.training import train
 from ringattn.training.frames import plot_frames
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 def test_originals_are_plotted_above_reconstructions(tmp_path: Path):
     dark, bright = (np.full((3, *SIZE, 3), value, np.uint8) for value in (0, 200))

@@ -31,6 +31,7 @@ from ringattn.attn.mask import Tokens
 from ringattn.layout import LAYOUTS, shard_positions
 from ringattn.mesh.topology import arrange_devices
 
+pytestmark = pytest.mark.usefixtures("optimized")
 C, H, G, D = 8192, 32, 8, 128
 MIB = 2**20
 

@@ -18,8 +18,6 @@ from ringattn.runs.metrics import read_rows, stage_ends
 from ringattn.training import loop, train
 from ringattn.training.recorder import Recorder
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):

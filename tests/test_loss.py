@@ -14,7 +14,6 @@ from ringattn.mesh.axes import ACTIVATIONS, FSDP, TENSOR, TOKENS, place
 from ringattn.model import loss as loss_module
 from ringattn.model.loss import cross_entropy, token_scores
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 ROWS, DIM, VOCABULARY, PADDED = 2, 16, 70, 128
 
 

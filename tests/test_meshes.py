@@ -14,7 +14,6 @@ from ringattn.mesh.devices import ring_mesh
 from ringattn.training.stage import prepare_stage
 
 STEPS = 10
-pytestmark = pytest.mark.usefixtures("quick_compile")
 MODEL = config.Model(layers=2, dim=32, heads=4, kv_heads=2, head_dim=8, feed_forward=64)
 
 
@@ -115,7 +114,6 @@ QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.py"
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("optimized")
 def test_a_ring_of_simulated_devices_costs_at_most_twice_one_device(make_mesh, capsys):
     """The quickstart's step on its 8 devices and on one: `pytest -m slow -s -k costs` prints both times."""
     c = config.read(QUICKSTART)
@@ -123,7 +121,6 @@ def test_a_ring_of_simulated_devices_costs_at_most_twice_one_device(make_mesh, c
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("optimized")
 def test_rematerialization_costs_at_most_a_third(make_mesh, capsys):
     """The quickstart's step with model.remat on and off."""
     c, mesh = config.read(QUICKSTART), make_mesh(context=8)

@@ -26,8 +26,7 @@ def command(directory, *flags):
 
 def environ():
     kept = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_PLATFORMS")}
-    # Without LLVM's optimizations, compiling takes half the time.
-    return kept | {"PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    return kept | {"PYTHONPATH": str(ROOT)}
 
 
 def run_processes(*commands, directories=(None, None)):

@@ -1,6 +1,5 @@
 """Tests that every notebook runs from top to bottom, is stored with its outputs, is small, and opens in Colab."""
 
-import copy
 import re
 import subprocess
 import sys
@@ -18,15 +17,13 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 ADDRESS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]["Repository"]
 FILE, OUTPUT, SECONDS = 1_000_000, 250_000, 1800
 """Maximum bytes of a notebook and of one cell's outputs, and the timeout of a cell in seconds."""
-TRAINED = "trained"
-"""Tag of the cells that assert what only fully trained models can do. They are skipped after a few steps."""
-SHORTER = ("STEPS = 400", "STEPS = 8")
-"""The number of training steps in a notebook with such cells, and in the quick test of it."""
+LONG = {"04_train_and_find_the_needle"}
+"""Notebooks that take minutes."""
 QUOTING = {"03_memory_and_reach"}
 """Notebooks that quote rows of tables in a README."""
 
+every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 pytestmark = [
-    pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem),
     # Warnings of Jupyter's own modules. A warning in a cell is an output, which is tested below.
     pytest.mark.filterwarnings("ignore::DeprecationWarning:jupyter_client"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning:jupyter_core"),
@@ -50,44 +47,26 @@ def kinds(cell: nbformat.NotebookNode) -> set[str]:
     return {kind for output in cell.outputs for kind in ([output.name] if "name" in output else output.get("data", ()))}
 
 
+@pytest.mark.parametrize(
+    "path", [pytest.param(path, marks=[pytest.mark.slow] * (path.stem in LONG), id=path.stem) for path in NOTEBOOKS]
+)
 def test_notebook_runs(path, tmp_path, monkeypatch):
-    """The whole notebook, but with few training steps, and without the cells that need trained models."""
+    """In a separate process, without environment variables for JAX."""
     notebook = read(path)
-    if any(map(is_trained, notebook.cells)):
-        assert sum(SHORTER[0] in cell.source for cell in notebook.cells) == 1
-    for cell in notebook.cells:
-        cell.source = cell.source.replace(*SHORTER)
-    notebook.cells = [cell for cell in notebook.cells if not is_trained(cell)]
-    execute(notebook, tmp_path, monkeypatch)
-
-
-@pytest.mark.slow
-def test_notebook_with_training_runs(path, tmp_path, monkeypatch):
-    if not any(map(is_trained, read(path).cells)):
-        pytest.skip("the quick test runs every cell of it")
-    execute(read(path), tmp_path, monkeypatch)
-
-
-def is_trained(cell: nbformat.NotebookNode) -> bool:
-    return TRAINED in cell.metadata.get("tags", ())
-
-
-def execute(notebook: nbformat.NotebookNode, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs all cells in a separate process, without environment variables for JAX. Checks the kinds of outputs."""
-    stored = copy.deepcopy(notebook)
     for cell in code(notebook):
         cell.outputs = []
     for name in ("XLA_FLAGS", "JAX_PLATFORMS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("IPYTHONDIR", str(directory))
-    where = {"metadata": {"path": str(directory)}}
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
+    where = {"metadata": {"path": str(tmp_path)}}
     nbclient.NotebookClient(notebook, timeout=SECONDS, kernel_name="python3", resources=where).execute()
-    for fresh, kept in zip(code(notebook), code(stored), strict=True):
+    for fresh, stored in zip(code(notebook), code(read(path)), strict=True):
         assert "stderr" not in kinds(fresh), fresh.outputs
-        assert kinds(fresh) == kinds(kept), f"run the notebook again and store its outputs: {kept.source}"
+        assert kinds(fresh) == kinds(stored), f"run the notebook again and store its outputs: {stored.source}"
 
 
+@every_notebook
 def test_outputs_are_stored_and_small(path):
     notebook = read(path)
     assert path.stat().st_size < FILE
@@ -101,6 +80,7 @@ def test_outputs_are_stored_and_small(path):
         assert not [output for output in cell.outputs if output.output_type == "error"]
 
 
+@every_notebook
 def test_notebook_opens_in_colab(path):
     """Notebooks and README use the address in pyproject.toml."""
     repository = ADDRESS.removeprefix("https://github.com/")
@@ -117,6 +97,7 @@ def test_notebook_opens_in_colab(path):
     assert ours == {repository}
 
 
+@every_notebook
 def test_quoted_rows_are_in_a_readme(path):
     """Figures that a notebook cannot compute, such as those of the TPU compiler."""
     guides = [line for guide in READMES for line in guide.read_text(encoding="utf-8").splitlines()]
@@ -139,11 +120,13 @@ def colab(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "google.colab", ModuleType("google.colab"))
 
 
+@every_notebook
 def test_outside_colab_nothing_is_installed(path, installed):
     exec(code(read(path))[0].source, {})
     assert not installed
 
 
+@every_notebook
 @pytest.mark.parametrize("devices", [{"/dev/nvidia0"}, {"/dev/accel0"}, set()], ids=str)
 @pytest.mark.usefixtures("colab")
 def test_colab_installs_no_packages_for_an_accelerator_that_is_not_used(path, devices, installed, monkeypatch):
@@ -158,6 +141,7 @@ def test_colab_installs_no_packages_for_an_accelerator_that_is_not_used(path, de
     assert added == ["install", "-q", f"ringattn @ git+{ADDRESS}"]
 
 
+@every_notebook
 @pytest.mark.parametrize("name", ["jax", "numpy"])
 @pytest.mark.usefixtures("colab", "installed")
 def test_colab_stops_if_an_older_version_is_loaded(path, name, monkeypatch):
@@ -170,6 +154,7 @@ def test_colab_stops_if_an_older_version_is_loaded(path, name, monkeypatch):
         exec(install, {})
 
 
+@every_notebook
 def test_first_cells_are_the_same(path):
     """All notebooks install ringattn and simulate devices with the same cells."""
     assert [cell.source for cell in code(read(path))[:2]] == [cell.source for cell in code(read(NOTEBOOKS[0]))[:2]]

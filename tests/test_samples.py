@@ -16,7 +16,6 @@ from ringattn.mesh.axes import SEQUENCE, abstract
 from ringattn.model.transformer import Transformer
 from ringattn.training.samples import as_text, continue_rows, make_next_logits
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 VOCABULARY = 257
 SMALL = config.Model(layers=1, dim=32, heads=4, kv_heads=2, head_dim=8, feed_forward=32)
 

@@ -15,7 +15,6 @@ from ringattn.model import scoring
 from ringattn.model.scoring import make_scorer
 from ringattn.model.transformer import Transformer
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 MODEL = config.Model(layers=1, dim=16, heads=2, kv_heads=2, head_dim=8, feed_forward=32)
 
 

@@ -17,8 +17,6 @@ from ringattn.training import step as step_module
 from ringattn.training.stage import prepare_stage
 from ringattn.training.step import skip
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):

@@ -13,8 +13,6 @@ from ringattn.hardware import CHIPS
 from ringattn.mesh.axes import abstract
 from ringattn.training.stage import compile_step, prepare_stage
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):

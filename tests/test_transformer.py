@@ -20,7 +20,6 @@ from ringattn.model import parallel
 from ringattn.model.loss import cross_entropy
 from ringattn.model.transformer import Transformer, count_parameters
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 VOCABULARY, PADDED = 257, 384
 ROWS, LENGTH = 4, 32
 SMALL = config.Model(layers=2, dim=32, heads=4, kv_heads=2, head_dim=8, feed_forward=64)
