@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from ringattn.data import Tokenizer, load_tokenizer
-from ringattn.data.video import PATCH, VideoTokenizer, as_npy, nearest, patches, read_frames
+from ringattn.data.video import PATCH, VideoTokenizer, as_npy, load_video, nearest, patches, read_frames
 
 SIZE = (16, 24)
 
@@ -146,3 +146,21 @@ def test_a_pickle_in_a_codebook_is_not_loaded(tmp_path: Path):
     np.save(tmp_path / "codebook.npy", np.array([print], object), allow_pickle=True)
     with pytest.raises(ValueError, match=r"is not a readable .npy file"):
         load_tokenizer(str(tmp_path / "codebook.npy"), SIZE)
+
+
+def test_a_codebook_with_one_flipped_bit_in_its_header_is_refused(tmp_path: Path):
+    codes = np.random.default_rng(0).random((64, PATCH, PATCH, 3), np.float32)
+    content, path, messages = bytearray(as_npy(codes)), tmp_path / "codebook.npy", []
+    header = len(content) - codes.nbytes
+    for bit in range(8 * header):
+        content[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(content)
+        content[bit // 8] ^= 1 << bit % 8
+        try:
+            load_video(str(path), SIZE)
+        except ValueError as error:
+            messages.append(str(error))
+        else:  # a blank of the padding has become another blank
+            np.testing.assert_array_equal(np.load(path), codes)
+    assert len(messages) > 0.9 * 8 * header
+    assert all(str(path) in message and "\n" not in message for message in messages)

@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike
 
 from ringattn.data.text_bytes import Aligned
 from ringattn.data.tokenizer import check_ids
+from ringattn.units import first_line
 
 PATCH = 4
 """Width and height of a patch, in pixels."""
@@ -147,9 +148,13 @@ def read_npy(path: Path) -> np.ndarray:
     """Reads the array of a .npy file, without unpickling. Raises ValueError with the name of the file."""
     try:
         with path.open("rb") as file:
-            return np.lib.format.read_array(file, allow_pickle=False)
-    except (OSError, ValueError, EOFError, MemoryError, OverflowError, TypeError) as error:
-        raise ValueError(f"{path} is not a readable .npy file ({error}); use another, or write it again") from error
+            array = np.lib.format.read_array(file, allow_pickle=False)
+            if file.read(1):
+                raise ValueError("it is longer than its array")
+            return array
+    except Exception as error:  # NumPy parses the header as Python, which can raise any exception
+        fix = "use another, or write it again"
+        raise ValueError(f"{path} is not a readable .npy file ({first_line(error)}); {fix}") from error
 
 
 def load_video(path: str, frame_size: tuple[int, ...]) -> VideoTokenizer:

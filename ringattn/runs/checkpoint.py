@@ -7,7 +7,6 @@ disk, so a checksum of each array is stored with it.
 
 import hashlib
 import json
-import logging
 import os
 import re
 import shutil
@@ -25,6 +24,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from ringattn.config import option
+from ringattn.runs import orbax_messages
 from ringattn.runs.files import cannot_write
 from ringattn.runs.verification import (
     Arrays,
@@ -46,7 +46,7 @@ _MAX_SECONDS = 7 * 24 * 3600
 """Timeout of a write in seconds. It includes the step that confirms the checkpoint."""
 _MAX_BARRIER_SECONDS = 1200
 """Maximum seconds to wait for the writes of other processes."""
-logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax also logs the errors that it raises, with tracebacks
+orbax_messages.silence()
 
 
 def saved_steps(directory: Path) -> list[int]:
@@ -119,6 +119,8 @@ class Checkpoints:
             self._drop_unconfirmed()
             with self._write_errors():
                 self._manager.close()
+        if kind is not None:
+            self._remove_incomplete()  # of a write that continued after the error
 
     def save(self, step: int, tree: Any) -> None:
         """Starts an asynchronous write of `tree`, whose arrays may be donated immediately.
