@@ -106,7 +106,7 @@ def long_case(packed: bool, window: int | None) -> tuple[Arrays, Arrays]:
     ("packed", "window"),
     [
         (False, None),
-        (True, 300),
+        pytest.param(True, 300, marks=pytest.mark.slow),
         pytest.param(True, None, marks=pytest.mark.slow),
         pytest.param(False, 300, marks=pytest.mark.slow),
     ],

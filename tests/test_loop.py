@@ -222,7 +222,7 @@ def test_a_signal_stops_the_run_after_a_checkpoint(base, monkeypatch, capsys, nu
     assert signal.getsignal(number) == handler
 
 
-@pytest.mark.parametrize("rate", [1e8, 1e38])
+@pytest.mark.parametrize("rate", [1e8, pytest.param(1e38, marks=pytest.mark.slow)])
 def test_a_diverged_run_saves_no_state_that_cannot_be_resumed(base, capfd, rate):
     """A state that is finite, with a loss that is finite, may be ruined: its next gradient is not, or is 0."""
     c = replace(

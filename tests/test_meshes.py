@@ -65,7 +65,13 @@ def test_every_step_is_the_same_on_every_mesh(text, one_device, make_mesh, sizes
 
 @pytest.mark.parametrize(
     ("strategy", "sizes"),
-    [("gather", (1, 2, 1, 2)), ("ulysses", (2, 2)), ("usp", (1, 2, 1, 2)), ("usp", (2, 2)), ("auto", (1, 2, 1, 2))],
+    [
+        ("gather", (1, 2, 1, 2)),
+        ("ulysses", (2, 2)),
+        ("usp", (1, 2, 1, 2)),
+        ("usp", (2, 2)),
+        pytest.param("auto", (1, 2, 1, 2), marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_every_step_is_the_same_with_every_strategy(text, one_device, make_mesh, strategy, sizes):

@@ -17,8 +17,8 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 ADDRESS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]["Repository"]
 FILE, OUTPUT, SECONDS = 1_000_000, 250_000, 1800
 """Maximum bytes of a notebook and of one cell's outputs, and the timeout of a cell in seconds."""
-LONG = {"04_train_and_find_the_needle"}
-"""Notebooks that take minutes."""
+LONG = {"03_memory_and_reach", "04_train_and_find_the_needle"}
+"""Notebooks that take half a minute or more."""
 QUOTING = {"03_memory_and_reach"}
 """Notebooks that quote rows of tables in a README."""
 

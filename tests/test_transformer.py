@@ -191,7 +191,7 @@ def shapes(mesh, section=SMALL, batch=(ROWS, LENGTH)):
     return jax.eval_shape(partial(make_params, section)), [ids] * 3
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_rematerialization_changes_no_gradient(make_mesh, place_params, monkeypatch, dtype):
     monkeypatch.setattr(parallel, "CHUNK", 5)  # three chunks of a device's 16 tokens, and a remainder
     results = {}
