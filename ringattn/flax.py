@@ -53,8 +53,8 @@ def flax_attention(
         does not support; also in all cases in which `ringattn.attention` raises it.
     """
     fix = "bind masking=ringattn.Mask(...), segment_ids, span_ids or slopes by functools.partial"
-    if isinstance(mask, Mask):
-        raise ValueError(f"mask={mask} must be None, because Flax uses this name for an array; {fix}")
+    if isinstance(mask, Mask | str):
+        raise ValueError(f"mask={mask!r} must be None, because Flax uses this name for an array; {fix}")
     for name, array in {"mask": mask, "bias": bias}.items():
         if array is not None:
             raise ValueError(f"{name}.shape={array.shape} must not have an entry per pair of tokens; {fix}")

@@ -151,6 +151,10 @@ def test_a_config_is_required_and_must_exist(capsys, base):
     misspelt = base.with_name("bsae.py")
     message = f"config file {misspelt} does not exist: did you mean {base}?"
     assert refusal(capsys, ["--config", str(misspelt)]) == message
+    assert refusal(capsys, ["--config", "quickstart"]) == (
+        "config file quickstart does not exist: did you mean configs/quickstart.py?"
+    )
+    assert refusal(capsys, ["--config", str(base.parent)]).startswith(f"config file {base.parent} is a directory")
     text_file = base.rename(base.with_suffix(".txt"))
     assert refusal(capsys, ["--config", str(text_file)]) == f"config file {text_file} must end in .py or .json"
 

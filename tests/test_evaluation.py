@@ -161,6 +161,12 @@ def test_results_do_not_depend_on_mesh_layout_and_strategy(base, ring_results, m
             assert one["loss"] == pytest.approx(two["loss"], abs=1e-5)
 
 
+def test_a_missing_run_is_refused_with_the_runs_that_can_be_evaluated(base, tmp_path):
+    runs = ", ".join(str(tmp_path / "runs" / name) for name in ("needles", "one", "two"))
+    with pytest.raises(ValueError, match=f"config.json is missing; use one of {runs}$"):
+        evaluate(replace(base, runs=(other_run(base, "nope"),)))
+
+
 def test_a_stopped_evaluation_resumes(base, ring_results, monkeypatch, capsys):
     measured, measure = [], cells._measure
 

@@ -85,6 +85,7 @@ def test_an_attention_fn_without_masking_is_refused(mesh, bound):
 def test_a_wrong_masking_and_a_mask_object_are_refused(mesh, unchecked):
     x = jnp.ones((B, L, 4, 4), jnp.float32)
     wrong: list[tuple[dict[str, Any], str]] = [
+        ({"mask": "causal"}, r"mask='causal' must be None, .* bind masking=ringattn\.Mask"),
         ({"mask": Mask()}, r"mask=Mask\(.*\) must be None, .* bind masking=ringattn\.Mask"),
         ({"masking": "causal"}, r"masking='causal' must be a ringattn\.Mask"),
     ]

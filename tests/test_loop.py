@@ -1,5 +1,6 @@
 """Runs of the training loop: resumed, stopped, interrupted, in stages."""
 
+import errno
 import gzip
 import json
 import os
@@ -14,7 +15,7 @@ import pytest
 from ringattn import config
 from ringattn.config import Stage
 from ringattn.runs.checkpoint import Checkpoints, saved_steps
-from ringattn.runs.metrics import read_rows, stage_ends
+from ringattn.runs.metrics import MetricsFile, read_rows, stage_ends
 from ringattn.training import loop, train
 from ringattn.training.recorder import Recorder
 
@@ -259,6 +260,29 @@ def test_the_last_checkpoint_is_confirmed_by_one_more_step(base, monkeypatch, st
         train(c)
     assert saved_steps(c.run_directory / "checkpoints") == []
     assert [row["step"] for row in read_rows(c.run_directory / "metrics.jsonl")] == [1] * (1 if stopped else 2)
+
+
+def test_a_full_disk_loses_no_checkpoint_of_a_confirmed_state(base, monkeypatch, capsys):
+    """Neither while a row is written after the step that confirms it, nor after the last step."""
+    c = replace(base, name="full", log=replace(base.log, every=1))
+    checkpoints, write = c.run_directory / "checkpoints", MetricsFile.write
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsFile, "write", lambda self, row: full() if row["step"] == 4 else write(self, row))
+        with pytest.raises(OSError, match="No space left"):
+            train(c)
+    assert saved_steps(checkpoints) == [3]
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "plot_loss", full)
+        with pytest.raises(ValueError, match="No space left"):
+            train(c)
+    assert saved_steps(checkpoints) == [6, 3]
+    assert "resuming from step 3" in capsys.readouterr().out
+    assert train(c) == 0
+    assert (c.run_directory / "plots" / "loss.png").is_file()
 
 
 STAGES = (

@@ -92,7 +92,7 @@ def test_means_do_not_extend_over_two_stages(draw):
 
 
 def test_steps_without_a_loss_are_left_out(draw):
-    """A batch without learned tokens has none."""
+    """A batch without unmasked targets has none."""
     assert list(draw(steps(1, [3.0, None, 2.0])).axes[0].lines[0].get_xdata()) == [1, 3]
 
 

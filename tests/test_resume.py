@@ -48,13 +48,13 @@ config = replace(
 
 @pytest.fixture
 def start(tmp_path):
-    """start(name, config="tiny"): a process of scripts/train.py."""
+    """start(name): a process of scripts/train.py."""
     for name, text in (("tiny", CONFIG), ("staged", STAGED)):
         (tmp_path / f"{name}.py").write_text(text.format(text=str(ROOT / "ringattn"), runs=str(tmp_path / "runs")))
     environ = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {"PYTHONPATH": str(ROOT)}
 
-    def start(name: str, config: str = "tiny") -> subprocess.Popen[str]:
-        path = tmp_path / f"{config}.py"
+    def start(name: str) -> subprocess.Popen[str]:
+        path = tmp_path / "staged.py"
         command = [sys.executable, str(ROOT / "scripts" / "train.py"), "--config", str(path), "--name", name]
         return subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -77,7 +77,7 @@ def test_a_run_killed_in_each_stage_is_resumed_bit_for_bit(start, tmp_path):
     """Rows of 1,024, 2,048 and 4,096 tokens, on rings of 2, 4 and 8."""
     killed, uninterrupted = (tmp_path / "runs" / name / "metrics.jsonl" for name in ("killed", "uninterrupted"))
     for stage, last in ((1, 12), (2, 24), (3, 36)):
-        process = start("killed", "staged")
+        process = start("killed")
         while process.poll() is None and not any(row["step"] > last - 6 for row in read_rows(killed)):
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
@@ -86,9 +86,9 @@ def test_a_run_killed_in_each_stage_is_resumed_bit_for_bit(start, tmp_path):
         reached = read_rows(killed)[-1]
         assert reached["stage"] == stage
         assert reached["step"] < last
-    out = finish(start("killed", "staged"))
+    out = finish(start("killed"))
     assert "stage 3 of 3, steps 25 to 36: 1 row of 4,096 tokens, 8 devices per row" in out
-    out = finish(start("uninterrupted", "staged"))
+    out = finish(start("uninterrupted"))
     assert all(f"stage {stage} of 3" in out for stage in (1, 2, 3))
     assert rows_without_times(killed) == rows_without_times(uninterrupted)
     assert [row["step"] for row in rows_without_times(killed) if "loss" in row] == list(range(1, 37))

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -55,6 +56,17 @@ with signals.stopped_by_signal(print) as stop:
 NOT_ARMED = f"""
 with signals.stopped_by_signal(print) as stop:
     {IN_C}
+"""
+SLOW_REPORT = """
+def report(line):
+    threading.Event().wait(0.3)
+    print(line)
+with signals.stopped_by_signal(report) as stop:
+    stop.arm()
+    print("ready")
+    while signals._script.claims:
+        threading.Event().wait(0.01)
+print("stopped" if stop.number else "no signal")
 """
 DISARMED = f"""
 with signals.stopped_by_signal(print) as stop:
@@ -113,6 +125,11 @@ def test_the_first_signal_lets_a_loop_save_and_the_second_ends_the_script():
     assert done == (130, ["ready", f"SIGINT: {SAVING}"], ["stopped by SIGINT; try again"])
 
 
+def test_a_signal_that_is_being_reported_counts_when_the_loop_ends():
+    done = deliver(["-c", SCRIPT + SLOW_REPORT], ("ready", [signal.SIGTERM]))
+    assert done == (0, ["ready", f"SIGTERM: {SAVING}", "stopped"], [])
+
+
 def test_a_forked_child_and_an_ignored_signal_do_not_end_a_script():
     forked = """
 reader, writer = os.pipe()
@@ -152,11 +169,19 @@ def test_a_signal_ends_each_script_while_it_imports_jax(script):
     assert out[0].startswith("stopped by SIGINT")
 
 
-def test_a_signal_ends_a_run_while_its_step_compiles(tmp_path):
+@pytest.mark.parametrize("processes", [0, 1])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_run_while_its_step_compiles(tmp_path, number, processes):
+    """Alone, and with `jax.distributed`, which has its own handler of SIGTERM."""
     (tmp_path / "text.txt").write_text("some words " * 2000)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
     endless = f"""
-import hashlib, runpy, sys
+import hashlib, os, runpy, sys
 import jax
+if {processes}:
+    os.environ |= {{"JAX_COORDINATOR_ADDRESS": "localhost:{port}", "JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}}
 def compile(self):
     from ringattn.training import loop
     assert loop.stopped_by_signal.__globals__["_script"], "scripts/startup.py and the package use the same module"
@@ -168,8 +193,9 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
     words = ["--config", str(ROOT / "configs" / "quickstart.py"), "--data.path", str(tmp_path / "text.txt")]
     words += ["--data.seq_len", "64", "--model.layers", "1", "--log.directory", str(tmp_path)]
-    status, out, err = deliver(["-c", endless, *words], ("compiling the train step", [signal.SIGINT]))
-    assert (status, err) == (130, ["stopped by SIGINT; run the same command again to resume"])
+    status, out, err = deliver(["-c", endless, *words], ("compiling the train step", [number]))
+    assert (status, err[-1]) == (128 + number, f"stopped by {number.name}; run the same command again to resume")
+    assert processes or len(err) == 1  # otherwise preceded by the log of JAX's coordinator
     assert out[-1] == "compiling the train step"
 
 

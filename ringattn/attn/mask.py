@@ -37,7 +37,7 @@ class Mask:
         if self.window is not None:
             sides = np.ravel(self.window).tolist()
             if len(sides) not in (1, 2) or not all(isinstance(side, int) and 0 <= side < INT32_MAX for side in sides):
-                raise ValueError(f"window={self.window} must be an int from 0 to {INT32_MAX - 1}, or (left, right)")
+                raise ValueError(f"window={self.window!r} must be an int from 0 to {INT32_MAX - 1}, or (left, right)")
             # Python ints, because a NumPy array or a list could not be hashed.
             object.__setattr__(self, "window", sides[0] if len(sides) == 1 else tuple(sides))
         if self.chunk is not None:

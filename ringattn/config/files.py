@@ -27,8 +27,11 @@ SCRIPTS: dict[type, tuple[str, str]] = {
 def read(path: Path, kind: type[Kind] = Config) -> Kind:
     """Reads the config from a Python file that defines `config`, or from a JSON file. Raises ValueError."""
     if not path.is_file():
-        near = difflib.get_close_matches(path.name, [file.name for file in path.parent.glob("*.*")], n=1)
-        suggestion = f": did you mean {path.with_name(near[0])}?" if near else ""
+        if path.is_dir():
+            raise ValueError(f"config file {path} is a directory; use a .py or .json file in it")
+        files = {file.name: file for place in (Path("configs"), path.parent) for file in place.glob("*.*")}
+        near = difflib.get_close_matches(path.name if path.suffix else f"{path.name}.py", files, n=1)
+        suggestion = f": did you mean {files[near[0]]}?" if near else ""
         raise ValueError(f"config file {path} does not exist{suggestion}")
     if path.suffix == ".json":
         return load(path, kind)

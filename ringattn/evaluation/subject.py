@@ -78,7 +78,8 @@ def find_subject(path: str, c: config.Evaluation) -> Subject:
     is_step = given.name.isdecimal() and given.parent.name == "checkpoints"
     directory = given.parent.parent if is_step else given.parent if given.name == "checkpoints" else given
     if not (directory / "config.json").is_file():
-        runs = sorted(file.parent.name for file in directory.parent.glob("*/config.json"))
+        found = sorted(file.parent for file in directory.parent.glob("*/config.json"))
+        runs = [str(run) for run in found if saved_steps(run / "checkpoints")]
         fix = f"use one of {', '.join(runs)}" if runs else "train one with scripts/train.py"
         raise ValueError(f"runs: {directory} is not a run directory: config.json is missing; {fix}")
     run = config.load(directory / "config.json")

@@ -18,6 +18,8 @@ def join_processes() -> None:
     multi_process = "JAX_COORDINATOR_ADDRESS" in environ or tasks != "1" or "," in hosts
     if not multi_process or jax.distributed.is_initialized():
         return
+    # JAX's preemption service would replace the SIGTERM handler, and SIGTERM would have no effect: see `runs.signals`.
+    jax.config.update("jax_enable_preemption_service", False)
     count, index = environ.get("JAX_NUM_PROCESSES"), environ.get("JAX_PROCESS_ID")
     try:  # JAX itself reads only the address from the environment; with None, it detects the cluster
         jax.distributed.initialize(

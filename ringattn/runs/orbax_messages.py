@@ -18,10 +18,10 @@ def silence() -> None:
         if not isinstance(error, RuntimeError) or str(error) != "Event loop is closed":
             hook(unraisable)
 
-    def is_unknown(record: logging.LogRecord) -> bool:
-        message = record.getMessage()
-        return "exception was never retrieved" not in message or "orbax" not in message
+    def is_reported(record: logging.LogRecord) -> bool:
+        is_orbax = "orbax" in record.pathname or "orbax" in record.getMessage()
+        return not is_orbax or record.levelno < logging.ERROR
 
     sys.unraisablehook = report
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
-    logging.getLogger("asyncio").addFilter(is_unknown)
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(is_reported)

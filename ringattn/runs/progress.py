@@ -102,8 +102,10 @@ class Display:
             yield
 
     @contextmanager
-    def subtask(self, name: str, total: int, *, compiles: bool = False) -> Iterator[Callable[[int], None]]:
-        """Shows a second bar inside the context; yields a function that advances it by a count.
+    def subtask(
+        self, name: str, total: int | None = None, *, compiles: bool = False
+    ) -> Iterator[Callable[[int], None]]:
+        """Shows a second bar inside the context; yields a function that advances it by a count up to `total`, if known.
 
         `compiles`: the task first compiles a program. The bar shows the elapsed time until the task advances.
         """

@@ -55,13 +55,17 @@ class _Script:
             number = os.read(reader, 1)[0]
             if number not in SIGNALS:
                 continue
-            if self.claims:
+            if claim := self._take_claim():
                 # In a separate thread, so that a second signal ends the process even if printing hangs in the first.
-                threading.Thread(target=self.claims.pop(), args=(number,), daemon=True).start()
+                threading.Thread(target=claim, args=(number,), daemon=True).start()
             elif self.cleanups and not cleaning:
                 cleaning = True
             else:
                 self._end(number)
+
+    def _take_claim(self) -> Callable[[int], None] | None:
+        with suppress(IndexError):  # the main thread may remove a claim at any time
+            return self.claims.pop()
 
     def _clean_up(self, number: int, frame: FrameType | None) -> None:
         """Runs the cleanups in the main thread, so that this thread cannot rewrite what they remove."""
@@ -130,22 +134,27 @@ class Stop:
         self.number = 0
         """Number of the signal received; 0 if none."""
         self._report, self._previous = report, dict[int, Any]()
+        self._armed, self._recorded = False, threading.Event()
 
     def arm(self) -> None:
         """Starts to record and report the first signal. In a notebook, this works only in the main thread."""
         if _script is not None:
+            self._armed = True
             _script.claims.append(self._record)
-            _script.register()  # jax.distributed.initialize replaces the SIGTERM handler
         elif threading.current_thread() is threading.main_thread():
             self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
 
     def disarm(self) -> None:
+        """Ends the recording. Afterwards, `number` does not change."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
-        with suppress(ValueError):  # already taken
-            if _script is not None:
+        if _script is not None and self._armed:
+            self._armed = False
+            try:
                 _script.claims.remove(self._record)
+            except ValueError:  # a signal took it, and `_record` may still run in another thread
+                self._recorded.wait()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.disarm()
@@ -154,6 +163,7 @@ class Stop:
     def _record(self, number: int) -> None:
         self._report(f"{signal.Signals(number).name}: saving after this step; send it again to stop immediately")
         self.number = number  # after the line, because the loop may end the process at once
+        self._recorded.set()
 
 
 @contextmanager

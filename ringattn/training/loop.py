@@ -3,7 +3,7 @@
 import math
 import signal
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import jax
@@ -113,7 +113,7 @@ def _train_stage(c: config.Config, number: int, splits: Splits, directory: Path,
         for line in [*_describe_stage(run), *describe(run, state), *damage]:
             display.print(line)
         if done >= run.end_step:
-            if not (directory / "plots" / "loss.png").is_file():  # the run was interrupted after its last step
+            if not (directory / "plots" / "loss.png").is_file():  # an error in `finish`, such as a full disk
                 finish(run, state, directory)
             fix = f"to continue, raise --{config.flag(c.stages, number, 'train.steps')}"
             display.print(f"nothing to do: {directory} is at step {done} of {steps}; {fix}")
@@ -168,7 +168,7 @@ def finish(run: Run, state: TrainState, directory: Path) -> None:
         write_text(directory / "samples.txt", samples)
         if isinstance(run.tokenizer, VideoTokenizer):
             plot_frames(run.tokenizer.preview, run.tokenizer.reconstruct_preview(), directory / "plots" / "frames.png")
-        # Written last: if it is missing, the run was interrupted here.
+        # Written last: if it is missing, an error interrupted this function.
         plot_loss(read_rows(directory / "metrics.jsonl"), directory / "plots" / "loss.png", run.full_config.name)
 
 
@@ -193,7 +193,7 @@ def advance(
         recorder = Recorder(write, display, _log_config(run))
         first, end = restored_step - run.start_step, run.end_step - run.start_step
         stop.arm()
-        with display, closing(prefetch(run.training, first, end)) as batches:
+        with display, _confirming(checkpoints, recorder), closing(prefetch(run.training, first, end)) as batches:
             for step, batch in enumerate(batches, restored_step + 1):
                 profile.before(step, recorder)
                 with jax.profiler.StepTraceAnnotation("step", step_num=step):
@@ -217,28 +217,44 @@ def advance(
                 if to_validate or to_save:
                     recorder.restart_clock()
                 if is_last or signal_number:
-                    _conclude(run, train_step, state, recorder, checkpoints)
+                    _conclude(run, train_step, state, display, recorder)
                 if signal_number and not is_last:
                     stopped = f"stopped by {signal.Signals(signal_number).name} after step {step}; checkpoint saved"
                     return 128 + signal_number, stopped
     return 0, result
 
 
-def _conclude(run: Run, train_step: TrainStep, state: TrainState, recorder: Recorder, checkpoints: Checkpoints) -> None:
-    """Completes a run that ends with `state`, and confirms the checkpoint of `state` by a discarded extra step.
+@contextmanager
+def _confirming(checkpoints: Checkpoints, recorder: Recorder) -> Iterator[None]:
+    """Confirms the checkpoints of confirmed states, also after an error: a full disk must not lose them."""
+    try:
+        yield
+    finally:
+        checkpoints.confirm(recorder.confirmed_step)
 
-    Raises ValueError if no run can resume from `state`, which is then not saved.
+
+def _conclude(run: Run, train_step: TrainStep, state: TrainState, display: Display, recorder: Recorder) -> None:
+    """Completes a run that ends with `state`, and confirms `state` by a discarded extra step.
+
+    Raises ValueError if no run can resume from `state`.
     """
+    with display.subtask("samples, plots and checkpoint", compiles=True):
+        try:
+            if int(state.step) == run.full_config.steps_before(len(run.full_config.stages) + 1):
+                finish(run, state, run.config.run_directory)
+        finally:  # an error in `finish` must not lose the last checkpoint
+            _confirm(run, train_step, state, recorder)
+
+
+def _confirm(run: Run, train_step: TrainStep, state: TrainState, recorder: Recorder) -> None:
+    """Computes an extra step from `state`, which is donated. Raises ValueError if training has diverged."""
     step, per_epoch = int(state.step), run.training.rows_per_epoch // run.config.train.batch_size
-    if step == run.full_config.steps_before(len(run.full_config.stages) + 1):
-        finish(run, state, run.config.run_directory)
     start = step - run.start_step
     batches = map(run.training.batch, range(start, start + per_epoch + 1))
     batch = next((batch for batch in batches if batch.weights.any()), None)
     if batch is None:
         raise ValueError("all training targets are masked out of the loss; use more data")
     recorder.check(step + 1, train_step(state, run.place(batch))[1])
-    checkpoints.confirm(recorder.confirmed_step)
 
 
 def _compile(run: Run, state: TrainState, display: Display) -> jax.stages.Compiled:

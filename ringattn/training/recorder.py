@@ -107,6 +107,7 @@ class Recorder:
         now = time.monotonic()
         self._seconds, self._steps, self._clock = self._seconds + now - self._clock, self._steps + 1, now
         self._flops += flops
+        self._display.update(step)
         if step in self._config.always or step % self._config.every == 0:
             row = {"step": step} | values | self._speed(step)
             self._write(row)

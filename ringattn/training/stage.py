@@ -120,7 +120,7 @@ def rebatch(splits: Splits, c: config.Config, stage_number: int) -> tuple[Loader
     """
     training, held_out = make_loaders(splits, c.data, c.train.batch_size, c.train.seed, stage_number - 1)
     if not any(held_out.batch(index).weights.any() for index in range(_validation_batches(held_out, c))):
-        rule = f"validation.batches={c.validation.batches} has no learned target: all are masked out of the loss"
+        rule = f"validation.batches={c.validation.batches} has no unmasked targets"
         raise ValueError(f"{rule}; use more --validation.batches, or a larger --data.validation")
     return training, held_out
 

@@ -69,7 +69,7 @@ def make_train_step(
 
     Batch arrays are [microbatches, B, L]; gradients are accumulated over microbatches sequentially. The loss is the
     weighted mean over all tokens of all microbatches, so the number of microbatches affects only memory and time. The
-    batch must have learned tokens: see `skip`.
+    batch must have unmasked targets: see `skip`.
     """
     loss_and_gradient = jax.value_and_grad(make_loss(make_model, vocabulary))
 
@@ -94,7 +94,7 @@ def make_train_step(
 
 
 def skip(state: TrainState) -> TrainState:
-    """Returns the state after a batch without learned tokens: parameters and moments are unchanged.
+    """Returns the state after a batch without unmasked targets: parameters and moments are unchanged.
 
     The step counts all batches, so that data and learning rate do not depend on how many were skipped.
     """
