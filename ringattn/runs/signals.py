@@ -161,9 +161,11 @@ class Stop:
         self._record(number)
 
     def _record(self, number: int) -> None:
-        self._report(f"{signal.Signals(number).name}: saving after this step; send it again to stop immediately")
-        self.number = number  # after the line, because the loop may end the process at once
-        self._recorded.set()
+        try:
+            self._report(f"{signal.Signals(number).name}: saving after this step; send it again to stop immediately")
+        finally:  # after the line, because the loop may end the process at once
+            self.number = number
+            self._recorded.set()
 
 
 @contextmanager

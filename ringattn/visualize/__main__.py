@@ -20,7 +20,7 @@ MEMORY_TOKENS = 512, 4096, 131_072
 
 def main() -> None:
     description = "Draws the ring as SVG, or prints its schedule and balance."
-    parser = argparse.ArgumentParser(prog="python -m ringattn.visualize", description=description)
+    parser = argparse.ArgumentParser(allow_abbrev=False, prog="python -m ringattn.visualize", description=description)
     parser.add_argument("file", type=Path, nargs="?", help="SVG file to write; without it, print text")
     parser.add_argument(
         "--devices", type=int, default=4, choices=range(3, len(COLOURS) + 1), help="devices of the ring (default 4)"
