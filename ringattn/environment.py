@@ -12,7 +12,7 @@ import jax
 
 
 def environment() -> dict[str, Any]:
-    """Returns package versions, devices, number of CPU cores and processes, and the git commit."""
+    """Returns package versions, devices, number of CPU cores and processes, XLA_FLAGS, and the git commit."""
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     device = jax.devices()[0]
     return {
@@ -21,6 +21,7 @@ def environment() -> dict[str, Any]:
         "devices": {"platform": device.platform, "kind": device.device_kind, "count": jax.device_count()},
         "cpus": os.cpu_count(),
         "processes": jax.process_count(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "git": git_commit(),
     }
 

@@ -9,6 +9,13 @@ the driver.
 from typing import NamedTuple
 
 
+def platform(device_kind: str) -> str:
+    """Returns "cpu", "tpu" or "gpu" for a `device_kind` of JAX."""
+    if device_kind.lower() == "cpu":
+        return "cpu"
+    return "tpu" if device_kind.startswith("TPU") else "gpu"
+
+
 class Chip(NamedTuple):
     """One JAX device. On TPU v3 and TPU7x a device is half a chip; both devices of a chip share its links."""
 

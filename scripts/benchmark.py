@@ -1,6 +1,7 @@
 """Benchmarks attention: python scripts/benchmark.py --config configs/benchmark.py [--option VALUE ...]
 
-Writes a table, results.json and a plot to runs/<name>/. Running the same command again replaces them.
+Writes a table, results.json and a plot to runs/<name>/. Running the same command again replaces them. With --topology,
+counts cycles with the TPU compiler, without a TPU.
 """
 
 if __name__ == "__main__":  # first, because the imports below take seconds

@@ -1,8 +1,10 @@
 """Random programs for `attention`, random inputs, and their comparison with the float64 oracle."""
 
+import io
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -11,9 +13,11 @@ import conftest  # noqa: F401  sets eight devices and strict promotion before JA
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType
 
 from ringattn import Mask, attention, permute
+from ringattn.attn.kernels import registry
 from ringattn.attn.reference import reference_attention
 from ringattn.layout import LAYOUTS
 
@@ -39,6 +43,7 @@ class Program:
     soft_cap: float | None = None
     dtype: str = "float32"
     queries: int | None = None  # number of queries, the last tokens; None: all tokens
+    kernel: str = "auto"
 
     @property
     def shards(self) -> int:
@@ -59,7 +64,8 @@ class Program:
         loose = " cap+sinks" if self.soft_cap is not None and "sinks" in self.extras else ""
         nested = "nested " if len(self.ring) > 1 and self.strategy == "ring" else ""
         cross = " cross" if self.queries else ""
-        return f"{nested}{self.strategy} {self.dtype}{loose}{cross}"
+        kernel = "" if self.kernel == "auto" else f"{self.kernel} "
+        return f"{kernel}{nested}{self.strategy} {self.dtype}{loose}{cross}"
 
 
 def draw_program(source: random.Random) -> Program:
@@ -162,6 +168,21 @@ def with_gradients(attend: Callable) -> Callable[[Arrays], tuple[Any, Arrays]]:
     return jax.jit(both)
 
 
+@contextmanager
+def interpreted() -> Iterator[None]:
+    """Runs the kernel "pallas" with small tiles. Raises if the interpreter finds a race."""
+    before, output = (registry.PALLAS_QUERIES, registry.PALLAS_KEYS), io.StringIO()
+    registry.PALLAS_QUERIES, registry.PALLAS_KEYS = {registry.PALLAS_HEADS: (16, 8)}, 12
+    try:
+        with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)), redirect_stdout(output):
+            yield
+            jax.effects_barrier()
+    finally:
+        registry.PALLAS_QUERIES, registry.PALLAS_KEYS = before
+    if "RACE DETECTED" in output.getvalue():
+        raise RuntimeError(output.getvalue())
+
+
 @lru_cache(maxsize=4)
 def subject(program: Program) -> Callable[[Arrays], tuple[Any, Arrays]]:
     """Returns the function under test: `attention` on the program's mesh."""
@@ -171,12 +192,13 @@ def subject(program: Program) -> Callable[[Arrays], tuple[Any, Arrays]]:
     kinds = (AxisType.Explicit if program.explicit else AxisType.Auto,) * len(sizes)
     mesh = jax.make_mesh(sizes, ("data", *names, "tensor"), kinds, devices=jax.devices()[: math.prod(sizes)])
     spec = jax.P("data", axis, "tensor")
-    options = {"layout": program.layout, "strategy": program.strategy, "axis": axis} | program.logit_options
+    options = {"layout": program.layout, "strategy": program.strategy, "axis": axis, "kernel": program.kernel}
+    options |= program.logit_options
     run = with_gradients(lambda **x: attention(**x, **options, spec=None if program.explicit else spec))
     specs = {1: jax.P("tensor"), 2: jax.P("data", axis), 4: spec}
 
     def place_and_run(arrays: Arrays) -> tuple[Any, Arrays]:
-        with jax.set_mesh(mesh):
+        with jax.set_mesh(mesh), interpreted() if program.kernel == "pallas" else nullcontext():
             return run(jax.tree.map(lambda x: jax.device_put(x, jax.NamedSharding(mesh, specs[x.ndim])), arrays))
 
     return place_and_run

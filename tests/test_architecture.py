@@ -36,7 +36,7 @@ ROOMS = {
     "training": SHARED | {"attn", "cost", "data", "model", "runs"},
     "evaluation": SHARED | {"attn", "data", "model", "runs"},
     "planning": SHARED | {"attn", "cost", "data", "model", "training"},
-    "benchmark": SHARED | {"attn", "cost", "runs"},
+    "benchmark": SHARED | {"attn", "cost", "data", "planning", "runs"},
     "visualize": SHARED | {"attn", "cost"},
 }
 """The other rooms of ringattn/ that each room may import."""
@@ -104,8 +104,9 @@ def test_configs_import_the_config_and_one_another_alone():
 @pytest.mark.parametrize("path", OURS, ids=name)
 def test_files_and_functions_are_small(path):
     lines = len(path.read_text().splitlines())
-    parts = path.relative_to(ROOT).parts[:2]
-    limit = {"scripts": 60, "configs": 40}.get(parts[0], 200 if parts[1] == "attn" else 300)
+    parts = path.relative_to(ROOT).parts
+    attn = parts[1] == "attn" and parts[2] != "kernels"  # a fused kernel is one unit
+    limit = {"scripts": 60, "configs": 40}.get(parts[0], 200 if attn else 300)
     assert lines <= limit
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -149,7 +150,17 @@ def test_attention_is_a_function_and_attn_a_package():
 
 def test_each_test_file_belongs_to_a_module():
     """Every test file is named after a module, or is one of those that cover several."""
-    across = {"equivalence", "laws", "meshes", "resume", "multiprocess", "scripts", "notebooks", "architecture"}
+    across = {
+        "kernels",
+        "equivalence",
+        "laws",
+        "meshes",
+        "resume",
+        "multiprocess",
+        "scripts",
+        "notebooks",
+        "architecture",
+    }
     across |= {"configs", "readme", "commands", "support"}
     modules = {path.stem for path in SOURCES} | {room(path) for path in SOURCES}
     for path in (ROOT / "tests").glob("test_*.py"):

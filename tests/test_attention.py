@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AxisType
 
 from ringattn import Mask, attention, permute, shard_attention
-from ringattn.attn.kernels import xla
+from ringattn.attn.kernels.xla import Xla
 from ringattn.attn.reference import reference_attention
 
 B, L, H, G, D = 2, 64, 4, 2, 8
@@ -200,7 +200,7 @@ def test_reduce_dtype_rounds_only_kv_gradients(make_mesh):
 
 def test_attention_compiles_once_per_shape(make_mesh, monkeypatch):
     """Repeated calls of one shape trace the kernel once, and a call of another shape once more."""
-    monkeypatch.setattr(xla, "forward", chex.assert_max_traces(xla.forward, n=1))
+    monkeypatch.setattr(Xla, "forward", chex.assert_max_traces(Xla.forward, n=1))
     mask = Mask(window=17)  # other tests use other masks, so that none of their traces is in the cache
     with jax.set_mesh(mesh := make_mesh(context=1)):
         for seed in range(3):

@@ -84,7 +84,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "slopes": ({"slopes": zeros(H, dtype=jnp.int32)}, r"slopes must be float \(4,\), .* not int32 \(4,\)"),
     "soft_cap": ({"soft_cap": -2.0}, "soft_cap=-2.0 must be positive; use None for no cap"),
     "strategy": ({"strategy": "star"}, "strategy='star' must be one of 'ring', 'gather', 'ulysses', 'usp', 'auto'"),
-    "kernel": ({"kernel": "flush"}, "kernel='flush' must be one of 'auto', 'xla'"),
+    "kernel": ({"kernel": "flush"}, "kernel='flush' must be one of 'auto', 'xla', 'pallas', 'cudnn'"),
+    "kernel of another device": ({"kernel": "cudnn"}, "kernel='cudnn' takes NVIDIA GPUs .*; use kernel='auto'"),
     "axis": (
         {"axis": "ring"},
         r"axis='ring' must be one of the mesh axes \('data', 'context_outer', 'context', 'tensor'\)",

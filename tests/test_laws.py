@@ -22,11 +22,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import topologies
+from jax.experimental.layout import Format, Layout
 from wire import exposed, permuted, transfers
 
 from ringattn import Mask, attention, config, planning
 from ringattn.attn.kernels import tiles
 from ringattn.attn.kernels.protocol import KV, Queries
+from ringattn.attn.kernels.registry import XLA_TILES
 from ringattn.attn.mask import Tokens
 from ringattn.layout import LAYOUTS, shard_positions
 from ringattn.mesh.topology import arrange_devices
@@ -34,6 +36,7 @@ from ringattn.mesh.topology import arrange_devices
 pytestmark = pytest.mark.usefixtures("optimized")
 C, H, G, D = 8192, 32, 8, 128
 MIB = 2**20
+TILE = XLA_TILES["cpu"]
 
 
 @lru_cache
@@ -69,8 +72,17 @@ def compiled(topology: str, layout: str, mask: Mask = Mask()) -> Any:
 
 
 def temporaries(topology: str, layout: str) -> float:
-    """Returns the compiled temporaries in MiB per chip."""
-    return compiled(topology, layout).memory_analysis().temp_size_in_bytes / MIB
+    """Returns the compiled temporaries in MiB per chip.
+
+    The compiler chooses the memory layout of the arrays, as it does within a model. With the default layouts it keeps
+    transposed copies of query and d_out, 128 MiB.
+    """
+    with jax.set_mesh(mesh := tpu_ring(topology)):
+        formats = tuple(Format(Layout.AUTO, x.sharding) for x in arrays(mesh))
+        jitted = jax.jit(both({"layout": layout}), in_shardings=formats, out_shardings=Format(Layout.AUTO))
+        program = jitted.lower(*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays(mesh))).compile()
+    memory: Any = program.memory_analysis()
+    return memory.temp_size_in_bytes / MIB
 
 
 @pytest.mark.parametrize("members", [4, 8])
@@ -99,7 +111,7 @@ def test_a_window_of_1000_keys_takes_two_hops_of_512(make_mesh):
 def test_memory_does_not_grow_with_the_ring(layout):
     few, many = temporaries("v5e:2x2", layout), temporaries("v5e:2x4", layout)
     print(f"{layout}: {few:.0f} MiB at p = 4, {many:.0f} MiB at p = 8")
-    assert many <= 700
+    assert many <= 400
     assert many <= 1.05 * few
 
 
@@ -134,7 +146,7 @@ def tile_products(layout: str, members: int, c: int) -> np.ndarray:
     def count(i: Any, j: Any) -> Any:
         x = jnp.zeros((1, 1, c, 1))
         queries, kv = Queries(x[:, :, None], Tokens(i)), KV(x, x, Tokens(j))
-        return tiles.plan_tiles(Mask(), queries, kv).visit(lambda pair, n, masked: n + 1, jnp.int32(0))
+        return tiles.plan_tiles(Mask(), queries, kv, TILE).visit(lambda pair, n, masked: n + 1, jnp.int32(0))
 
     positions = [jnp.asarray(shard_positions(layout, member, members, c), jnp.int32)[None] for member in range(members)]
     return np.array([[int(count(positions[r], positions[r - hop])) for hop in range(members)] for r in range(members)])
@@ -144,7 +156,7 @@ def test_balance():
     """With causal zigzag, all devices do equal work at every hop, and half of the dense work in total."""
     c, members = 2048, 8
     products = {layout: tile_products(layout, members, c) for layout in LAYOUTS}
-    dense = (c // tiles.TILE[0]) * (c // tiles.TILE[1]) * members**2
+    dense = (c // TILE[0]) * (c // TILE[1]) * members**2
     by_hop = products["zigzag"]
     assert (by_hop.max(0) / by_hop.mean(0)).max() <= 1.01
     assert by_hop.sum() / dense <= 0.54
@@ -168,9 +180,11 @@ def test_a_zigzag_hop_is_two_unmasked_products_of_halves():
 
         queries, kv = Queries(x[:, :, None], Tokens(i)), KV(x, x, Tokens(j))
         counts = np.asarray(
-            jax.jit(lambda n: tiles.plan_tiles(Mask(), queries, kv).visit(step, n))(jnp.zeros((2, 2, 2), jnp.int32))
+            jax.jit(lambda n: tiles.plan_tiles(Mask(), queries, kv, TILE).visit(step, n))(
+                jnp.zeros((2, 2, 2), jnp.int32)
+            )
         )
-        all_tiles = (half // tiles.TILE[0]) * (half // tiles.TILE[1])
+        all_tiles = (half // TILE[0]) * (half // TILE[1])
         assert set(counts.ravel()) <= {0, all_tiles}
         yield from ((q, k, bool(masked)) for q, k, masked in np.argwhere(counts))
 
@@ -180,6 +194,25 @@ def test_a_zigzag_hop_is_two_unmasked_products_of_halves():
             # The second half of the queries sees the first half of the keys; the other pair depends on the owner.
             from_earlier = member >= hop
             assert seen[member, hop] == {(1, 0, False), (0, 0, False) if from_earlier else (1, 1, False)}
+
+
+@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
+@pytest.mark.parametrize(("dtype", "depth"), [("bfloat16", 256), ("float32", 64)])
+def test_the_fused_kernel_compiles_for_every_chip(topology, dtype, depth):
+    """With segments, spans, slopes and a soft cap, for the largest tiles."""
+    with jax.set_mesh(mesh := tpu_ring(topology)):
+        sharding, length = jax.NamedSharding(mesh, jax.P(None, "context")), 1024 * mesh.size
+        shapes = [(1, length, heads, depth) for heads in (16, 4, 4, 16)]
+        inputs = [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding) for shape in shapes]
+        ids = np.zeros((1, length), np.int32)
+        extras = {"segment_ids": ids, "span_ids": ids, "soft_cap": 30.0, "kernel": "pallas"}
+
+        def run(*x: Any) -> Any:
+            return both(extras | {"slopes": jnp.ones(16)})(*x)
+
+        text = jax.jit(run).lower(*inputs).compile().as_text() or ""
+    assert "ringattn_forward" in text
+    assert "ringattn_backward" in text
 
 
 CONFIGS = Path(__file__).parents[1] / "configs"

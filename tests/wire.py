@@ -93,25 +93,25 @@ def executed(hlo: str, instruction: str) -> int:
 
 
 def exposed(hlo: str) -> tuple[int, list[str]]:
-    """Returns the number of permutes in a schedule, and the exposed ones: those that span no loop.
+    """Returns the number of permutes in a schedule, and the exposed ones: those that do not span a hop's attention.
 
-    The attention of a hop is one loop of at most one iteration with all tiles inside. A synchronous permute spans
-    nothing.
+    The attention of a hop is one Pallas kernel, or one loop of at most one iteration with all tiles inside. A
+    synchronous permute spans nothing.
     """
     sends, exposed_sends = 0, []
     for body in computations(hlo).values():
         open_since: dict[str, int] = {}
-        loops = 0
+        attentions = 0
         for line in body:
             sent = re.match(
                 r"\s+(?:ROOT )?%?([\w.\-]+) = (\S+).* collective-permute(-start|-done)?\(%?([\w.\-]*)", line
             )
             if sent is None:
-                loops += " while(" in line
+                attentions += " while(" in line or "tpu_custom_call" in line
             elif sent[3] == "-start":
-                open_since[sent[1]] = loops
+                open_since[sent[1]] = attentions
             else:
                 sends += 1
-                if sent[3] is None or loops == open_since.pop(sent[4]):
+                if sent[3] is None or attentions == open_since.pop(sent[4]):
                     exposed_sends.append(f"{sent[1]} {sent[2]}")
     return sends, exposed_sends

@@ -71,7 +71,8 @@ def attention(
       soft_cap: logits become soft_cap * tanh(logits / soft_cap). Default: no cap.
       sinks: one extra logit per head in the denominator, like a key whose value is 0.
       slopes: ALiBi slopes (arXiv 2108.12409), one per head.
-      kernel: "xla", or "auto", which picks the fastest kernel for the device; at present always "xla".
+      kernel: "auto" (the fastest that serves: `choose_kernel`), "xla" (any device), "pallas" (TPU; on CPUs it runs in
+        an interpreter, for tests) or "cudnn" (GPU). A named kernel that cannot serve is an error.
       reduce_dtype: dtype in which K/V gradients are sent around a ring or reduced by "gather": "float32", "bfloat16"
         (half the bytes, rounded once per hop), or None: the dtype in which they are summed. An all-to-all (ulysses,
         usp) always sends in query's dtype.

@@ -6,7 +6,7 @@ Memory grows with the number of devices; latency is that of one collective.
 from dataclasses import dataclass
 
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from ringattn.attn.kernels.protocol import KV, Kernel, KVGrads, LogitSpec, Queries, QueryGrads, Residuals, Slopes
 from ringattn.attn.mask import Ids, Tokens
@@ -46,17 +46,17 @@ class Gather:
         return lax.psum_scatter(sent, self.axis, scatter_dimension=2, tiled=True).astype(x.dtype)
 
     def _gather(self, kv: KV) -> KV:
-        positions = None if self.implied is None else self.implied.kv_positions(0, self.implied.shards)
-        tokens = gather_tokens(kv.tokens, self.axis, positions)
+        implied = None if self.implied is None else self.implied.all_keys()
+        tokens = gather_tokens(kv.tokens, self.axis, implied)
         key, value = (lax.all_gather(x, self.axis, axis=2, tiled=True) for x in (kv.key, kv.value))
         return KV(key, value, tokens)
 
 
-def gather_tokens(tokens: Tokens, axis: str | tuple[str, str], implied_positions: Int[Array, "1 M"] | None) -> Tokens:
+def gather_tokens(tokens: Tokens, axis: str | tuple[str, str], implied: Tokens | None) -> Tokens:
     """Returns all tokens held by the devices of `axis`. Gathers positions only if the layout does not imply them."""
 
-    def gather(ids: Ids) -> Array:
-        return lax.all_gather(ids, axis, axis=1, tiled=True)
+    def gather(ids: Ids | None) -> Array | None:
+        return None if ids is None else lax.all_gather(ids, axis, axis=1, tiled=True)
 
-    positions = gather(tokens.positions) if implied_positions is None else implied_positions
-    return Tokens(positions, *(None if ids is None else gather(ids) for ids in (tokens.segments, tokens.spans)))
+    all_tokens = Tokens(lax.all_gather(tokens.positions, axis, axis=1, tiled=True)) if implied is None else implied
+    return all_tokens._replace(segments=gather(tokens.segments), spans=gather(tokens.spans))

@@ -3,9 +3,11 @@
 Masks are evaluated on positions and ids, never on storage indices, so the same code handles every layout.
 """
 
-from dataclasses import dataclass
-from typing import NamedTuple
+import math
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
@@ -56,10 +58,38 @@ class Mask:
         return self.window[1] if isinstance(self.window, tuple) else self.window
 
 
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class Runs:
+    """What is known of positions at trace time: every `length` consecutive tokens have positions in steps of `step`.
+
+    A run starts at every multiple of `length`. The last run may be shorter. Runs are as long as the layout allows: one
+    for the tokens of any number of contiguous shards, two for a zigzag shard.
+
+    Attributes:
+      length: number of tokens in a run.
+      step: difference between the positions of consecutive tokens.
+      keys: of keys only, in a sequence with as many queries as keys: "local", a slice of the shards that the queries
+        are, from index `start`; "remote", other shards, as many; "all", all shards. None: unknown.
+    """
+
+    length: int
+    step: int
+    keys: Literal["local", "remote", "all"] | None = None
+    start: int = 0
+
+    def part(self, start: int, stop: int) -> "Runs":
+        """Returns the runs of tokens `start` to `stop`."""
+        within_run = stop <= (start // self.length + 1) * self.length
+        length = stop - start if within_run else math.gcd(self.length, start)
+        return replace(self, length=length, start=self.start + start)
+
+
 class Tokens(NamedTuple):
     """Positions, segment ids and span ids of tokens, int32 [rows, L] each; rows is 1 if all rows have the same.
 
-    A negative segment id marks padding. A negative span id means that the token has no span.
+    A negative segment id marks padding. A negative span id means that the token has no span. `runs` is None if the
+    positions are given by the user, so that nothing is known of them at trace time.
 
     Any two positions must differ by less than 2**31, so that their difference does not overflow int32.
     """
@@ -67,6 +97,7 @@ class Tokens(NamedTuple):
     positions: Ids
     segments: Ids | None = None
     spans: Ids | None = None
+    runs: Runs | None = None
 
 
 def visible(mask: Mask, queries: Tokens, keys: Tokens) -> Bool[Array | np.ndarray, "..."]:
@@ -74,20 +105,26 @@ def visible(mask: Mask, queries: Tokens, keys: Tokens) -> Bool[Array | np.ndarra
 
     This is the definition of visibility. `relate` decides it conservatively, from bounds alone.
     """
-    i, j = queries.positions[..., :, None], keys.positions[..., None, :]
+    q, k = (
+        jax.tree.map(lambda x, dim=dim: jnp.expand_dims(x, dim), tokens) for tokens, dim in ((queries, -1), (keys, -2))
+    )
+    return visible_pairs(mask, q, k)
+
+
+def visible_pairs(mask: Mask, q: Tokens, k: Tokens) -> Bool[Array | np.ndarray, "..."]:
+    """Returns True where the query sees the key. The ids of q and k have any shapes that broadcast."""
+    i, j = q.positions, k.positions
     seen = (j <= i) if mask.causal else jnp.ones_like(j <= i)
-    if queries.spans is not None and keys.spans is not None and mask.causal:
-        span = queries.spans[..., :, None]
-        seen |= (span == keys.spans[..., None, :]) & (span >= 0)
+    if q.spans is not None and k.spans is not None and mask.causal:
+        seen |= (q.spans == k.spans) & (q.spans >= 0)
     if mask.left is not None:
         seen &= i - j <= mask.left
     if mask.right is not None:
         seen &= j - i <= mask.right
     if mask.chunk is not None:
-        seen &= i // mask.chunk == j // mask.chunk
-    if queries.segments is not None and keys.segments is not None:
-        segment = queries.segments[..., :, None]
-        seen &= (segment == keys.segments[..., None, :]) & (segment >= 0)
+        seen &= i - i % mask.chunk == j - j % mask.chunk  # TPU kernels cannot divide and round down
+    if q.segments is not None and k.segments is not None:
+        seen &= (q.segments == k.segments) & (q.segments >= 0)
     return seen
 
 
@@ -130,7 +167,8 @@ def relate(mask: Mask, q: Bounds, k: Bounds) -> tuple[Bool[Array, "..."], Bool[A
     bounds are inconclusive. The bounds broadcast against each other, so one call compares all tiles of queries with all
     tiles of keys. `full` tiles are computed without a mask, so `full` must take every field of Mask into account.
     """
-    empty, full = q.first > q.last, q.first <= q.last  # False and True, in the shape of the bounds
+    empty = (q.first > q.last) | (k.first > k.last)  # False, in the shape to which the bounds broadcast
+    full = ~empty
     if mask.causal:
         future, past = k.first > q.last, k.last <= q.first
         if q.spans is not None and k.spans is not None:
@@ -142,7 +180,7 @@ def relate(mask: Mask, q: Bounds, k: Bounds) -> tuple[Bool[Array, "..."], Bool[A
     if mask.right is not None:
         empty, full = empty | (k.first - q.last > mask.right), full & (k.last - q.first <= mask.right)
     if mask.chunk is not None:
-        q_low, q_high, k_low, k_high = (x // mask.chunk for x in (q.first, q.last, k.first, k.last))
+        q_low, q_high, k_low, k_high = (x - x % mask.chunk for x in (q.first, q.last, k.first, k.last))
         empty |= (q_low > k_high) | (k_low > q_high)
         full &= (q_low == q_high) & (k_low == k_high) & (q_low == k_low)
     if q.segments is not None and k.segments is not None:

@@ -1,10 +1,12 @@
 """Positions that the layout implies, so that they need not be sent."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from jaxtyping import Array, Int
 
-from ringattn.layout import positions_of
+from ringattn.attn.mask import Runs, Tokens
+from ringattn.layout import pieces, positions_of
 
 Index = int | Int[Array, ""]
 
@@ -24,11 +26,30 @@ class ImpliedPositions:
     local_queries: int
     local_keys: int
 
-    def q_positions(self, first: Index, count: int) -> Int[Array, "1 {count*self.local_queries}"]:
-        """Returns the positions of the queries in the `count` consecutive shards that start at index `first`."""
-        offset = self.shards * (self.local_keys - self.local_queries)
-        return positions_of(self.layout, first, count, self.shards, self.local_queries)[None] + offset
+    def q_tokens(self, first: Index, count: int) -> Tokens:
+        """Returns queries [1, count * local_queries]: `count` consecutive shards from index `first` on."""
+        return self._tokens(first, count, self.local_queries, self.shards * (self.local_keys - self.local_queries))
 
-    def kv_positions(self, first: Index, count: int) -> Int[Array, "1 {count*self.local_keys}"]:
-        """Returns the positions of the keys in the `count` consecutive shards that start at index `first`."""
-        return positions_of(self.layout, first, count, self.shards, self.local_keys)[None]
+    def kv_tokens(self, first: Index, count: int) -> Tokens:
+        """Returns keys [1, count * local_keys]: `count` consecutive shards from index `first` on."""
+        return self._tokens(first, count, self.local_keys, 0)
+
+    def local_tokens(self, first: Index, count: int) -> tuple[Tokens, Tokens]:
+        """Returns the queries and the keys of the same `count` consecutive shards."""
+        return self.q_tokens(first, count), self._related(self.kv_tokens(first, count), "local")
+
+    def all_keys(self) -> Tokens:
+        """Returns the keys of all shards."""
+        return self._related(self.kv_tokens(0, self.shards), "all")
+
+    def _related(self, keys: Tokens, relation: Literal["local", "all"]) -> Tokens:
+        if self.local_queries != self.local_keys:
+            return keys
+        assert keys.runs is not None
+        return keys._replace(runs=replace(keys.runs, keys=relation))
+
+    def _tokens(self, first: Index, count: int, local: int, offset: int) -> Tokens:
+        piece = pieces(self.layout, 0, self.shards, local)[0]  # all pieces of a layout have the same step and count
+        positions = positions_of(self.layout, first, count, self.shards, local)[None] + offset
+        consecutive_shards = count if self.layout == "contiguous" else 1
+        return Tokens(positions, runs=Runs(piece.count * consecutive_shards, piece.step))

@@ -21,7 +21,7 @@ Hops. Hops that no device needs are omitted. The others form one run (direction,
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial, reduce
 from typing import NamedTuple, TypeVar
 
@@ -32,7 +32,7 @@ from jaxtyping import Array, Float, Int
 
 from ringattn.attn.hops import hop_runs
 from ringattn.attn.kernels.protocol import KV, Kernel, KVGrads, LogitSpec, Queries, QueryGrads, Residuals, Slopes
-from ringattn.attn.mask import Ids, Mask, Tokens
+from ringattn.attn.mask import Ids, Mask, Runs, Tokens
 from ringattn.attn.positions import ImpliedPositions
 from ringattn.attn.softmax import Partial
 
@@ -48,6 +48,7 @@ class _Shard(NamedTuple):
     positions: Ids | None  # None if the layout implies them
     segments: Ids | None
     spans: Ids | None
+    runs: Runs | None  # static
     owner: Int[Array, ""]  # index of the member whose local shard this is
 
 
@@ -148,20 +149,24 @@ class Ring:
         return hop_runs(mask, kv.tokens.spans is not None, self.implied, lax.axis_size(self.axis))
 
     def _local_shard(self, kv: KV) -> _Shard:
-        positions, segments, spans = kv.tokens if self.implied is None else (None, *kv.tokens[1:])
-        return _Shard(kv.key, kv.value, positions, segments, spans, lax.axis_index(self.axis))
+        positions, segments, spans, runs = kv.tokens
+        positions = positions if self.implied is None else None
+        if runs is not None and runs.keys == "local":
+            runs = replace(runs, keys="remote")
+        return _Shard(kv.key, kv.value, positions, segments, spans, runs, lax.axis_index(self.axis))
 
     def _kv(self, shard: _Shard) -> KV:
         """Returns the K/V of a shard with their positions."""
-        positions = shard.positions
-        if self.implied is not None:
+        if self.implied is None:
+            assert shard.positions is not None  # sent, unless the layout implies them
+            tokens = Tokens(shard.positions)
+        else:
             shards_per_member = self.implied.shards // lax.axis_size(self.axis)
             first, count = shard.owner * shards_per_member, shards_per_member
             if self.inner is not None:
                 first, count = first + lax.axis_index(self.inner), 1
-            positions = self.implied.kv_positions(first, count)
-        assert positions is not None  # sent, unless the layout implies them
-        return KV(shard.key, shard.value, Tokens(positions, shard.segments, shard.spans))
+            tokens = self.implied.kv_tokens(first, count)
+        return KV(shard.key, shard.value, Tokens(tokens.positions, shard.segments, shard.spans, shard.runs))
 
     def _send(self, shard: _Shard, direction: int) -> _Shard:
         """Sends `shard` to the next member in `direction`. Returns the shard received from the previous one."""
@@ -187,13 +192,8 @@ def _repeat(times: int, f: Callable[[State], State], state: State) -> State:
 def _halves(kv: KV) -> list[KV]:
     """Splits a shard into two along the sequence; returns a shard of one key unsplit."""
     length = kv.key.shape[2]
-
-    def part(start: int, stop: int) -> KV:
-        tokens = jax.tree.map(lambda x: x[:, start:stop], kv.tokens)
-        return KV(kv.key[:, :, start:stop], kv.value[:, :, start:stop], tokens)
-
     middle = (length + 1) // 2  # with an odd length, the first half gets the extra key
-    return [part(0, middle), part(middle, length)] if length > 1 else [kv]
+    return [kv.part(0, middle), kv.part(middle, length)] if length > 1 else [kv]
 
 
 def _add(a: KVGrads | None, b: KVGrads) -> KVGrads:

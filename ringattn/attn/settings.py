@@ -12,7 +12,7 @@ import numpy as np
 from jax.core import Tracer
 
 from ringattn.attn.choices import STRATEGIES
-from ringattn.attn.kernels.registry import choose_kernel
+from ringattn.attn.kernels.registry import check_kernel_name
 from ringattn.attn.mask import Mask
 
 REDUCE_DTYPES = ("bfloat16", "float32")
@@ -47,7 +47,7 @@ class Settings:
             object.__setattr__(self, name, None if x is None else _number(name, x))
         if self.strategy not in STRATEGIES:
             raise ValueError(f"strategy={self.strategy!r} must be one of {_quoted(STRATEGIES)}")
-        choose_kernel(self.kernel)
+        check_kernel_name(self.kernel)
         if self.strategy == "usp" and len(self.axes) == 1:
             fix = "use axis=(outer, inner), or strategy='ring' or 'ulysses', which take one axis"
             raise ValueError(f"axis={self.axis!r} must be a pair for strategy='usp'; {fix}")

@@ -1,34 +1,26 @@
-"""Attention on local shards, inside a shard_map: chooses the strategy, and defines the gradient.
+"""Attention on local shards, inside a shard_map, and its gradient.
 
 A strategy is a kernel (`kernels.protocol.Kernel`) that also communicates. A single custom_vjp therefore covers all
 strategies, and a ring can be the kernel of another ring.
 """
 
-from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 
 import jax
 from einops import rearrange
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from ringattn.attn.auto import strategy_for
 from ringattn.attn.checks import Extras, TokenIds, check_arrays, check_lengths, ids_pair, manual_devices
-from ringattn.attn.gather import Gather
 from ringattn.attn.inputs import Inputs, group_heads, to_kernel_dims, ungroup_heads, zero_padding
 from ringattn.attn.kernels.protocol import Kernel, LogitSpec, Residuals, init_partial, init_query_grads
-from ringattn.attn.kernels.registry import choose_kernel
 from ringattn.attn.mask import Mask, Tokens
 from ringattn.attn.positions import ImpliedPositions
-from ringattn.attn.ring import Ring
-from ringattn.attn.settings import Axis, Settings
+from ringattn.attn.settings import Settings
 from ringattn.attn.softmax import shifted_exp, varying_like, with_sink
-from ringattn.attn.ulysses import exchange
+from ringattn.attn.strategies import Strategies, drop_unit_axes
 from ringattn.compilation_cache import disable_for_cpus
-
-Attend = Callable[[Inputs], Float[Array, "B L H Dv"]]
 
 
 def shard_attention(
@@ -82,69 +74,25 @@ def local_attention(
 ) -> Float[Array, "B L H Dv"]:
     """Computes `shard_attention` without checking the arguments."""
     disable_for_cpus(jax.sharding.get_abstract_mesh())
-    axis = settings.axis if settings.strategy == "usp" else _drop_unit_axes(settings.axes)
+    axis = settings.axis if settings.strategy == "usp" else drop_unit_axes(settings.axes)
     positions, segments, spans = map(ids_pair, (extras.positions, extras.segment_ids, extras.span_ids))
-    implied = None
     if positions[0] is None:
         implied = ImpliedPositions(settings.layout, lax.axis_size(axis), query.shape[1], key.shape[1])
         shard = lax.axis_index(axis)
-        positions = implied.q_positions(shard, 1), implied.kv_positions(shard, 1)
-    q_tokens, kv_tokens = (Tokens(positions[n], segments[n], spans[n]) for n in (0, 1))
+        tokens = implied.local_tokens(shard, 1)
+    else:
+        implied, tokens = None, map(Tokens, positions)
+    q_tokens, kv_tokens = (x._replace(segments=segments[n], spans=spans[n]) for n, x in enumerate(tokens))
     if segments[0] is not None:  # otherwise a NaN in padding, times a weight of 0, would be NaN
         query = zero_padding(query, segments[0])
         key, value = (zero_padding(x, segments[1]) for x in (key, value))
     scale = query.shape[-1] ** -0.5 if settings.scale is None else settings.scale
     logit_spec = LogitSpec(settings.mask, scale, settings.soft_cap)
-    strategy = _auto_strategy(settings, axis, query, key, extras) if settings.strategy == "auto" else settings.strategy
-    attend = _strategy(strategy, axis, implied, logit_spec, settings)
     # All inputs must vary over the same mesh axes. pcast transposes to a psum over the gradients of replicated inputs.
     inputs = Inputs(query, key, value, q_tokens, kv_tokens, extras.slopes, extras.sinks)
-    out = attend(jax.tree.map(lambda x: varying_like(x, *jax.tree.leaves(inputs)), inputs))
+    inputs = jax.tree.map(lambda x: varying_like(x, *jax.tree.leaves(inputs)), inputs)
+    out = Strategies(settings, axis, implied).choose(lambda kernel, x: _attend(kernel, logit_spec, x), inputs)(inputs)
     return out if segments[0] is None else zero_padding(out, segments[0])
-
-
-def _drop_unit_axes(axes: tuple[str, ...]) -> Axis:
-    """Drops axes of size 1, which turns a degenerate nested ring into a plain ring."""
-    several = [name for name in axes if lax.axis_size(name) > 1] or [axes[0]]
-    return several[0] if len(several) == 1 else (several[0], several[1])
-
-
-def _auto_strategy(settings: Settings, axis: Axis, query: Array, key: Array, extras: Extras) -> str:
-    causal = settings.mask.causal and extras.span_ids is None  # a span can reach later keys
-    mask = replace(settings.mask, causal=causal)
-    layout = settings.layout if extras.positions is None else None
-    sizes = lax.axis_size(axis) if isinstance(axis, str) else (lax.axis_size(axis[0]), lax.axis_size(axis[1]))
-    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
-    return strategy_for(query, key, mask, layout, sizes, device.device_kind)
-
-
-def _strategy(
-    strategy: str, axis: Axis, implied: ImpliedPositions | None, logit_spec: LogitSpec, settings: Settings
-) -> Attend:
-    """Returns the function that computes attention of Inputs by `strategy` ("auto" resolved)."""
-    kernel, reduce_dtype = choose_kernel(settings.kernel), settings.reduce_dtype
-
-    def exchange_over(exchange_axis: Axis, first_shard: int | Int[Array, ""], local_kernel: Kernel) -> Attend:
-        count, positions = lax.axis_size(exchange_axis), None
-        if implied is not None:
-            positions = implied.q_positions(first_shard, count), implied.kv_positions(first_shard, count)
-        return partial(exchange, partial(_attend, local_kernel, logit_spec), exchange_axis, positions)
-
-    if strategy == "gather":
-        return partial(_attend, Gather(axis, kernel, implied, reduce_dtype), logit_spec)
-    if strategy == "ulysses":
-        return exchange_over(axis, 0, kernel)
-    if isinstance(axis, str):
-        assert strategy == "ring", strategy
-        return partial(_attend, Ring(axis, kernel, implied, reduce_dtype=reduce_dtype), logit_spec)
-    outer, inner = axis
-    if strategy == "usp":
-        first_shard = lax.axis_index(outer) * lax.axis_size(inner)
-        return exchange_over(inner, first_shard, Ring(outer, kernel, implied, reduce_dtype=reduce_dtype))
-    assert strategy == "ring", strategy
-    # A shard on the inner ring can come from any member of the outer ring, so its positions must be sent.
-    inner_ring = Ring(inner, kernel, None, reduce_dtype=reduce_dtype)
-    return partial(_attend, Ring(outer, inner_ring, implied, inner, reduce_dtype), logit_spec)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -179,7 +127,7 @@ def _attend_backward(
     queries, kv, slopes, sinks = to_kernel_dims(inputs)
     delta = (d_out.astype(lse.dtype) * out.astype(lse.dtype)).sum(-1)
     delta = rearrange(delta, "B L (G R) -> B G R L", G=inputs.key.shape[2])
-    residuals = Residuals(lse, delta, group_heads(d_out, inputs.key.shape[2]))
+    residuals = Residuals(lse, delta, *(group_heads(x, inputs.key.shape[2]) for x in (d_out, out)))
     carry = init_query_grads(queries, kv, slopes)
     query_grads, kv_grads = kernel.backward(logit_spec, queries, kv, slopes, residuals, carry)
     d_query = ungroup_heads(query_grads.query.astype(inputs.query.dtype))

@@ -8,18 +8,19 @@ is the inverse all-to-all.
 from collections.abc import Callable
 
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from ringattn.attn.gather import gather_tokens
 from ringattn.attn.inputs import Inputs
+from ringattn.attn.mask import Tokens
 
-PositionPair = tuple[Int[Array, "1 all_queries"], Int[Array, "1 all_keys"]]
+TokensPair = tuple[Tokens, Tokens]
 
 
 def exchange(
     attend: Callable[[Inputs], Float[Array, "B L H Dv"]],
     axis: str | tuple[str, str],
-    implied_positions: PositionPair | None,
+    implied_tokens: TokensPair | None,
     inputs: Inputs,
 ) -> Float[Array, "B L H Dv"]:
     """Runs `attend` with the heads, instead of the sequence, sharded over mesh axis `axis`.
@@ -27,8 +28,8 @@ def exchange(
     Args:
       attend: maps Inputs to the output. It receives all tokens held by the devices of `axis`, and a slice of the heads.
       axis: the mesh axis, or axes, of the exchange.
-      implied_positions: positions of the queries and of the keys held by all devices of `axis`; None: positions are
-        given, and gathered.
+      implied_tokens: the queries and the keys held by all devices of `axis`, without ids; None: positions are given,
+        and gathered.
       inputs: this device's shards.
 
     Raises:
@@ -50,14 +51,14 @@ def exchange(
         count = x.shape[0] // shards
         return lax.dynamic_slice_in_dim(x, lax.axis_index(axis) * count, count, axis=0)
 
-    q_positions, kv_positions = (None, None) if implied_positions is None else implied_positions
+    q_tokens, kv_tokens = (None, None) if implied_tokens is None else implied_tokens
     out = attend(
         Inputs(
             query=shard_heads(inputs.query),
             key=shard_heads(inputs.key),
             value=shard_heads(inputs.value),
-            q_tokens=gather_tokens(inputs.q_tokens, axis, q_positions),
-            kv_tokens=gather_tokens(inputs.kv_tokens, axis, kv_positions),
+            q_tokens=gather_tokens(inputs.q_tokens, axis, q_tokens),
+            kv_tokens=gather_tokens(inputs.kv_tokens, axis, kv_tokens),
             slopes=local_heads(inputs.slopes),
             sinks=local_heads(inputs.sinks),
         )

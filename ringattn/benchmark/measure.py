@@ -15,6 +15,7 @@ from jax.errors import JaxRuntimeError
 from rich.console import Console
 
 from ringattn import config
+from ringattn.benchmark.cycles import count_cycles
 from ringattn.benchmark.report import Result, Speed, make_console, plot, skipped, table
 from ringattn.benchmark.subjects import PASSES, Case, Inputs, make_attend, make_pass, place_inputs, useful_flops
 from ringattn.benchmark.timing import Program, calls_per_sample, compile_program, rounds
@@ -31,11 +32,17 @@ Key: TypeAlias = tuple[str, str]
 def benchmark(c: config.Benchmark) -> int:
     """Measures all subjects at every length and ring size, prints tables, and writes results and plot.
 
+    With `c.topology`, counts cycles instead: see `cycles.count_cycles`.
+
     Rewrites results.json and the plot after each length and ring size, and replaces those of an earlier run. Returns
     the exit status of the process, 0. Raises ValueError, with a fix, if the config does not fit the devices or the run
     directory, or if another process writes there. A subject that cannot run is reported and skipped.
     """
     mesh = config.Mesh(simulate=c.simulate)
+    if c.topology is not None:
+        with claimed([Path(c.directory) / c.name], config.Mesh(), "use another --name", "use another --directory"):
+            count_cycles(c, prepare_directory(c))
+        return 0
     with claimed([Path(c.directory) / c.name], mesh, "use another --name", "use another --directory"):
         start(mesh)
         return _benchmark_claimed(c, ring_sizes(c))

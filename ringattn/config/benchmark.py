@@ -97,6 +97,11 @@ class Benchmark:
     """Dtype of queries, keys and values."""
     seconds: int = 60
     """Measurement time per row length and ring size, in seconds, excluding compilation. At least three rounds run."""
+    topology: str | None = None
+    """TPU topology, such as v5e:2x4. Counts cycles with the TPU compiler instead of measuring time; needs no TPU. Takes
+    the first of shard_tokens, one ring over all devices, and ignores simulate, rings, baselines and seconds."""
+    steps: tuple[str, ...] | None = None
+    """With topology: training steps to compile, each as 'CONFIG TOPOLOGY'. None: no step."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -114,5 +119,9 @@ class Benchmark:
         for text in self.baselines:
             rule = f"chosen from the subjects; use one of {', '.join(map(repr, self.subjects))}"
             require(text in self.subjects, self, "baselines", rule)
+        for text in self.steps or ():
+            rule = "each 'CONFIG TOPOLOGY', such as 'configs/llama3_8b_1m.py v5e:8x8'"
+            require(len(text.split()) == 2, self, "steps", rule)
+        require(self.steps is None or self.topology is not None, self, "steps", "None without topology")
         multiple = f"a multiple of kv_heads={self.kv_heads}; use {nearest_multiples(self.heads, self.kv_heads)}"
         require(self.heads % self.kv_heads == 0, self, "heads", multiple)

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from ringattn.attn.choices import Strategy
+from ringattn.attn.choices import KernelName, Strategy
 from ringattn.layout import Layout
 
 RopeScaling = Literal["none", "linear", "ntk", "yarn", "llama3"]
@@ -10,4 +10,4 @@ Dtype = Literal["float32", "bfloat16"]
 Remat = Literal["off", "on", "offload"]
 Resume = Literal["never", "auto", "must"]
 
-__all__ = ["Dtype", "Layout", "Remat", "Resume", "RopeScaling", "Strategy"]
+__all__ = ["Dtype", "KernelName", "Layout", "Remat", "Resume", "RopeScaling", "Strategy"]

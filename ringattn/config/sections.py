@@ -12,7 +12,7 @@ from ringattn.config.checks import (
     require,
     section,
 )
-from ringattn.config.choices import Dtype, Layout, Remat, Resume, RopeScaling, Strategy
+from ringattn.config.choices import Dtype, KernelName, Layout, Remat, Resume, RopeScaling, Strategy
 from ringattn.config.stages import Stage, stage_errors, with_values
 from ringattn.config.tasks import TASK, check_task
 
@@ -60,9 +60,7 @@ class Model:
         require(self.rope_theta > 1, self, "rope_theta", "more than 1, such as 10000")
         ratio = "more than 1 with rope_scaling (context length / training length), such as 4"
         if self.rope_scaling == "none":
-            ratio = (
-                f"1.0 without rope_scaling; set {option('model.rope_scaling')} to 'linear', 'ntk', 'yarn' or 'llama3'"
-            )
+            ratio = f"1.0 without rope_scaling; set {option('model.rope_scaling')} to linear, ntk, yarn or llama3"
         require((self.rope_factor > 1) == (self.rope_scaling != "none"), self, "rope_factor", ratio)
 
 
@@ -146,8 +144,9 @@ class Attention:
     """Order of a row's tokens across devices. zigzag and striped balance causal attention."""
     strategy: Strategy = "ring"
     """Communication strategy. ring: K/V rotate; gather: K/V are all-gathered; ulysses: all-to-all between sequence and
-    heads; usp: ulysses over mesh.context, ring over mesh.context_outer; auto: the strategy with the least exposed
-    communication."""
+    heads; usp: ulysses over mesh.context, ring over mesh.context_outer; auto: least exposed communication."""
+    kernel: KernelName = "auto"
+    """Attention kernel. auto: the fastest for the device; xla: any device; pallas: TPU; cudnn: GPU."""
     window: int | None = None
     """Sliding window: number of preceding tokens a token attends to, besides itself. None: no window."""
 

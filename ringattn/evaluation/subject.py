@@ -93,6 +93,6 @@ def find_subject(path: str, c: config.Evaluation) -> Subject:
     number = run.stage_after(step - 1)
     trained_length = max(run.stage(earlier).data.seq_len for earlier in range(1, number + 1))
     stage = run.stage(number)
-    attention = replace(stage.attention, layout=c.layout, strategy=c.strategy)
+    attention = replace(stage.attention, layout=c.layout, strategy=c.strategy, kernel="auto")
     name = directory.resolve().name + f"@{step}" * is_step
     return Subject(name, directory, step, trained_length, replace(stage, mesh=c.mesh, attention=attention))

@@ -22,6 +22,7 @@ from ringattn.mesh.axes import (
     context_shards,
     describe_sizes,
 )
+from ringattn.mesh.gpu_flags import add_gpu_flags
 from ringattn.mesh.processes import join_processes
 from ringattn.mesh.topology import arrange_devices
 from ringattn.units import first_line
@@ -38,7 +39,8 @@ def start(section: config.Mesh) -> jax.sharding.Mesh:
     Call it before any other use of JAX devices. It creates the simulated CPU devices (per process;
     XLA_FLAGS=--xla_force_host_platform_device_count=N takes precedence) and calls `jax.distributed.initialize` in a
     multi-process environment: JAX_COORDINATOR_ADDRESS with JAX_NUM_PROCESSES and JAX_PROCESS_ID, a Slurm step or a TPU
-    pod. On several CPU devices it disables JAX's persistent compilation cache: see `compilation_cache.py`.
+    pod. With an NVIDIA GPU it adds flags to XLA_FLAGS: see `gpu_flags.py`. On several CPU devices it disables JAX's
+    persistent compilation cache: see `compilation_cache.py`.
 
     Raises:
       ValueError: if the axis sizes do not multiply to the number of devices (the message suggests a mesh), if JAX is
@@ -57,6 +59,8 @@ def join(section: config.Mesh) -> None:
     """Runs the first part of `start`. Does not initialize the devices of a single process. Raises ValueError."""
     if section.simulate:
         _simulate(section.simulate)
+    else:
+        add_gpu_flags()
     join_processes()
 
 

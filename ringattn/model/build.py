@@ -32,9 +32,8 @@ def model_factory(c: config.Config, vocabulary: int) -> MakeModel:
     if model_vocabulary < vocabulary:
         rule = f"model.vocabulary={model_vocabulary} must be at least {vocabulary}, the tokenizer's vocabulary size"
         raise ValueError(f"{rule}; use --model.vocabulary {vocabulary} or None")
-    attend = partial(
-        attention, mask=attention_mask(c), axis=SEQUENCE, layout=c.attention.layout, strategy=c.attention.strategy
-    )
+    options = {"layout": c.attention.layout, "strategy": c.attention.strategy, "kernel": c.attention.kernel}
+    attend = partial(attention, mask=attention_mask(c), axis=SEQUENCE, **options)
 
     def make_model() -> Transformer:
         return Transformer(c.model, model_vocabulary, attend, nnx.Rngs(params=c.train.seed))

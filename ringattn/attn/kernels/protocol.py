@@ -48,6 +48,12 @@ class KV(NamedTuple):
     value: Float[Array, "B G M Dv"]
     tokens: Tokens
 
+    def part(self, start: int, stop: int) -> "KV":
+        """Returns keys and values `start` to `stop`."""
+        runs = self.tokens.runs and self.tokens.runs.part(start, stop)
+        tokens = jax.tree.map(lambda x: x[:, start:stop], self.tokens._replace(runs=runs))
+        return KV(self.key[:, :, start:stop], self.value[:, :, start:stop], tokens)
+
 
 class Residuals(NamedTuple):
     """Per-query results that the backward pass reads. `lse` covers all keys of the sequence and the sink."""
@@ -55,6 +61,7 @@ class Residuals(NamedTuple):
     lse: Float[Array, "B G R L"]
     delta: Float[Array, "B G R L"]  # sum over Dv of d_out * out
     d_out: Float[Array, "B G R L Dv"]
+    out: Float[Array, "B G R L Dv"]  # in the dtype of the inputs
 
 
 class QueryGrads(NamedTuple):
@@ -75,7 +82,7 @@ class KVGrads(NamedTuple):
 class Kernel(Protocol):
     """A forward and a backward function for attention.
 
-    Implemented by kernels (modules, one device) and by strategies (frozen dataclasses that communicate and call another
+    Implemented by kernels (one device) and by strategies (frozen dataclasses that communicate and call another
     kernel). Must be hashable: it is a static argument of a custom_vjp.
 
     `carry` is the result for the keys processed so far. A kernel continues from it, so a ring holds one result, not one
@@ -86,7 +93,7 @@ class Kernel(Protocol):
         """Returns attention to the keys of `carry` and of `kv` together.
 
         `carry` and the result are normalized, in the dtype of `accumulation_dtype`. If a query sees no key of
-        `kv`, its carry is unchanged; out = 0 and lse = -inf if it has seen no key at all.
+        `kv`, its carry changes by rounding at most; out = 0 and lse = -inf if it has seen no key at all.
         """
         ...
 

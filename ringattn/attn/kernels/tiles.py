@@ -1,13 +1,14 @@
 """Splits queries and keys into tiles, and visits only the pairs of tiles in which some query sees some key."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from ringattn.attn.kernels.protocol import KV, Queries
 from ringattn.attn.mask import Bounds, Mask, Tokens, bounds, relate
@@ -15,8 +16,6 @@ from ringattn.attn.mask import Bounds, Mask, Tokens, bounds, relate
 State = TypeVar("State")
 """Pytree that a loop over pairs of tiles updates."""
 
-TILE = 256, 128
-"""Maximum number of queries and of keys in a tile."""
 MAX_LOGITS = 2**20
 """Target for rows * heads * q_tile * kv_tile; exceeded if one batch row alone is larger."""
 
@@ -65,29 +64,42 @@ class TilePair(NamedTuple):
 
 
 class TilePlan(NamedTuple):
-    """An ordering of all tile pairs: unmasked, masked, empty."""
+    """The tiles of queries and keys with the bounds of their tokens, from which it follows which pairs are visited.
 
-    order: Int[Array, " pairs"]
-    """Flat indices of all pairs, in the order of visits."""
-    unmasked: Int[Array, ""]
-    """Number of pairs in which every query sees every key, so no mask is computed."""
-    visited: Int[Array, ""]
-    """Number of unmasked and masked pairs. The empty pairs are skipped."""
+    Takes O(tiles) memory: the pairs of one tile of queries are compared when that tile is reached.
+    """
+
+    mask: Mask
+    q_bounds: Bounds
+    """Bounds [rows of the batch or 1, tiles of queries]."""
+    kv_bounds: Bounds
+    """Bounds [rows of the batch or 1, tiles of keys]."""
     counts: tuple[int, int, int]
     """Number of tiles along the batch, the queries and the keys."""
     sizes: tuple[int, int, int]
     """Size of a tile: rows, queries, keys."""
 
     def visit(self, step: Callable[[TilePair, State, bool], State], state: State) -> State:
-        """Folds `step(pair, state, masked)` over the pairs, in one loop without a mask and one with it."""
+        """Folds `step(pair, state, masked)` over the pairs with a visible key.
+
+        Visits the tiles of queries in order; for each, first the pairs in which every query sees every key, without a
+        mask, then the other pairs.
+        """
         rows, queries, keys = self.sizes
 
-        def visit_one(masked: bool, n: Int[Array, ""], state: State) -> State:
-            row, i, j = jnp.unravel_index(self.order[n], self.counts)
-            return step(TilePair(row * rows, i * queries, j * keys, *self.sizes), state, masked)
+        def visit_q_tile(n: Int[Array, ""], state: State) -> State:
+            row, i = jnp.unravel_index(n, self.counts[:2])
+            empty, full = self._related(row, i)
+            order = jnp.argsort(jnp.where(empty, 2, jnp.where(full, 0, 1)), stable=True).astype(jnp.int32)
 
-        state = lax.fori_loop(jnp.zeros_like(self.visited), self.unmasked, lambda n, s: visit_one(False, n, s), state)
-        return lax.fori_loop(self.unmasked, self.visited, lambda n, s: visit_one(True, n, s), state)
+            def visit_one(masked: bool, m: Int[Array, ""], state: State) -> State:
+                return step(TilePair(row * rows, i * queries, order[m] * keys, *self.sizes), state, masked)
+
+            unmasked, visited = full.sum(dtype=jnp.int32), (~empty).sum(dtype=jnp.int32)
+            state = lax.fori_loop(jnp.zeros_like(visited), unmasked, partial(visit_one, False), state)
+            return lax.fori_loop(unmasked, visited, partial(visit_one, True), state)
+
+        return lax.fori_loop(jnp.int32(0), self.counts[0] * self.counts[1], visit_q_tile, state)
 
     def if_any(self, f: Callable[[State], State], state: State) -> State:
         """Returns f(state), or state if no pair is visited.
@@ -95,50 +107,66 @@ class TilePlan(NamedTuple):
         Wrapping f in a loop makes it one operation for XLA's scheduler. Otherwise the scheduler may place the start of
         a transfer just before the last small operation of f, leaving it exposed.
         """
-        return lax.fori_loop(jnp.zeros_like(self.visited), jnp.minimum(self.visited, 1), lambda _, s: f(s), state)
+        empty, _ = relate_tiles(self.mask, self.q_bounds, self.kv_bounds)
+        any_visible = (~empty).any().astype(jnp.int32)
+        return lax.fori_loop(jnp.zeros_like(any_visible), any_visible, lambda _, s: f(s), state)
+
+    def _related(self, row: Int[Array, ""], i: Int[Array, ""]) -> tuple[Bool[Array, " pairs"], Bool[Array, " pairs"]]:
+        """Returns (empty, full) of the pairs of tile i of the queries, in the rows of row tile `row`."""
+
+        def rows_of(x: Array) -> Array:
+            return x if x.shape[0] == 1 else lax.dynamic_slice_in_dim(x, row * self.sizes[0], self.sizes[0])
+
+        q = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(rows_of(x), i, 1, axis=1), self.q_bounds)
+        empty, full = relate(self.mask, q, jax.tree.map(rows_of, self.kv_bounds))
+        return empty.all(0), full.all(0)
 
 
-def plan_tiles(mask: Mask, queries: Queries, kv: KV) -> TilePlan:
-    """Orders all tile pairs by the bounds of their positions, segments and spans."""
+def plan_tiles(mask: Mask, queries: Queries, kv: KV, tile: tuple[int, int]) -> TilePlan:
+    """Splits queries and keys into tiles of at most `tile` (queries, keys), and finds the bounds of their tokens."""
     (B, G, R, length, _), kv_length = queries.query.shape, kv.key.shape[2]
-    q_size, kv_size = (tile_size(n, max_size) for n, max_size in zip((length, kv_length), TILE, strict=True))
+    q_size, kv_size = (tile_size(n, max_size) for n, max_size in zip((length, kv_length), tile, strict=True))
     rows = _largest_divisor(B, max(MAX_LOGITS // (G * R * q_size * kv_size), 1))
-    counts = B // rows, length // q_size, kv_length // kv_size
-    related = relate(mask, _tile_bounds(queries.tokens, q_size, 2), _tile_bounds(kv.tokens, kv_size, 1))
-    empty, full = (jnp.broadcast_to(x, (B, *counts[1:])).reshape(-1, rows, *counts[1:]).all(1) for x in related)
-    kind = jnp.where(empty, 2, jnp.where(full, 0, 1)).reshape(-1)
-    order = jnp.argsort(kind, stable=True).astype(jnp.int32)
-    unmasked, visited = (kind == 0).sum(dtype=jnp.int32), (kind < 2).sum(dtype=jnp.int32)
-    return TilePlan(order, unmasked, visited, counts, (rows, q_size, kv_size))
+    q_bounds, kv_bounds = tile_bounds(queries.tokens, q_size), tile_bounds(kv.tokens, kv_size)
+    return TilePlan(
+        mask, q_bounds, kv_bounds, (B // rows, length // q_size, kv_length // kv_size), (rows, q_size, kv_size)
+    )
 
 
-def _tile_bounds(tokens: Tokens, size: int, dim: int) -> Bounds:
-    """Returns the bounds of all tiles: [rows, q_tiles, 1] for dim=2, [rows, 1, kv_tiles] for dim=1."""
-    tiled = jax.tree.map(lambda x: x.reshape(x.shape[0], -1, size), tokens)
-    return jax.tree.map(lambda x: jnp.expand_dims(x, dim), bounds(tiled))
+def tile_bounds(tokens: Tokens, size: int) -> Bounds:
+    """Returns the bounds [rows, tiles] of all tiles of `size` tokens."""
+    return bounds(jax.tree.map(lambda x: x.reshape(x.shape[0], -1, size), tokens))
 
 
-def tile_size(length: int, max_size: int) -> int:
+def relate_tiles(
+    mask: Mask, q: Bounds, k: Bounds
+) -> tuple[Bool[Array, "_ q_tiles kv_tiles"], Bool[Array, "_ q_tiles kv_tiles"]]:
+    """Returns (empty, full) of all pairs of tiles. Reduce them at once: they take O(tiles^2) memory."""
+    return relate(mask, jax.tree.map(lambda x: x[:, :, None], q), jax.tree.map(lambda x: x[:, None], k))
+
+
+def tile_size(length: int, max_size: int, multiple: int = 1) -> int:
     """Returns the tile size: the largest divisor <= max_size of length / 2, or of length if it is odd.
 
     Tiles do not cross the middle of a shard. The two halves of a zigzag shard are far apart in the sequence, so the
-    position bounds of a tile with tokens of both halves would be too wide to skip any pair.
+    position bounds of a tile with tokens of both halves would be too wide to skip any pair. If no such size is a
+    multiple of `multiple`, tiles may cross the middle.
     """
     half = length // 2 if length % 2 == 0 else length
-    return _largest_divisor(half, max_size)
+    return _largest_divisor(half, max_size, multiple) or _largest_divisor(length, max_size, multiple)
 
 
-def pad_to_tiles(queries: Queries, kv: KV) -> tuple[Queries, KV]:
+def pad_to_tiles(queries: Queries, kv: KV, tile: tuple[int, int], multiple: int = 1) -> tuple[Queries, KV]:
     """Pads queries and keys whose lengths would give very small tiles, such as prime lengths: see `_tileable`."""
     length, kv_length = queries.query.shape[3], kv.key.shape[2]
-    size, kv_size = (_tileable(n, max_size) for n, max_size in zip((length, kv_length), TILE, strict=True))
+    size, kv_size = (_tileable(n, max_size, multiple) for n, max_size in zip((length, kv_length), tile, strict=True))
     if (size, kv_size) == (length, kv_length):
         return queries, kv
 
     def pad_tokens(x: Tokens, size: int) -> Tokens:
         segments = jnp.zeros_like(x.positions) if x.segments is None else x.segments
         spans = None if x.spans is None else pad(x.spans, 1, size, -1)
-        return Tokens(pad(x.positions, 1, size), pad(segments, 1, size, -1), spans)
+        return Tokens(pad(x.positions, 1, size), pad(segments, 1, size, -1), spans, x.runs)
 
     return (
         Queries(pad(queries.query, 3, size), pad_tokens(queries.tokens, size)),
@@ -152,15 +180,20 @@ def pad(x: Array | np.ndarray, dim: int, size: int, value: int = 0) -> Array:
     return jnp.pad(x, widths, constant_values=value)
 
 
-def _tileable(length: int, max_size: int) -> int:
-    """Returns the length to pad to: `length`, or the next multiple of max_size if the tiles of `length` are too small.
+def _tileable(length: int, max_size: int, multiple: int) -> int:
+    """Returns the length to pad to: `length`, or a greater one if the tiles of `length` are too small.
 
-    Too small is less than a quarter of max_size, or of half the length if that is shorter.
+    Too small is less than a quarter of max_size, or of half the length if that is shorter. Pads to a multiple of
+    max_size, or of `multiple` if that is at least the length.
     """
     half = length // 2 if length % 2 == 0 else length
-    return length if tile_size(length, max_size) * 4 >= min(half, max_size) else -(-length // max_size) * max_size
+    if tile_size(length, max_size, multiple) * 4 >= min(half, max_size):
+        return length
+    unit = max_size if length > max_size else multiple
+    return -(-length // unit) * unit
 
 
-def _largest_divisor(n: int, max_size: int) -> int:
-    """Returns the largest divisor of n that is <= max_size."""
-    return next(size for size in range(min(n, max_size), 0, -1) if n % size == 0)
+def _largest_divisor(n: int, max_size: int, multiple: int = 1) -> int:
+    """Returns the largest divisor of n that is <= max_size and a multiple of `multiple`; 0 if there is none."""
+    largest = min(n, max_size) // multiple * multiple
+    return next((size for size in range(largest, 0, -multiple) if n % size == 0), 0)

@@ -1,0 +1,79 @@
+"""A fused kernel for TPUs, in Pallas. Visits and fetches only the tiles with a visible key.
+
+`tpu_forward` and `tpu_backward` are the two kernels, `tpu_tiles` what they share. On other devices they run in the
+interpreter for TPU kernels, which simulates memory and transfers; it is slow, and meant for tests.
+"""
+
+from dataclasses import dataclass
+
+import jax
+from jaxtyping import Array, Float
+
+from ringattn.attn.kernels import tpu_backward, tpu_forward
+from ringattn.attn.kernels.protocol import KV, KVGrads, LogitSpec, Queries, QueryGrads, Residuals, Slopes
+from ringattn.attn.kernels.tiles import pad, pad_to_tiles, tile_size
+from ringattn.attn.softmax import Partial
+
+
+@dataclass(frozen=True)
+class PallasTpu:
+    """The kernel for TPUs.
+
+    Attributes:
+      tile: maximum number of queries and of keys in a tile of the forward pass.
+      multiple: sizes of tiles are multiples of it; 128 on a TPU.
+      interpret: True to run in the interpreter.
+      backward_tile: as `tile`, for the backward pass. Default: the same.
+      heads: maximum number of query heads in a grid step, which fetches a tile of keys for all of them.
+    """
+
+    tile: tuple[int, int]
+    multiple: int = 128
+    interpret: bool = False
+    backward_tile: tuple[int, int] | None = None
+    heads: int = 8
+
+    def forward(self, spec: LogitSpec, queries: Queries, kv: KV, slopes: Slopes | None, carry: Partial) -> Partial:
+        """See `protocol.Kernel.forward`."""
+        shape, groups = carry.out.shape, self._groups(queries)
+        queries, kv = pad_to_tiles(queries, kv, self.tile, self.multiple)
+        carry = jax.tree.map(lambda x: _regroup(pad(x, 3, queries.query.shape[3]), groups), carry)
+        sizes = self._sizes(queries, kv, self.tile)
+        queries = queries._replace(query=_regroup(queries.query, groups))
+        part = tpu_forward.forward(spec, queries, kv, slopes, carry, sizes, self.interpret)
+        out, lse = (x[:, :, :, : shape[3]].reshape(shape[: x.ndim]) for x in part)
+        return Partial(out, lse)
+
+    def backward(
+        self, spec: LogitSpec, queries: Queries, kv: KV, slopes: Slopes | None, residuals: Residuals, carry: QueryGrads
+    ) -> tuple[QueryGrads, KVGrads]:
+        """See `protocol.Kernel.backward`."""
+        shape, groups, tile = queries.query.shape, self._groups(queries), self.backward_tile or self.tile
+        kv_length = kv.key.shape[2]
+        queries, kv = pad_to_tiles(queries, kv, tile, self.multiple)
+        residuals, query_carry = jax.tree.map(
+            lambda x: _regroup(pad(x, 3, queries.query.shape[3]), groups), (residuals, carry.query)
+        )
+        sizes = self._sizes(queries, kv, tile)
+        queries = queries._replace(query=_regroup(queries.query, groups))
+        d_query, d_slopes, kv_grads = tpu_backward.backward(
+            spec, queries, kv, slopes, residuals, query_carry, sizes, self.interpret
+        )
+        if carry.slopes is not None and d_slopes is not None:
+            d_slopes = carry.slopes + d_slopes.reshape(carry.slopes.shape)
+        d_query = d_query[:, :, :, : shape[3]].reshape(shape)
+        return QueryGrads(d_query, d_slopes), KVGrads(*(x[:, :, :kv_length] for x in kv_grads))
+
+    def _groups(self, queries: Queries) -> int:
+        """Returns the number of groups of at most `heads` query heads; a K/V head may have several."""
+        _, groups, heads, *_ = queries.query.shape
+        return groups * heads // max(n for n in range(1, self.heads + 1) if heads % n == 0)
+
+    def _sizes(self, queries: Queries, kv: KV, tile: tuple[int, int]) -> tuple[int, int]:
+        lengths = queries.query.shape[3], kv.key.shape[2]
+        q_size, kv_size = (tile_size(n, most, self.multiple) for n, most in zip(lengths, tile, strict=True))
+        return q_size, kv_size
+
+
+def _regroup(x: Float[Array, "B G R ..."], groups: int) -> Float[Array, "B {groups} _ ..."]:
+    return x.reshape(x.shape[0], groups, -1, *x.shape[3:])

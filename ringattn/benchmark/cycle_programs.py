@@ -1,0 +1,129 @@
+"""Programs whose cycles are counted: a pass of a ring, and a training step. Compiled for the devices of a topology."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.layout import Format, Layout
+
+from ringattn import config
+from ringattn.attn.mask import Mask
+from ringattn.benchmark.kernel_schedules import KernelSpec
+from ringattn.benchmark.subjects import Case, Inputs, make_attend, make_pass
+from ringattn.cost.flops import step_flops
+from ringattn.cost.visited import Ring
+from ringattn.data import Batch
+from ringattn.mesh.axes import HEADS, TENSOR, TOKENS, context_shards
+from ringattn.mesh.devices import resolve
+from ringattn.mesh.topology import arrange_devices
+from ringattn.planning.compile import abstract_step
+from ringattn.planning.devices import devices_of
+
+
+def topology_mesh(topology: str, section: config.Mesh | None = None) -> jax.sharding.Mesh:
+    """Returns a mesh of the devices of a topology; by default one ring. Raises ValueError as `devices_of`."""
+    devices = devices_of(topology)
+    return arrange_devices(resolve(section or config.Mesh(), len(devices)), devices)
+
+
+def make_ring(subject: config.Subject, case: Case) -> Ring:
+    """Returns the ring of a subject. Raises ValueError for other strategies than a ring."""
+    if subject.method != "ring":
+        raise ValueError(f"cycles are counted for 'ring' subjects, not for {subject.method!r}")
+    window = None if subject.window is None else (subject.window, 0)
+    return Ring(Mask(True, window), subject.layout, case.shards, case.length // case.shards, subject.documents)
+
+
+def ring_kernels(case: Case, ring: Ring) -> list[KernelSpec]:
+    """Returns the forward and the backward kernel of a ring, for a hop."""
+    return [
+        KernelSpec(
+            kernel="ringattn",
+            direction=direction,
+            causal=True,
+            window=ring.mask.left,
+            segments=ring.documents > 1,
+            heads=case.heads,
+            kv_heads=case.kv_heads,
+            head_dim=case.head_dim,
+            queries=ring.local,
+            keys=ring.local,
+            run=ring.local // 2,
+            dtype=case.dtype,
+        )
+        for direction in ("forward", "backward")
+    ]
+
+
+def compile_ring(subject: config.Subject, case: Case, mesh: jax.sharding.Mesh) -> str:
+    """Returns the scheduled HLO of attention, forward and backward.
+
+    The compiler chooses the memory layout of inputs and results, as it does within a model, whose projections write
+    any layout at no cost. With the default layouts, it would add copies before the first hop and after the last.
+    """
+
+    def array(heads: int, dtype: str = case.dtype) -> jax.ShapeDtypeStruct:
+        shape = 1, case.length, heads, case.head_dim
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=jax.NamedSharding(mesh, HEADS))
+
+    ids = jax.ShapeDtypeStruct((1, case.length), jnp.int32, sharding=jax.NamedSharding(mesh, TOKENS))
+    query, key = array(case.heads), array(case.kv_heads)
+    inputs: Any = Inputs(query, key, key, query, ids if subject.documents > 1 else None)  # type: ignore[arg-type]
+    formats = jax.tree.map(lambda x: Format(Layout.AUTO, x.sharding), inputs)
+    run = make_pass("forward+backward", make_attend(subject, mesh))
+    with jax.set_mesh(mesh):
+        jitted = jax.jit(run, in_shardings=(formats,), out_shardings=Format(Layout.AUTO))
+        compiled = jitted.lower(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs)).compile()
+    return compiled.as_text() or ""
+
+
+class Step:
+    """A training step on a topology, from a training config and a kernel."""
+
+    def __init__(self, path: str, topology: str, kernel: str):
+        """Raises ValueError if the config or the topology is not valid."""
+        loaded = config.read(Path(path), config.Config)
+        attention = replace(loaded.attention, kernel=kernel)
+        self.config = replace(loaded, attention=attention)
+        self.mesh = topology_mesh(topology, loaded.mesh)
+
+    @property
+    def case(self) -> Case:
+        """The attention of one layer and one row, on one device of the axis `tensor`."""
+        model, tensor = self.config.model, self.mesh.shape[TENSOR]
+        heads, kv_heads = model.heads // tensor, model.kv_heads // tensor
+        shards = context_shards(self.mesh)
+        return Case(self.config.data.seq_len, shards, heads, kv_heads, model.head_dim, model.dtype)
+
+    @property
+    def ring(self) -> Ring:
+        window = self.config.attention.window
+        mask = Mask(True, None if window is None else (window, 0))
+        return Ring(mask, self.config.attention.layout, self.case.shards, self.case.length // self.case.shards)
+
+    def kernels(self) -> list[KernelSpec]:
+        """Returns the kernels of a hop. A batch always has segment ids."""
+        return [replace(spec, segments=True) for spec in ring_kernels(self.case, self.ring)]
+
+    def useful_flops(self, layers: int | None = None) -> float:
+        """Returns the useful FLOPs of an update per device, for rows of one document; `layers`: of so many layers only,
+        without the output projection."""
+        c = self.config
+        positions = np.arange(c.data.seq_len, dtype=np.int32)[None]
+        ids = np.zeros_like(positions)
+        batch = Batch(**(dict.fromkeys(Batch._fields, ids) | {"positions": positions, "segment_ids": ids}))
+        rows = c.train.batch_size
+        if layers is None:
+            return step_flops(c, 0, batch) * rows / self.mesh.size
+        one = replace(c, model=replace(c.model, layers=layers))
+        logits = 6 * c.model.dim * (c.model.vocabulary or 0) * c.data.seq_len
+        return (step_flops(one, 0, batch) - logits) * rows / self.mesh.size
+
+    def compile(self) -> str:
+        """Returns the scheduled HLO."""
+        with jax.set_mesh(self.mesh):
+            state, batch, step = abstract_step(self.config, self.mesh)
+            return step.lower(state, batch).compile().as_text() or ""

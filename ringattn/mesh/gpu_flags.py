@@ -1,0 +1,30 @@
+"""XLA flags with which a ring's transfers overlap with compute on GPUs."""
+
+import os
+import sys
+from pathlib import Path
+
+GPU_FLAGS = {
+    "--xla_gpu_enable_latency_hiding_scheduler": "true",  # otherwise some permutes are synchronous
+    "--xla_gpu_experimental_parallel_collective_overlap_limit": "4",  # otherwise K or V is exposed: one at a time
+}
+"""Flags and their values. Compiled for eight H100 with both, every permute of a ring spans the attention of its hop."""
+NVIDIA_DRIVERS = Path("/proc/driver/nvidia"), Path("/dev/dxg")
+"""Exist with an NVIDIA driver, on Linux and in WSL."""
+
+
+def add_gpu_flags() -> tuple[str, ...]:
+    """Adds GPU_FLAGS to XLA_FLAGS if there is an NVIDIA GPU. Returns the added ones, and prints them to stderr.
+
+    Keeps a value that XLA_FLAGS already gives. Has no effect after JAX has initialized its devices.
+    """
+    platforms = os.environ.get("JAX_PLATFORMS", "cuda")
+    if not any(path.exists() for path in NVIDIA_DRIVERS) or not {"cuda", "gpu"} & set(platforms.split(",")):
+        return ()
+    given = os.environ.get("XLA_FLAGS", "").split()
+    named = {flag.partition("=")[0] for flag in given}
+    added = tuple(f"{name}={value}" for name, value in GPU_FLAGS.items() if name not in named)
+    if added:
+        os.environ["XLA_FLAGS"] = " ".join([*given, *added])
+        print(f"added to XLA_FLAGS, so that transfers overlap with compute: {' '.join(added)}", file=sys.stderr)
+    return added

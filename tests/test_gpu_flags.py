@@ -1,0 +1,50 @@
+"""Flags for GPUs are added only with an NVIDIA driver, never override the user's, and are known to XLA."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from ringattn.mesh import gpu_flags
+
+
+@pytest.fixture
+def driver(tmp_path, monkeypatch):
+    """Pretends that there is an NVIDIA driver."""
+    monkeypatch.setattr(gpu_flags, "NVIDIA_DRIVERS", (tmp_path,))
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=somewhere")
+
+
+def test_flags_are_added_and_shown(driver, capsys):
+    added = gpu_flags.add_gpu_flags()
+    assert len(added) == len(gpu_flags.GPU_FLAGS)
+    assert os.environ["XLA_FLAGS"].split() == ["--xla_dump_to=somewhere", *added]
+    assert " ".join(added) in capsys.readouterr().err
+    assert gpu_flags.add_gpu_flags() == ()
+    assert capsys.readouterr().err == ""
+
+
+def test_the_users_values_are_kept(driver, monkeypatch):
+    mine = "--xla_gpu_enable_latency_hiding_scheduler=false"
+    monkeypatch.setenv("XLA_FLAGS", mine)
+    (other,) = gpu_flags.add_gpu_flags()
+    assert os.environ["XLA_FLAGS"] == f"{mine} {other}"
+
+
+def test_nothing_is_added_without_a_gpu(driver, monkeypatch, tmp_path):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert gpu_flags.add_gpu_flags() == ()
+    monkeypatch.delenv("JAX_PLATFORMS")
+    monkeypatch.setattr(gpu_flags, "NVIDIA_DRIVERS", (tmp_path / "absent",))
+    assert gpu_flags.add_gpu_flags() == ()
+    assert os.environ["XLA_FLAGS"] == "--xla_dump_to=somewhere"
+
+
+def test_xla_knows_the_flags():
+    """XLA ends a process with an unknown flag."""
+    flags = " ".join(f"{name}={value}" for name, value in gpu_flags.GPU_FLAGS.items())
+    code = "import jax; print(jax.devices())"
+    environ = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    subprocess.run([sys.executable, "-c", code], env=environ, check=True, capture_output=True)
