@@ -1,4 +1,4 @@
-"""The kernel "cudnn": exact on simulated devices with a stand-in for cuDNN, and compiled for GPUs that are not there.
+"""The kernel "cudnn": exact on simulated devices with a stand-in for cuDNN, and compiled for absent GPUs.
 
 The stand-in replaces `Fused`, one cuDNN call, so the tests on simulated devices prove all but cuDNN itself.
 """

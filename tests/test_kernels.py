@@ -233,6 +233,26 @@ def test_a_query_that_sees_no_key_keeps_the_carry(name):
     chex.assert_trees_all_equal(part, carry)
 
 
+@pytest.mark.parametrize("padded", [(0, 1, 0, 1), (1, 1, 0, 0), (1, 0, 1, 1), (1, 1, 1, 1)], ids=str)
+def test_tiles_of_queries_without_keys_keep_the_carry(padded, capfd):
+    """Such tiles at the begin, between others and at the end, in one row of two; the other row has none."""
+    segments = np.stack([np.repeat(-np.array(padded), 8), np.zeros(32, np.int64)]).astype(np.int32)
+    queries, kv, _ = inputs(32, 32, tokens=Tokens(np.arange(32, dtype=np.int32)[None], segments))
+    out = jnp.asarray(np.random.default_rng(0).standard_normal((2, 2, 3, 32, 4)), jnp.float32)
+    carry, logit_spec = Partial(out, out[..., 0]), LogitSpec(Mask(), 0.3)
+
+    def forward(name: str) -> list[np.ndarray]:
+        part = jax.jit(kernel(name, (8, 8)).forward, static_argnums=0)(logit_spec, queries, kv, None, carry)
+        return [np.asarray(x) for x in part]
+
+    with without_races(capfd):
+        actual = forward("pallas")
+    hidden = segments[0] < 0
+    np.testing.assert_array_equal(actual[0][0][..., hidden, :], np.asarray(out)[0][..., hidden, :])
+    for a, b in zip(actual, forward("xla"), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
+
+
 @both_kernels
 def test_hidden_tiles_are_not_read(name):
     queries, kv, d_out = inputs(32, 64)

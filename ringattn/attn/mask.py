@@ -61,7 +61,7 @@ class Mask:
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class Runs:
-    """What is known of positions at trace time: every `length` consecutive tokens have positions in steps of `step`.
+    """Positions as far as they are known at trace time: `length` consecutive tokens are `step` positions apart.
 
     A run starts at every multiple of `length`. The last run may be shorter. Runs are as long as the layout allows: one
     for the tokens of any number of contiguous shards, two for a zigzag shard.
@@ -69,8 +69,9 @@ class Runs:
     Attributes:
       length: number of tokens in a run.
       step: difference between the positions of consecutive tokens.
-      keys: of keys only, in a sequence with as many queries as keys: "local", a slice of the shards that the queries
-        are, from index `start`; "remote", other shards, as many; "all", all shards. None: unknown.
+      keys: the shards of the keys relative to those of the queries, if a sequence has as many queries as keys. "local":
+        the same shards, or the part of them that starts at index `start`. "remote": as many other shards. "all": all
+        shards of the sequence. None: unknown, and for queries.
     """
 
     length: int

@@ -42,7 +42,7 @@ _SHAPE = re.compile(r"([a-z]+\d+)\[([\d,]*)\]")
 
 
 class TileCounts(NamedTuple):
-    """What one call of a kernel does on one device: numbers of grid steps and of pairs of tiles."""
+    """Numbers of grid steps and of pairs of tiles in one call of a kernel on one device."""
 
     steps: float
     full: float

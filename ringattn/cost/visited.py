@@ -45,7 +45,7 @@ class Ring(NamedTuple):
         return hop_runs(self.mask, False, self.implied, self.members)
 
     def owners(self, member: int) -> Iterator[int]:
-        """Yields the owners of the K/V shards that a member attends to, its own first."""
+        """Yields the owners of the K/V shards that a member attends to, the local shard first."""
         yield member
         for direction, hops in self.hops:
             yield from ((member - direction * (hop + 1)) % self.members for hop in range(hops))

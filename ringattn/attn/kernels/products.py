@@ -2,7 +2,7 @@
 
 A fused kernel that knows no other masks computes each product. Number and sizes of the products are static. Where a hop
 depends on the owner of the shard, a traced index selects the ranges, and a product without visible keys is computed and
-discarded: for a `lax.cond`, a GPU would copy the predicate to the host and wait for it.
+discarded. With a `lax.cond`, a GPU would copy the predicate to the host and wait.
 
     keys                         products
     any, without a mask          all queries, all keys

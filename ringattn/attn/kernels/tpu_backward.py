@@ -48,7 +48,7 @@ SLOTS = 3
 
 
 class _Inputs(NamedTuple):
-    """What the kernel reads: the tile of the grid step of keys and values; arrays of queries stay in HBM."""
+    """References that the kernel reads: the grid step's tile of keys and values; arrays of queries, in HBM."""
 
     query: Ref  # [B, G, R, L, D]
     d_out: Ref  # [B, G, R, L, Dv]
@@ -62,7 +62,7 @@ class _Inputs(NamedTuple):
 
 
 class _Grads(NamedTuple):
-    """What the kernel writes: the gradients of the queries in HBM, of the grid step's keys, and of the slopes."""
+    """References that the kernel writes: gradients of queries in HBM, of the grid step's keys, and of the slopes."""
 
     query: Ref  # [B, G, R, L, D]
     key: Ref  # [keys, D]

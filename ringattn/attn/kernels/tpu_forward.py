@@ -1,7 +1,7 @@
 """The forward Pallas kernel for TPUs.
 
-A grid step has one tile of queries, with the R query heads of one K/V head. It visits the tiles of keys of which it
-sees a key, and fetches the next one while it computes (FlashAttention-2, arXiv 2307.08691).
+A grid step has one tile of queries, with R query heads that share a K/V head. It visits the tiles of keys with a
+visible key, and fetches the next one while it computes (FlashAttention-2, arXiv 2307.08691).
 """
 
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array
 
 from ringattn.attn.kernels.protocol import KV, LogitSpec, Queries, Slopes
 from ringattn.attn.kernels.tpu_tiles import (
@@ -43,7 +44,7 @@ from ringattn.attn.softmax import Partial
 
 
 class _Inputs(NamedTuple):
-    """What the kernel reads: the tile of the grid step, except for keys and values, which stay in HBM."""
+    """References that the kernel reads: the grid step's tile of queries; keys and values, in HBM."""
 
     query: Ref  # [R, queries, D]
     q_ids: Ref  # None, or [ids, queries]
@@ -240,9 +241,8 @@ class _GridStep:
             logits = logits if seen is None else jnp.where(seen, logits, -jnp.inf)
             old_max = scratch.row_max[r]
             new_max = jnp.maximum(old_max, logits.max(1, keepdims=True))
-            shift = jnp.where(
-                new_max == -jnp.inf, 0.0, new_max
-            )  # otherwise the weights of a query without keys are NaN
+            # A shift of -inf would make the weights of a query without keys NaN.
+            shift = jnp.where(new_max == -jnp.inf, 0.0, new_max)
             weights, decay = jnp.exp2(logits - widen(shift, kv_spec.size)), jnp.exp2(old_max - shift)
             weighted = dot(weights.astype(value.dtype), value, (1, 0))
             acc[r] = acc[r] * widen(decay, acc.shape[-1]) + weighted
@@ -252,11 +252,12 @@ class _GridStep:
     def end(self) -> None:
         """Normalizes: see `softmax.normalize`."""
         out, lse = self.out
+
+        def nonzero(row_sum: Array) -> Array:
+            return jnp.where(row_sum > 0.0, row_sum, 1.0)
+
         for r in range(self.heads):
-            row_sum, row_max = self.scratch.row_sum[r], self.scratch.row_max[r].T[0]
-            any_visible = row_sum > 0.0
-            out[r] = out[r] * widen(1.0 / jnp.where(any_visible, row_sum, 1.0), out.shape[-1])
-            row_sum = row_sum.T[0]
-            any_visible = row_sum > 0.0
-            safe_sum = jnp.where(any_visible, row_sum, 1.0)
-            lse[r] = jnp.where(any_visible, (row_max + jnp.log2(safe_sum)) * (1 / LOG2_E), -jnp.inf)
+            sums, maxima = self.scratch.row_sum[r], self.scratch.row_max[r]
+            out[r] = out[r] * widen(1.0 / nonzero(sums), out.shape[-1])
+            row_sum, row_max = sums.T[0], maxima.T[0]
+            lse[r] = jnp.where(row_sum > 0.0, (row_max + jnp.log2(nonzero(row_sum))) * (1 / LOG2_E), -jnp.inf)
