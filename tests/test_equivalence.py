@@ -79,8 +79,7 @@ SOME = frozenset({"segment_ids", "sinks"})
 PALLAS_GRID = [
     Program(ring=(4,), layout="zigzag", extras=SOME),
     Program(ring=(2,), layout="striped", mask=Mask(window=9), extras=ALL - {"positions", "sinks"}, soft_cap=3.0),
-    Program(ring=(2, 2), queries=32, mask=Mask(chunk=20), extras=SOME, explicit=False),
-    Program(ring=(2,), length=62, batch=1, dims=(8, 12), mask=Mask(False, (20, 5)), others=(1, 2)),
+    Program(ring=(2,), length=62, batch=1, dims=(8, 12), mask=Mask(False, (20, 5)), others=(1, 2), explicit=False),
     Program(strategy="gather", ring=(2,), heads=(12, 1), batch=1, layout="zigzag", extras=frozenset({"positions"})),
     Program(strategy="usp", ring=(1, 2), layout="zigzag", dims=(32, 32), dtype="bfloat16"),
 ]

@@ -113,9 +113,11 @@ SPECS = [
 
 
 LENGTHS = [(1, True), (15, False), (31, True), (48, False), (131, True)]
-# The interpreter takes seconds for each case.
 CASES = [("xla", *length, logit_spec) for length in LENGTHS for logit_spec in SPECS]
-CASES += [("pallas", *length, logit_spec) for length, logit_spec in zip(LENGTHS, [*SPECS, SPECS[1]], strict=True)]
+CASES += [("pallas", *length, logit_spec) for length, logit_spec in zip(LENGTHS[:3], SPECS[:3], strict=True)]
+# The interpreter takes many seconds for these.
+SLOW = [("pallas", *LENGTHS[3], SPECS[3]), ("pallas", *LENGTHS[4], SPECS[1])]
+CASES += [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW]
 
 
 @pytest.mark.parametrize(("name", "length", "share_tiles", "logit_spec"), CASES, ids=str)
@@ -132,7 +134,6 @@ def test_any_length(name, length, share_tiles, logit_spec, monkeypatch, capfd):
 @pytest.mark.parametrize(
     ("lengths", "step", "mask"),
     [
-        ((32, 32), 1, Mask()),
         ((32, 16), 3, Mask(False)),
         ((24, 16), 3, Mask(window=7)),
         ((32, 24), 1, Mask(False, (0, 9), 20)),
@@ -233,7 +234,7 @@ def test_a_query_that_sees_no_key_keeps_the_carry(name):
     chex.assert_trees_all_equal(part, carry)
 
 
-@pytest.mark.parametrize("padded", [(0, 1, 0, 1), (1, 1, 0, 0), (1, 0, 1, 1), (1, 1, 1, 1)], ids=str)
+@pytest.mark.parametrize("padded", [(1, 0, 1, 1), (1, 1, 1, 1)], ids=str)
 def test_tiles_of_queries_without_keys_keep_the_carry(padded, capfd):
     """Such tiles at the begin, between others and at the end, in one row of two; the other row has none."""
     segments = np.stack([np.repeat(-np.array(padded), 8), np.zeros(32, np.int64)]).astype(np.int32)
@@ -255,9 +256,9 @@ def test_tiles_of_queries_without_keys_keep_the_carry(padded, capfd):
 
 @both_kernels
 def test_hidden_tiles_are_not_read(name):
-    queries, kv, d_out = inputs(32, 64)
+    queries, kv, d_out = inputs(16, 32)
     with_nan, with_zero = (
-        kv._replace(key=kv.key.at[:, :, 32:].set(x), value=kv.value.at[:, :, 32:].set(x)) for x in (jnp.nan, 0.0)
+        kv._replace(key=kv.key.at[:, :, 16:].set(x), value=kv.value.at[:, :, 16:].set(x)) for x in (jnp.nan, 0.0)
     )
     subject, logit_spec = kernel(name, (8, 8)), LogitSpec(Mask(), 0.3)
     chex.assert_trees_all_equal(*(run(subject, logit_spec, queries, x, d_out, None) for x in (with_nan, with_zero)))
