@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 from ringattn.attn.hops import needed_distances
 from ringattn.attn.kernels.protocol import ArrayOrShape
 from ringattn.attn.mask import Mask
-from ringattn.hardware import CHIPS, Chip
+from ringattn.hardware import CHIPS, Chip, platform
 from ringattn.layout import check_length
 
 UTILISATION = 0.7
@@ -91,7 +91,7 @@ def choose_strategy(
     law += f"a hop needs {min_queries:,.0f} local queries to hide its send"
     if queries >= min_queries:
         return Choice("ring", (law, f"{queries:,} local queries: communication is fully hidden"))
-    is_torus = device_kind.startswith("TPU")
+    is_torus = platform(device_kind) == "tpu"
     hop = 2 * batch * keys * kv_heads * head_dim * width / chip.link_bandwidth
     exposed = {
         "ring": sends * hop * (1 - queries / min_queries),

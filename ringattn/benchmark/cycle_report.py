@@ -25,7 +25,7 @@ class ProgramRow(TypedDict):
     kernels: float
     """Cycles of Pallas kernels; 0 for a program without."""
     cycles: float
-    """Those of XLA's ops and of kernels together."""
+    """Sum of `xla` and `kernels`."""
     utilisation: float
     visible: float | None
     """Cycles of the visited tiles alone, without masks; None without Pallas kernels."""

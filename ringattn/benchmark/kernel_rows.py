@@ -165,8 +165,7 @@ def pallas_tilings(spec: KernelSpec, kind: str) -> dict[str, Tiling]:
     shape = {"heads": spec.heads, "kv_heads": spec.kv_heads, "head_dim": spec.head_dim, "dtype": spec.dtype}
     kernel = choose_kernel("pallas", **shape, device_kind=kind).kernel
     assert isinstance(kernel, PallasTpu)
-    shared = spec.heads // spec.kv_heads
-    groups = spec.heads // max(n for n in range(1, kernel.heads + 1) if shared % n == 0)
+    groups = kernel.groups(spec.heads, spec.kv_heads)
     return {
         "ringattn_forward": Tiling(kernel.tile, kernel.multiple, groups),
         "ringattn_backward": Tiling(kernel.backward_tile or kernel.tile, kernel.multiple, groups),

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from ringattn.attn.hops import hop_runs
-from ringattn.attn.kernels.tiles import relate_tiles, tile_bounds, tile_size
+from ringattn.attn.kernels.tiles import relate_tiles, tile_bounds, tile_sizes
 from ringattn.attn.mask import Mask, Tokens
 from ringattn.attn.positions import ImpliedPositions
 from ringattn.cost.cycles import KernelCall, TileCounts
@@ -52,7 +52,7 @@ class Ring(NamedTuple):
 
 
 class Tiling(NamedTuple):
-    """How a kernel splits its work.
+    """Tile sizes and groups of heads of a kernel.
 
     Attributes:
       tile: maximum number of queries and of keys in a tile.
@@ -65,8 +65,8 @@ class Tiling(NamedTuple):
     groups: int = 1
 
     def sizes(self, queries: int, keys: int) -> tuple[int, int]:
-        """Returns the sizes of tiles of so many queries and keys."""
-        return tile_size(queries, self.tile[0], self.multiple), tile_size(keys, self.tile[1], self.multiple)
+        """Returns the tile sizes of a call with these numbers of queries and keys."""
+        return tile_sizes(queries, keys, self.tile, self.multiple)
 
 
 def count_tiles(mask: Mask, q: Tokens, kv: Tokens, sizes: tuple[int, int], groups: int, by_keys: bool) -> TileCounts:

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from ringattn.attn.kernels import tpu_backward, tpu_forward
 from ringattn.attn.kernels.protocol import KV, KVGrads, LogitSpec, Queries, QueryGrads, Residuals, Slopes
-from ringattn.attn.kernels.tiles import pad, pad_to_tiles, tile_size
+from ringattn.attn.kernels.tiles import largest_divisor, pad, pad_to_tiles, tile_sizes
 from ringattn.attn.softmax import Partial
 
 
@@ -35,10 +35,10 @@ class PallasTpu:
 
     def forward(self, spec: LogitSpec, queries: Queries, kv: KV, slopes: Slopes | None, carry: Partial) -> Partial:
         """See `protocol.Kernel.forward`."""
-        shape, groups = carry.out.shape, self._groups(queries)
+        shape, groups = carry.out.shape, self._groups(queries.query)
         queries, kv = pad_to_tiles(queries, kv, self.tile, self.multiple)
         carry = jax.tree.map(lambda x: _regroup(pad(x, 3, queries.query.shape[3]), groups), carry)
-        sizes = self._sizes(queries, kv, self.tile)
+        sizes = tile_sizes(queries.query.shape[3], kv.key.shape[2], self.tile, self.multiple)
         queries = queries._replace(query=_regroup(queries.query, groups))
         part = tpu_forward.forward(spec, queries, kv, slopes, carry, sizes, self.interpret)
         out, lse = (x[:, :, :, : shape[3]].reshape(shape[: x.ndim]) for x in part)
@@ -48,13 +48,13 @@ class PallasTpu:
         self, spec: LogitSpec, queries: Queries, kv: KV, slopes: Slopes | None, residuals: Residuals, carry: QueryGrads
     ) -> tuple[QueryGrads, KVGrads]:
         """See `protocol.Kernel.backward`."""
-        shape, groups, tile = queries.query.shape, self._groups(queries), self.backward_tile or self.tile
+        shape, groups, tile = queries.query.shape, self._groups(queries.query), self.backward_tile or self.tile
         kv_length = kv.key.shape[2]
         queries, kv = pad_to_tiles(queries, kv, tile, self.multiple)
         residuals, query_carry = jax.tree.map(
             lambda x: _regroup(pad(x, 3, queries.query.shape[3]), groups), (residuals, carry.query)
         )
-        sizes = self._sizes(queries, kv, tile)
+        sizes = tile_sizes(queries.query.shape[3], kv.key.shape[2], tile, self.multiple)
         queries = queries._replace(query=_regroup(queries.query, groups))
         d_query, d_slopes, kv_grads = tpu_backward.backward(
             spec, queries, kv, slopes, residuals, query_carry, sizes, self.interpret
@@ -64,15 +64,13 @@ class PallasTpu:
         d_query = d_query[:, :, :, : shape[3]].reshape(shape)
         return QueryGrads(d_query, d_slopes), KVGrads(*(x[:, :, :kv_length] for x in kv_grads))
 
-    def _groups(self, queries: Queries) -> int:
-        """Returns the number of groups of at most `heads` query heads; a K/V head may have several."""
-        _, groups, heads, *_ = queries.query.shape
-        return groups * heads // max(n for n in range(1, self.heads + 1) if heads % n == 0)
+    def groups(self, heads: int, kv_heads: int) -> int:
+        """Returns the number of groups of query heads, of one grid step each; a K/V head may have several."""
+        return heads // largest_divisor(heads // kv_heads, self.heads)
 
-    def _sizes(self, queries: Queries, kv: KV, tile: tuple[int, int]) -> tuple[int, int]:
-        lengths = queries.query.shape[3], kv.key.shape[2]
-        q_size, kv_size = (tile_size(n, most, self.multiple) for n, most in zip(lengths, tile, strict=True))
-        return q_size, kv_size
+    def _groups(self, query: Float[Array, "B G R L D"]) -> int:
+        _, kv_heads, shared, *_ = query.shape
+        return self.groups(kv_heads * shared, kv_heads)
 
 
 def _regroup(x: Float[Array, "B G R ..."], groups: int) -> Float[Array, "B {groups} _ ..."]:

@@ -10,6 +10,7 @@ from ringattn.attn.choices import KERNELS
 from ringattn.attn.kernels.cudnn import Cudnn, why_never
 from ringattn.attn.kernels.pallas_tpu import PallasTpu
 from ringattn.attn.kernels.protocol import Kernel
+from ringattn.attn.kernels.tiles import largest_divisor
 from ringattn.attn.kernels.xla import Xla
 from ringattn.hardware import platform
 
@@ -96,8 +97,7 @@ def choose_kernel(
 def _pallas(shared_heads: int, head_bytes: int, interpret: bool) -> PallasTpu:
     """Returns the kernel for K/V heads that are shared by `shared_heads` query heads of `head_bytes`."""
     scale = -(-head_bytes // HEAD_BYTES)
-    most = max(PALLAS_HEADS // scale, 1)
-    heads = max(n for n in range(1, most + 1) if shared_heads % n == 0)
+    heads = largest_divisor(shared_heads, max(PALLAS_HEADS // scale, 1))
     sizes = next(sizes for most, sizes in PALLAS_QUERIES.items() if heads <= most)
     multiple = 1 if interpret else 128
     forward, backward = ((max(size // scale, multiple), PALLAS_KEYS) for size in sizes)

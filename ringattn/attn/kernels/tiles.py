@@ -125,8 +125,8 @@ class TilePlan(NamedTuple):
 def plan_tiles(mask: Mask, queries: Queries, kv: KV, tile: tuple[int, int]) -> TilePlan:
     """Splits queries and keys into tiles of at most `tile` (queries, keys), and finds the bounds of their tokens."""
     (B, G, R, length, _), kv_length = queries.query.shape, kv.key.shape[2]
-    q_size, kv_size = (tile_size(n, max_size) for n, max_size in zip((length, kv_length), tile, strict=True))
-    rows = _largest_divisor(B, max(MAX_LOGITS // (G * R * q_size * kv_size), 1))
+    q_size, kv_size = tile_sizes(length, kv_length, tile)
+    rows = largest_divisor(B, max(MAX_LOGITS // (G * R * q_size * kv_size), 1))
     q_bounds, kv_bounds = tile_bounds(queries.tokens, q_size), tile_bounds(kv.tokens, kv_size)
     return TilePlan(
         mask, q_bounds, kv_bounds, (B // rows, length // q_size, kv_length // kv_size), (rows, q_size, kv_size)
@@ -153,7 +153,12 @@ def tile_size(length: int, max_size: int, multiple: int = 1) -> int:
     multiple of `multiple`, tiles may cross the middle.
     """
     half = length // 2 if length % 2 == 0 else length
-    return _largest_divisor(half, max_size, multiple) or _largest_divisor(length, max_size, multiple)
+    return largest_divisor(half, max_size, multiple) or largest_divisor(length, max_size, multiple)
+
+
+def tile_sizes(queries: int, keys: int, tile: tuple[int, int], multiple: int = 1) -> tuple[int, int]:
+    """Returns the tile sizes of queries and of keys, at most those of `tile`: see `tile_size`."""
+    return tile_size(queries, tile[0], multiple), tile_size(keys, tile[1], multiple)
 
 
 def pad_to_tiles(queries: Queries, kv: KV, tile: tuple[int, int], multiple: int = 1) -> tuple[Queries, KV]:
@@ -193,7 +198,7 @@ def _tileable(length: int, max_size: int, multiple: int) -> int:
     return -(-length // unit) * unit
 
 
-def _largest_divisor(n: int, max_size: int, multiple: int = 1) -> int:
-    """Returns the largest divisor of n that is <= max_size and a multiple of `multiple`; 0 if there is none."""
+def largest_divisor(n: int, max_size: int, multiple: int = 1) -> int:
+    """Returns the largest divisor of n that is <= max_size and a multiple of `multiple`; 0 without such a divisor."""
     largest = min(n, max_size) // multiple * multiple
     return next((size for size in range(largest, 0, -multiple) if n % size == 0), 0)

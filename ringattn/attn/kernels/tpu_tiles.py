@@ -188,7 +188,7 @@ def tables(q: Side, kv: Side, slopes: Slopes | None) -> Tables:
 
 
 def next_visible(is_empty: Callable[[Scalar], Array], tile: Scalar, stop: Scalar) -> Scalar:
-    """Returns the first tile from `tile` on that is not empty, or `stop` if there is none."""
+    """Returns the first tile >= `tile` that is not empty; `stop` without such a tile. Requires stop > 0."""
     return lax.while_loop(lambda n: (n < stop) & is_empty(jnp.minimum(n, stop - 1)), lambda n: n + 1, tile)
 
 
