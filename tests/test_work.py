@@ -42,7 +42,7 @@ def test_every_device_computes_with_every_shard_once(devices):
 class AppendOwner:
     """A kernel that appends the owner of its K/V shard to its result, one decimal digit per hop."""
 
-    def forward(self, spec, queries, kv, slopes, carry):
+    def forward(self, spec, queries, kv, slopes, carry, dtype=None):
         return carry._replace(out=10 * carry.out + kv.key)
 
     def backward(self, spec, queries, kv, slopes, residuals, carry):

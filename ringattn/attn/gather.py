@@ -6,6 +6,7 @@ Memory grows with the number of devices; latency is that of one collective.
 from dataclasses import dataclass
 
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from ringattn.attn.kernels.protocol import KV, Kernel, KVGrads, LogitSpec, Queries, QueryGrads, Residuals, Slopes
@@ -30,12 +31,26 @@ class Gather:
     implied: ImpliedPositions | None
     reduce_dtype: str | None = None
 
-    def forward(self, spec: LogitSpec, queries: Queries, kv: KV, slopes: Slopes | None, carry: Partial) -> Partial:
+    def forward(
+        self,
+        spec: LogitSpec,
+        queries: Queries,
+        kv: KV,
+        slopes: Slopes | None,
+        carry: Partial | None,
+        dtype: DTypeLike | None = None,
+    ) -> Partial:
         """See `protocol.Kernel.forward`."""
-        return self.kernel.forward(spec, queries, self._gather(kv), slopes, carry)
+        return self.kernel.forward(spec, queries, self._gather(kv), slopes, carry, dtype)
 
     def backward(
-        self, spec: LogitSpec, queries: Queries, kv: KV, slopes: Slopes | None, residuals: Residuals, carry: QueryGrads
+        self,
+        spec: LogitSpec,
+        queries: Queries,
+        kv: KV,
+        slopes: Slopes | None,
+        residuals: Residuals,
+        carry: QueryGrads | None,
     ) -> tuple[QueryGrads, KVGrads]:
         """See `protocol.Kernel.backward`. Gathers K/V again, so that the forward pass need not keep them."""
         query_grads, kv_grads = self.kernel.backward(spec, queries, self._gather(kv), slopes, residuals, carry)

@@ -28,6 +28,7 @@ from typing import NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from ringattn.attn.hops import hop_runs
@@ -80,11 +81,19 @@ class Ring:
     inner: str | None = None
     reduce_dtype: str | None = None
 
-    def forward(self, spec: LogitSpec, queries: Queries, kv: KV, slopes: Slopes | None, carry: Partial) -> Partial:
+    def forward(
+        self,
+        spec: LogitSpec,
+        queries: Queries,
+        kv: KV,
+        slopes: Slopes | None,
+        carry: Partial | None,
+        dtype: DTypeLike | None = None,
+    ) -> Partial:
         """See `protocol.Kernel.forward`."""
         local = self._local_shard(kv)
 
-        def compute(part: Partial, kv: KV, in_flight: InFlight) -> tuple[Partial, InFlight]:
+        def compute(part: Partial | None, kv: KV, in_flight: InFlight) -> tuple[Partial, InFlight]:
             part = self.kernel.forward(spec, queries, kv, slopes, part)
             return lax.optimization_barrier((part, in_flight))
 
@@ -97,18 +106,26 @@ class Ring:
         for direction, hops in self._runs(spec.mask, kv):
             # The first send overlaps with compute on the local shard, or on the last remote shard of the previous run.
             part, remote = compute(part, current, self._send(local, direction))
-            part, remote = _repeat(hops - 1, partial(subsequent_hop, direction), (part, remote))
+            # Two hops per iteration: with one, XLA copies the received shard to the memory of the one that was sent.
+            part, remote = _repeat(hops - 1, partial(subsequent_hop, direction), (part, remote), unroll=2)
             current = self._kv(remote)
-        part, _ = compute(part, current, None)
-        return part
+        return self.kernel.forward(spec, queries, current, slopes, part, dtype)
 
     def backward(
-        self, spec: LogitSpec, queries: Queries, kv: KV, slopes: Slopes | None, residuals: Residuals, carry: QueryGrads
+        self,
+        spec: LogitSpec,
+        queries: Queries,
+        kv: KV,
+        slopes: Slopes | None,
+        residuals: Residuals,
+        carry: QueryGrads | None,
     ) -> tuple[QueryGrads, KVGrads]:
         """See `protocol.Kernel.backward`."""
         local, runs = self._local_shard(kv), self._runs(spec.mask, kv)
 
-        def compute(query_grads: QueryGrads, kv: KV, in_flight: InFlight) -> tuple[QueryGrads, KVGrads, InFlight]:
+        def compute(
+            query_grads: QueryGrads | None, kv: KV, in_flight: InFlight
+        ) -> tuple[QueryGrads, KVGrads, InFlight]:
             new = self.kernel.backward(spec, queries, kv, slopes, residuals, query_grads)
             (query_grads, kv_grads), in_flight = lax.optimization_barrier((new, in_flight))
             return query_grads, kv_grads, in_flight
@@ -131,11 +148,10 @@ class Ring:
         local_grads, final_sends = [first_grads], []
         for (direction, hops), next_first_send in zip(runs, first_sends[1:], strict=True):
             state = _BackwardState(query_grads, remote, None, None)
-            if hops > 1:
+            # lax.scan requires a fixed carry structure, and no gradients are received before the second hop.
+            for _ in range(min(hops - 1, 2)):
                 state = subsequent_hop(direction, state)
-                # lax.scan requires a fixed carry structure: zeros instead of None, where no gradients were received.
-                state = state._replace(received=jax.tree.map(jnp.zeros_like, state.added))
-                state = _repeat(hops - 2, partial(subsequent_hop, direction), state)
+            state = _repeat(hops - 3, partial(subsequent_hop, direction), state)
             query_grads, remote, received, added = hop(direction, state, next_first_send)
             assert added is not None
             final_sends.append(self._send_grads(_add(received, added), -direction * hops))
@@ -184,9 +200,9 @@ class Ring:
         return jax.tree.map(lambda x: lax.ppermute(x, self.axis, pairs), arrays)
 
 
-def _repeat(times: int, f: Callable[[State], State], state: State) -> State:
+def _repeat(times: int, f: Callable[[State], State], state: State, unroll: int = 1) -> State:
     """Applies f `times` times with lax.scan. Without it, XLA would keep every hop's buffers alive."""
-    return lax.scan(lambda state, _: (f(state), None), state, length=times)[0] if times else state
+    return lax.scan(lambda state, _: (f(state), None), state, length=times, unroll=unroll)[0] if times > 0 else state
 
 
 def _halves(kv: KV) -> list[KV]:

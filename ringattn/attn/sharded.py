@@ -14,11 +14,11 @@ from jaxtyping import Array, Float
 
 from ringattn.attn.checks import Extras, TokenIds, check_arrays, check_lengths, ids_pair, manual_devices
 from ringattn.attn.inputs import Inputs, group_heads, to_kernel_dims, ungroup_heads, zero_padding
-from ringattn.attn.kernels.protocol import Kernel, LogitSpec, Residuals, init_partial, init_query_grads
+from ringattn.attn.kernels.protocol import Kernel, LogitSpec, Residuals, init_partial
 from ringattn.attn.mask import Mask, Tokens
 from ringattn.attn.positions import ImpliedPositions
 from ringattn.attn.settings import Settings
-from ringattn.attn.softmax import shifted_exp, varying_like, with_sink
+from ringattn.attn.softmax import shifted_exp, varying_like
 from ringattn.attn.strategies import Strategies, drop_unit_axes
 from ringattn.compilation_cache import disable_for_cpus
 
@@ -109,11 +109,10 @@ def _attend_forward(
     kernel: Kernel, logit_spec: LogitSpec, inputs: Inputs
 ) -> tuple[Float[Array, "B L H Dv"], VjpResiduals]:
     queries, kv, slopes, sinks = to_kernel_dims(inputs)
-    part = kernel.forward(logit_spec, queries, kv, slopes, init_partial(queries, kv, slopes))
-    if sinks is not None:
-        part = with_sink(part, sinks[None].astype(part.lse.dtype))
+    carry = None if sinks is None else init_partial(queries, kv, slopes, sinks)
+    part = kernel.forward(logit_spec, queries, kv, slopes, carry, inputs.query.dtype)
     # A jax.checkpoint policy must save both by name: recomputing either would rotate K/V a third time.
-    out = checkpoint_name(ungroup_heads(part.out.astype(inputs.query.dtype)), "attention_out")
+    out = checkpoint_name(ungroup_heads(part.out), "attention_out")
     lse = checkpoint_name(part.lse, "attention_lse")
     return out, (inputs, out, lse)
 
@@ -128,8 +127,7 @@ def _attend_backward(
     delta = (d_out.astype(lse.dtype) * out.astype(lse.dtype)).sum(-1)
     delta = rearrange(delta, "B L (G R) -> B G R L", G=inputs.key.shape[2])
     residuals = Residuals(lse, delta, *(group_heads(x, inputs.key.shape[2]) for x in (d_out, out)))
-    carry = init_query_grads(queries, kv, slopes)
-    query_grads, kv_grads = kernel.backward(logit_spec, queries, kv, slopes, residuals, carry)
+    query_grads, kv_grads = kernel.backward(logit_spec, queries, kv, slopes, residuals, None)
     d_query = ungroup_heads(query_grads.query.astype(inputs.query.dtype))
     d_key, d_value = (rearrange(x.astype(inputs.key.dtype), "B G M D -> B M G D") for x in kv_grads)
     d_slopes = d_sinks = None

@@ -15,10 +15,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from ringattn.attn.kernels.products import Range, extra_rows, products, refusal
-from ringattn.attn.kernels.protocol import KV, Kernel, KVGrads, LogitSpec, Queries, QueryGrads, Residuals, Slopes, zeros
+from ringattn.attn.kernels.protocol import (
+    KV,
+    Kernel,
+    KVGrads,
+    LogitSpec,
+    Queries,
+    QueryGrads,
+    Residuals,
+    Slopes,
+    init_partial,
+    init_query_grads,
+    zeros,
+)
 from ringattn.attn.kernels.tiles import pad
 from ringattn.attn.softmax import Partial, merge, varying_like
 from ringattn.hardware import platform
@@ -152,10 +165,19 @@ class Cudnn:
 
     fallback: Kernel | None
 
-    def forward(self, spec: LogitSpec, queries: Queries, kv: KV, slopes: Slopes | None, carry: Partial) -> Partial:
+    def forward(
+        self,
+        spec: LogitSpec,
+        queries: Queries,
+        kv: KV,
+        slopes: Slopes | None,
+        carry: Partial | None,
+        dtype: DTypeLike | None = None,
+    ) -> Partial:
         """See `protocol.Kernel.forward`."""
         if (other := self._other(why_not(spec, queries, kv, slopes))) is not None:
-            return other.forward(spec, queries, kv, slopes, carry)
+            return other.forward(spec, queries, kv, slopes, carry, dtype)
+        carry = carry or init_partial(queries, kv, slopes)
         length = queries.query.shape[3]
         query, out, lse = (pad(x, 3, length + extra_rows(spec.mask, kv)) for x in (queries.query, *carry))
         part = Partial(out, lse)
@@ -168,15 +190,21 @@ class Cudnn:
             if kept is not None:  # its output may be NaN, and a weight of 0 would not remove that
                 new = Partial(jnp.where(kept, new.out, 0.0), jnp.where(kept, new.lse, -jnp.inf))
             part = Partial(*(q_range.set_in(x, y, 3) for x, y in zip(part, merge(old, new), strict=True)))
-        return Partial(part.out[:, :, :, :length], part.lse[..., :length])
+        return Partial(part.out[:, :, :, :length].astype(dtype or part.out.dtype), part.lse[..., :length])
 
     def backward(
-        self, spec: LogitSpec, queries: Queries, kv: KV, slopes: Slopes | None, residuals: Residuals, carry: QueryGrads
+        self,
+        spec: LogitSpec,
+        queries: Queries,
+        kv: KV,
+        slopes: Slopes | None,
+        residuals: Residuals,
+        carry: QueryGrads | None,
     ) -> tuple[QueryGrads, KVGrads]:
         """See `protocol.Kernel.backward`."""
         if (other := self._other(why_not(spec, queries, kv, slopes))) is not None:
             return other.backward(spec, queries, kv, slopes, residuals, carry)
-        length = queries.query.shape[3]
+        length, carry = queries.query.shape[3], carry or init_query_grads(queries, kv, slopes)
         q_side = queries.query, residuals.out, residuals.lse, residuals.d_out, carry.query
         *q_side, d_query = (pad(x, 3, length + extra_rows(spec.mask, kv)) for x in q_side)
         d_key, d_value = (zeros(x.shape, queries, kv) for x in (kv.key, kv.value))

@@ -7,6 +7,8 @@ interpreter for TPU kernels, which simulates memory and transfers; it is slow, a
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from ringattn.attn.kernels import tpu_backward, tpu_forward
@@ -33,34 +35,50 @@ class PallasTpu:
     backward_tile: tuple[int, int] | None = None
     heads: int = 8
 
-    def forward(self, spec: LogitSpec, queries: Queries, kv: KV, slopes: Slopes | None, carry: Partial) -> Partial:
+    def forward(
+        self,
+        spec: LogitSpec,
+        queries: Queries,
+        kv: KV,
+        slopes: Slopes | None,
+        carry: Partial | None,
+        dtype: DTypeLike | None = None,
+    ) -> Partial:
         """See `protocol.Kernel.forward`."""
-        shape, groups = carry.out.shape, self._groups(queries.query)
+        shape, groups = (*queries.query.shape[:-1], kv.value.shape[-1]), self._groups(queries.query)
         queries, kv = pad_to_tiles(queries, kv, self.tile, self.multiple)
         carry = jax.tree.map(lambda x: _regroup(pad(x, 3, queries.query.shape[3]), groups), carry)
         sizes = tile_sizes(queries.query.shape[3], kv.key.shape[2], self.tile, self.multiple)
         queries = queries._replace(query=_regroup(queries.query, groups))
-        part = tpu_forward.forward(spec, queries, kv, slopes, carry, sizes, self.interpret)
+        part = tpu_forward.forward(spec, queries, kv, slopes, carry, sizes, dtype or jnp.float32, self.interpret)
         out, lse = (x[:, :, :, : shape[3]].reshape(shape[: x.ndim]) for x in part)
         return Partial(out, lse)
 
     def backward(
-        self, spec: LogitSpec, queries: Queries, kv: KV, slopes: Slopes | None, residuals: Residuals, carry: QueryGrads
+        self,
+        spec: LogitSpec,
+        queries: Queries,
+        kv: KV,
+        slopes: Slopes | None,
+        residuals: Residuals,
+        carry: QueryGrads | None,
     ) -> tuple[QueryGrads, KVGrads]:
         """See `protocol.Kernel.backward`."""
         shape, groups, tile = queries.query.shape, self._groups(queries.query), self.backward_tile or self.tile
         kv_length = kv.key.shape[2]
         queries, kv = pad_to_tiles(queries, kv, tile, self.multiple)
         residuals, query_carry = jax.tree.map(
-            lambda x: _regroup(pad(x, 3, queries.query.shape[3]), groups), (residuals, carry.query)
+            lambda x: _regroup(pad(x, 3, queries.query.shape[3]), groups), (residuals, carry and carry.query)
         )
         sizes = tile_sizes(queries.query.shape[3], kv.key.shape[2], tile, self.multiple)
         queries = queries._replace(query=_regroup(queries.query, groups))
         d_query, d_slopes, kv_grads = tpu_backward.backward(
             spec, queries, kv, slopes, residuals, query_carry, sizes, self.interpret
         )
-        if carry.slopes is not None and d_slopes is not None:
-            d_slopes = carry.slopes + d_slopes.reshape(carry.slopes.shape)
+        if slopes is not None and d_slopes is not None:
+            d_slopes = d_slopes.reshape(slopes.shape)
+        if carry is not None and carry.slopes is not None:
+            d_slopes = carry.slopes + d_slopes
         d_query = d_query[:, :, :, : shape[3]].reshape(shape)
         return QueryGrads(d_query, d_slopes), KVGrads(*(x[:, :, :kv_length] for x in kv_grads))
 

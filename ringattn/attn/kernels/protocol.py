@@ -85,22 +85,37 @@ class Kernel(Protocol):
     Implemented by kernels (one device) and by strategies (frozen dataclasses that communicate and call another
     kernel). Must be hashable: it is a static argument of a custom_vjp.
 
-    `carry` is the result for the keys processed so far. A kernel continues from it, so a ring holds one result, not one
-    per hop.
+    `carry` is the result for the keys processed so far, None before the first. A kernel continues from it, so a ring
+    holds one result, not one per hop.
     """
 
-    def forward(self, spec: LogitSpec, queries: Queries, kv: KV, slopes: Slopes | None, carry: Partial) -> Partial:
-        """Returns attention to the keys of `carry` and of `kv` together.
+    def forward(
+        self,
+        spec: LogitSpec,
+        queries: Queries,
+        kv: KV,
+        slopes: Slopes | None,
+        carry: Partial | None,
+        dtype: DTypeLike | None = None,
+    ) -> Partial:
+        """Returns attention to the keys of `carry` and of `kv` together; without a carry, to those of `kv`.
 
-        `carry` and the result are normalized, in the dtype of `accumulation_dtype`. If a query sees no key of
-        `kv`, its carry changes by rounding at most; out = 0 and lse = -inf if it has seen no key at all.
+        `carry` and the result are normalized, in the dtype of `accumulation_dtype`, but `out` is rounded to `dtype` if
+        that is given. If a query sees no key of `kv`, its carry changes by rounding at most; out = 0 and lse = -inf if
+        it has seen no key at all.
         """
         ...
 
     def backward(
-        self, spec: LogitSpec, queries: Queries, kv: KV, slopes: Slopes | None, residuals: Residuals, carry: QueryGrads
+        self,
+        spec: LogitSpec,
+        queries: Queries,
+        kv: KV,
+        slopes: Slopes | None,
+        residuals: Residuals,
+        carry: QueryGrads | None,
     ) -> tuple[QueryGrads, KVGrads]:
-        """Returns `carry` plus the query gradients due to `kv`, and the K/V gradients due to these queries.
+        """Returns the query gradients due to `kv`, plus `carry` if given, and the K/V gradients due to these queries.
 
         Gradients include `spec.scale` and are in the dtype of `accumulation_dtype`.
         """
@@ -127,10 +142,11 @@ def zeros(shape: tuple[int, ...], *like: Queries | KV | Slopes | None) -> Array:
     return varying_like(jnp.zeros(shape, accumulation_dtype(leaves[0].dtype)), *leaves)
 
 
-def init_partial(queries: Queries, kv: KV, slopes: Slopes | None) -> Partial:
-    """Returns the initial Partial: no keys processed, out = 0, lse = -inf."""
+def init_partial(queries: Queries, kv: KV, slopes: Slopes | None, sinks: Float[Array, "G R"] | None = None) -> Partial:
+    """Returns the Partial before the first key: out = 0, and lse = -inf, or the logit of the query head's sink."""
     out = zeros((*queries.query.shape[:-1], kv.value.shape[-1]), queries, kv, slopes)
-    return Partial(out, out[..., 0] - jnp.inf)
+    lse = out[..., 0]
+    return Partial(out, lse - jnp.inf if sinks is None else lse + sinks[..., None].astype(lse.dtype))
 
 
 def init_query_grads(queries: Queries, kv: KV, slopes: Slopes | None) -> QueryGrads:

@@ -6,6 +6,7 @@ HBM, added to, and written back, while the next tile is fetched and computed. Lo
 that lse and delta are rows, as they are stored.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array
+from jaxtyping import Array, Bool
 
 from ringattn.attn.kernels.protocol import KV, KVGrads, LogitSpec, Queries, Residuals, Slopes
 from ringattn.attn.kernels.tpu_tiles import (
@@ -30,9 +31,9 @@ from ringattn.attn.kernels.tpu_tiles import (
     columns,
     copies,
     dot,
-    float32_like,
     ids_row,
     next_visible,
+    result,
     row_and_group,
     run_options,
     sides,
@@ -58,7 +59,7 @@ class _Inputs(NamedTuple):
     key: Ref  # [keys, D]
     value: Ref  # [keys, Dv]
     kv_ids: Ref  # None, or [ids, keys]
-    carry: Ref  # [B, G, R, L, D], the same memory as d_query
+    carry: Ref  # None, or [B, G, R, L, D], the same memory as the gradients of the queries
 
 
 class _Grads(NamedTuple):
@@ -90,7 +91,7 @@ def backward(
     kv: KV,
     slopes: Slopes | None,
     residuals: Residuals,
-    carry: Array,
+    carry: Array | None,
     sizes: tuple[int, int],
     interpret: bool,
 ) -> tuple[Array, Array | None, KVGrads]:
@@ -98,7 +99,7 @@ def backward(
 
     Args:
       queries: [B, groups, R, L, D]; `groups` is a multiple of the K/V heads, and adjacent groups share one.
-      carry: [B, groups, R, L, D] float32, to which the gradients of the query are added.
+      carry: [B, groups, R, L, D] float32, to which the gradients of the query are added; None: all zero.
       sizes: queries and keys in a tile; they divide the lengths.
       interpret: True to run in the interpreter.
     """
@@ -109,14 +110,14 @@ def backward(
     inputs = _Inputs(queries.query, d_out, lse, delta, q_side.ids, kv.key, kv.value, kv_side.ids, carry)
     in_specs, out_specs = _specs(inputs, kv_size, _slopes_tile(R, q_size, G) if slopes is not None else None)
     shapes = _Grads(
-        query=carry.shape,
+        query=queries.query.shape,
         key=(B, G, *kv.key.shape[2:]),
         value=(B, G, *kv.value.shape[2:]),
         slopes=None if slopes is None else (B, G, R, q_size),
     )
     grads = pl.pallas_call(
         partial(_kernel, spec, (G, sharing), q_spec, kv_spec),
-        out_shape=(_Grads(*(None if x is None else float32_like(x, carry) for x in shapes)),),
+        out_shape=(_Grads(*(None if x is None else result(x, queries.query) for x in shapes)),),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(B * G, length // kv_size),
@@ -124,7 +125,7 @@ def backward(
             out_specs=(out_specs,),
             scratch_shapes=[_scratch(inputs, q_spec, kv_spec)],
         ),
-        input_output_aliases={len(jax.tree.leaves((scalars, inputs))) - 1: 0},
+        input_output_aliases={} if carry is None else {len(jax.tree.leaves((scalars, inputs))) - 1: 0},
         name="ringattn_backward",
         **run_options(interpret),
     )(scalars, inputs)[0]
@@ -162,7 +163,7 @@ def _specs(inputs: _Inputs, kv_size: int, slopes_tile: pl.BlockSpec | None) -> t
         key=kv_tile(key_dim, groups // kv_heads),
         value=kv_tile(value_dim, groups // kv_heads),
         kv_ids=None if inputs.kv_ids is None else ids_tile(inputs.kv_ids),
-        carry=hbm,
+        carry=None if inputs.carry is None else hbm,
     )
     return in_specs, _Grads(hbm, kv_tile(key_dim, 1), kv_tile(value_dim, 1), slopes_tile)
 
@@ -208,6 +209,8 @@ class _GridStep:
 
     def run(self) -> None:
         first, stop = self.pairs.kv.range(self.pairs.tables.kv, self.pairs.row, self.j)
+        if self.inputs.carry is None:
+            pl.when(self.j == 0)(self.clear_unseen)
 
         def next_tile(i: Scalar) -> Scalar:
             return next_visible(lambda i: self.pairs.related(i, self.j)[0], i, stop)
@@ -217,26 +220,52 @@ class _GridStep:
             slot, following = lax.rem(n, SLOTS), next_tile(i + 1)
             # The slot of the next tile is that of the visit before the last one.
             pl.when(n >= 2)(lambda: wait(self.write(i, lax.rem(n + 1, SLOTS))))
-            pl.when(following < stop)(lambda: start(self.fetch(following, lax.rem(n + 1, SLOTS))))
-            wait(self.fetch(i, slot))
+            pl.when(following < stop)(lambda: self.fetch(following, lax.rem(n + 1, SLOTS), start))
+            self.fetch(i, slot, wait)
+            pl.when(self.is_first(i))(lambda: self.clear(slot))
             self.pairs.run(i, self.j, partial(self.add_tile, i, slot))
             start(self.write(i, slot))
             return following, n + 1
 
-        pl.when(first < stop)(lambda: start(self.fetch(first, jnp.int32(0))))
+        pl.when(first < stop)(lambda: self.fetch(first, jnp.int32(0), start))
         self.begin()
         _, visits = lax.while_loop(lambda state: state[0] < stop, visit, (first, jnp.int32(0)))
         for back in (2, 1):  # all gradients must be in HBM before the next grid step reads them
             pl.when(visits >= back)(lambda back=back: wait(self.write(first, lax.rem(visits - back, SLOTS))))
         self.grads.key[...] *= self.pairs.spec.scale
 
-    def fetch(self, i: Scalar, slot: Scalar) -> list[Any]:
-        """Returns the copies of tile i of the queries into VMEM."""
-        inputs, ids = self.inputs, self.inputs.q_ids
+    def fetch(self, i: Scalar, slot: Scalar, action: Callable[[list[Any]], None]) -> None:
+        """Starts the copies of tile i of the queries into VMEM, or waits for them."""
+        inputs, ids, scratch = self.inputs, self.inputs.q_ids, self.scratch
         at = self.tokens_at(i)
         sources = [x.at[self.pairs.row, self.pairs.group, :, at] for x in (*inputs[:4], self.grads.query)]
         sources.insert(4, None if ids is None else ids.at[ids_row(ids, self.pairs.row), :, at])
-        return copies(sources, self.scratch[:6], self.scratch.fetched, slot)
+        *rest, d_query = copies(sources, scratch[:6], scratch.fetched, slot)
+        action(rest)
+        pl.when(jnp.logical_not(self.is_first(i)))(lambda: action([d_query]))
+
+    def is_first(self, i: Scalar) -> Bool[Array, ""]:
+        """Returns True if no gradients of tile i of the queries are in HBM yet."""
+        if self.inputs.carry is not None:
+            return jnp.bool_(False)
+        return self.pairs.q.range(self.pairs.tables.q, self.pairs.row, i)[0] == self.j
+
+    def clear(self, slot: Scalar) -> None:
+        """Sets the gradients of the queries in a slot to 0."""
+        self.scratch.d_query[slot] = jnp.zeros(self.scratch.d_query.shape[1:], jnp.float32)
+
+    def clear_unseen(self) -> None:
+        """Sets the gradients of queries that see no key to 0."""
+        self.clear(jnp.int32(0))
+
+        @pl.loop(0, self.pairs.q.tiles)
+        def _(i: Scalar) -> None:
+            first, stop = self.pairs.q.range(self.pairs.tables.q, self.pairs.row, i)
+
+            @pl.when(first == stop)
+            def _():
+                start(self.write(i, jnp.int32(0)))
+                wait(self.write(i, jnp.int32(0)))
 
     def write(self, i: Scalar, slot: Scalar) -> list[Any]:
         """Returns the copy of the gradients of tile i of the queries to HBM."""

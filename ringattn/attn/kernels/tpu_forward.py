@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from ringattn.attn.kernels.protocol import KV, LogitSpec, Queries, Slopes
@@ -28,9 +29,9 @@ from ringattn.attn.kernels.tpu_tiles import (
     columns,
     copies,
     dot,
-    float32_like,
     ids_row,
     next_visible,
+    result,
     row_and_group,
     run_options,
     sides,
@@ -51,7 +52,7 @@ class _Inputs(NamedTuple):
     key: Ref  # [B, G, M, D]
     value: Ref  # [B, G, M, Dv]
     kv_ids: Ref  # None, or [rows, ids, M]
-    carry: Any  # a Partial: [R, queries, Dv] and [R, queries]
+    carry: Any  # None, or a Partial: [R, queries, Dv] and [R, queries]
 
 
 class _Scratch(NamedTuple):
@@ -61,6 +62,7 @@ class _Scratch(NamedTuple):
     value: Ref
     kv_ids: Ref  # or None
     semaphores: Ref
+    acc: Ref  # [R, queries, Dv]
     row_max: Ref
     row_sum: Ref
     q_ids: Ref  # or None
@@ -71,52 +73,58 @@ def forward(
     queries: Queries,
     kv: KV,
     slopes: Slopes | None,
-    carry: Partial,
+    carry: Partial | None,
     sizes: tuple[int, int],
+    dtype: DTypeLike,
     interpret: bool,
 ) -> Partial:
     """Returns attention to the keys of `carry` and of `kv` together.
 
     Args:
       queries: [B, groups, R, L, D]; `groups` is a multiple of the K/V heads, and adjacent groups share one.
-      carry: results for earlier keys, with the same groups.
+      carry: results for earlier keys, with the same groups; None if there are none. Updated in place if it has the
+        dtypes of the result.
+      dtype: dtype of the output.
       sizes: queries and keys in a tile; they divide the lengths.
       interpret: True to run in the interpreter.
     """
-    (B, G, _, length, _), q_size = queries.query.shape, sizes[0]
+    (B, G, _, length, _), q_size, query = queries.query.shape, sizes[0], queries.query
     sharing = G // kv.key.shape[1]
     (q_side, q_spec), (kv_side, kv_spec) = sides(spec.mask, queries.tokens, kv.tokens, sizes)
     scalars = tables(q_side, kv_side, slopes)
     inputs = _Inputs(queries.query, q_side.ids, kv.key, kv.value, kv_side.ids, carry)
-    in_specs = _in_specs(inputs, q_spec)
+    in_place = carry is not None and carry.out.dtype == dtype
+    in_specs, out_specs = _specs(inputs, q_spec, in_place)
     last = len(jax.tree.leaves((scalars, inputs))) - 1
     return pl.pallas_call(
-        partial(_kernel, spec, (G, sharing), q_spec, kv_spec),
-        out_shape=(jax.tree.map(lambda x: float32_like(x.shape, x), carry),),
+        partial(_kernel, spec, (G, sharing), in_place, q_spec, kv_spec),
+        out_shape=(
+            Partial(result((*query.shape[:4], kv.value.shape[3]), query, dtype), result(query.shape[:4], query)),
+        ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(B * G, length // q_size),
             in_specs=[in_specs],
-            out_specs=(in_specs.carry,),
+            out_specs=(out_specs,),
             scratch_shapes=[_scratch(inputs, q_spec, kv_spec)],
         ),
-        input_output_aliases={last - 1: 0, last: 1},
+        input_output_aliases={last - 1: 0, last: 1} if in_place else {},
         name="ringattn_forward",
         **run_options(interpret),
     )(scalars, inputs)[0]
 
 
-def _in_specs(inputs: _Inputs, q_spec: SideSpec) -> _Inputs:
+def _specs(inputs: _Inputs, q_spec: SideSpec, in_place: bool) -> tuple[_Inputs, Partial]:
     _, groups, R, _, D = inputs.query.shape
 
     def held(n: Scalar, i: Scalar, scalars: Tables) -> tuple[Scalar, Scalar, Scalar]:
         row, group = row_and_group(n, groups)
         return row, group, q_spec.held(scalars.q, row, i)
 
-    def q_tile(*dims: int) -> pl.BlockSpec:
-        def index(*args: Any) -> tuple[Scalar | int, ...]:
-            row, group, tile = held(*args)
-            return row, group, 0, tile, *(0 for _ in dims)
+    def q_tile(*dims: int, every: bool = False) -> pl.BlockSpec:
+        def index(n: Scalar, i: Scalar, scalars: Tables) -> tuple[Scalar | int, ...]:
+            row, group, tile = held(n, i, scalars)
+            return row, group, 0, i if every else tile, *(0 for _ in dims)
 
         return pl.BlockSpec((None, None, R, q_spec.size, *dims), index)
 
@@ -124,24 +132,29 @@ def _in_specs(inputs: _Inputs, q_spec: SideSpec) -> _Inputs:
         row, _, tile = held(*args)
         return ids_row(inputs.q_ids, row), 0, tile
 
-    hbm, carry = pl.BlockSpec(memory_space=pl.ANY), jax.tree.map(lambda x: q_tile(*x.shape[4:]), inputs.carry)
-    return _Inputs(
+    hbm = pl.BlockSpec(memory_space=pl.ANY)
+    # Tiles without visible keys keep their carry in place; elsewhere, every tile is written.
+    part = Partial(q_tile(inputs.value.shape[3], every=not in_place), q_tile(every=not in_place))
+    in_specs = _Inputs(
         query=q_tile(D),
         q_ids=None if inputs.q_ids is None else pl.BlockSpec((None, q_spec.ids, q_spec.size), ids_tile),
         key=hbm,
         value=hbm,
         kv_ids=None if inputs.kv_ids is None else hbm,
-        carry=carry,
+        carry=None if inputs.carry is None else part,
     )
+    return in_specs, part
 
 
 def _scratch(inputs: _Inputs, q_spec: SideSpec, kv_spec: SideSpec) -> _Scratch:
     columns = inputs.query.shape[2], q_spec.size, LANES
+    acc = *columns[:2], inputs.value.shape[3]
     return _Scratch(
         key=pltpu.VMEM((2, kv_spec.size, inputs.key.shape[3]), inputs.key.dtype),
         value=pltpu.VMEM((2, kv_spec.size, inputs.value.shape[3]), inputs.value.dtype),
         kv_ids=None if inputs.kv_ids is None else pltpu.VMEM((2, kv_spec.ids, kv_spec.size), jnp.int32),
         semaphores=pltpu.SemaphoreType.DMA((2, 3)),
+        acc=pltpu.VMEM(acc, jnp.float32),
         row_max=pltpu.VMEM(columns, jnp.float32),
         row_sum=pltpu.VMEM(columns, jnp.float32),
         q_ids=None if inputs.q_ids is None else pltpu.VMEM((q_spec.ids, q_spec.size, LANES), jnp.int32),
@@ -151,6 +164,7 @@ def _scratch(inputs: _Inputs, q_spec: SideSpec, kv_spec: SideSpec) -> _Scratch:
 def _kernel(
     spec: LogitSpec,
     groups: tuple[int, int],
+    in_place: bool,
     q_spec: SideSpec,
     kv_spec: SideSpec,
     tables: Tables,
@@ -159,7 +173,7 @@ def _kernel(
     scratch: _Scratch,
 ) -> None:
     pairs = Pairs(spec, q_spec, kv_spec, tables, *row_and_group(pl.program_id(0), groups[0]), groups[1])
-    _GridStep(pairs, pl.program_id(1), inputs, out, scratch).run()
+    _GridStep(pairs, pl.program_id(1), inputs, out, scratch, in_place).run()
 
 
 @dataclass(frozen=True)
@@ -171,6 +185,7 @@ class _GridStep:
     inputs: _Inputs
     out: Partial
     scratch: _Scratch
+    in_place: bool
 
     @property
     def heads(self) -> int:
@@ -190,11 +205,12 @@ class _GridStep:
             self.pairs.run(self.i, j, partial(self.add_tile, j, slot))
             return following, 1 - slot
 
-        held = self.pairs.q.held(self.pairs.tables.q, self.pairs.row, self.i)
+        # If the result is in place, Pallas writes a tile without visible keys only if all others have none either.
+        held = self.pairs.q.held(self.pairs.tables.q, self.pairs.row, self.i) if self.in_place else self.i
 
-        @pl.when((first == stop) & (self.i == held))  # no tile of these queries sees a key: one is held and written
+        @pl.when((first == stop) & (self.i == held))
         def _():
-            self.out.out[...], self.out.lse[...] = self.inputs.carry.out[...], self.inputs.carry.lse[...]
+            self.keep()
 
         @pl.when(first < stop)
         def _():
@@ -211,20 +227,33 @@ class _GridStep:
         sources = inputs.key.at[row, head, at], inputs.value.at[row, head, at], ids
         return copies(sources, self.scratch[:3], self.scratch.semaphores, slot)
 
+    def keep(self) -> None:
+        """Writes the results of earlier keys."""
+        carry, (out, lse) = self.inputs.carry, self.out
+        if carry is None:
+            out[...], lse[...] = jnp.zeros_like(out), jnp.full_like(lse, -jnp.inf)
+        else:
+            out[...], lse[...] = carry.out[...].astype(out.dtype), carry.lse[...]
+
     def begin(self) -> None:
         """Begins from the results of earlier keys: a normalized Partial is an online softmax with row_sum 1."""
         carry, scratch = self.inputs.carry, self.scratch
         for r in range(self.heads):
-            lse = columns(carry.lse[r])
-            scratch.row_max[r] = lse * LOG2_E
-            scratch.row_sum[r] = jnp.where(lse == -jnp.inf, 0.0, 1.0)
-            self.out.out[r] = carry.out[r]
+            if carry is None:
+                scratch.row_max[r] = jnp.full_like(scratch.row_max[r], -jnp.inf)
+                scratch.row_sum[r] = jnp.zeros_like(scratch.row_sum[r])
+                scratch.acc[r] = jnp.zeros_like(scratch.acc[r])
+            else:
+                lse = columns(carry.lse[r])
+                scratch.row_max[r] = lse * LOG2_E
+                scratch.row_sum[r] = jnp.where(lse == -jnp.inf, 0.0, 1.0)
+                scratch.acc[r] = carry.out[r]
         for n in range(self.pairs.q.ids):
             scratch.q_ids[n] = columns(self.inputs.q_ids[n])
 
     def add_tile(self, j: Scalar, slot: Scalar, masked: bool) -> None:
         """Adds tile j of the keys to the online softmax of each head."""
-        (spec, q_spec, kv_spec, tables, row, *_), scratch, acc = self.pairs, self.scratch, self.out.out
+        (spec, q_spec, kv_spec, tables, row, *_), scratch, acc = self.pairs, self.scratch, self.scratch.acc
         shape, has_slopes = (q_spec.size, kv_spec.size), tables.slopes is not None
         seen = distance = None
         if masked or has_slopes:
@@ -258,6 +287,6 @@ class _GridStep:
 
         for r in range(self.heads):
             sums, maxima = self.scratch.row_sum[r], self.scratch.row_max[r]
-            out[r] = out[r] * widen(1.0 / nonzero(sums), out.shape[-1])
+            out[r] = (self.scratch.acc[r] * widen(1.0 / nonzero(sums), out.shape[-1])).astype(out.dtype)
             row_sum, row_max = sums.T[0], maxima.T[0]
             lse[r] = jnp.where(row_sum > 0.0, (row_max + jnp.log2(nonzero(row_sum))) * (1 / LOG2_E), -jnp.inf)

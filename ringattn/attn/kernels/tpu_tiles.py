@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from ringattn.attn.kernels.protocol import LogitSpec, Slopes, matmul_precision
@@ -262,9 +263,9 @@ def ids_row(ids: Ref, row: Scalar) -> Scalar | int:
     return row if ids.shape[0] > 1 else 0
 
 
-def float32_like(shape: tuple[int, ...], x: Array) -> jax.ShapeDtypeStruct:
-    """Returns the type of a kernel's result of `shape`, which varies over the mesh axes over which x varies."""
-    return jax.ShapeDtypeStruct(shape, jnp.float32, manual_axis_type=jax.typeof(x).manual_axis_type)
+def result(shape: tuple[int, ...], x: Array, dtype: DTypeLike = jnp.float32) -> jax.ShapeDtypeStruct:
+    """Returns the type of a kernel's result, which varies over the mesh axes over which x varies."""
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(x).manual_axis_type)
 
 
 def run_options(interpret: bool) -> dict[str, Any]:

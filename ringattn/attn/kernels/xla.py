@@ -8,6 +8,7 @@ pass recomputes the probabilities of a tile from lse (FlashAttention-2, arXiv 23
 from dataclasses import dataclass
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from ringattn.attn.kernels.protocol import (
@@ -19,6 +20,8 @@ from ringattn.attn.kernels.protocol import (
     Residuals,
     Slopes,
     accumulation_dtype,
+    init_partial,
+    init_query_grads,
     matmul_precision,
     zeros,
 )
@@ -36,9 +39,17 @@ class Xla:
 
     tile: tuple[int, int]
 
-    def forward(self, spec: LogitSpec, queries: Queries, kv: KV, slopes: Slopes | None, carry: Partial) -> Partial:
+    def forward(
+        self,
+        spec: LogitSpec,
+        queries: Queries,
+        kv: KV,
+        slopes: Slopes | None,
+        carry: Partial | None,
+        dtype: DTypeLike | None = None,
+    ) -> Partial:
         """See `protocol.Kernel.forward`."""
-        length = queries.query.shape[3]
+        length, carry = queries.query.shape[3], carry or init_partial(queries, kv, slopes)
         queries, kv = pad_to_tiles(queries, kv, self.tile)
         carry = Partial(*(pad(x, 3, queries.query.shape[3]) for x in carry))
         plan = plan_tiles(spec.mask, queries, kv, self.tile)
@@ -62,13 +73,20 @@ class Xla:
             return normalize(acc, row_sum, row_max)
 
         part = plan.if_any(add_all, carry)
-        return Partial(part.out[:, :, :, :length], part.lse[..., :length])
+        return Partial(part.out[:, :, :, :length].astype(dtype or part.out.dtype), part.lse[..., :length])
 
     def backward(
-        self, spec: LogitSpec, queries: Queries, kv: KV, slopes: Slopes | None, residuals: Residuals, carry: QueryGrads
+        self,
+        spec: LogitSpec,
+        queries: Queries,
+        kv: KV,
+        slopes: Slopes | None,
+        residuals: Residuals,
+        carry: QueryGrads | None,
     ) -> tuple[QueryGrads, KVGrads]:
         """See `protocol.Kernel.backward`."""
         length, kv_length = queries.query.shape[3], kv.key.shape[2]
+        carry = carry or init_query_grads(queries, kv, slopes)
         queries, kv = pad_to_tiles(queries, kv, self.tile)
         residuals = Residuals(*(pad(x, 3, queries.query.shape[3]) for x in residuals))
         carry = carry._replace(query=pad(carry.query, 3, queries.query.shape[3]))
