@@ -13,7 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from ringattn.attn.kernels import tiles
 from ringattn.attn.kernels.pallas_tpu import PallasTpu
-from ringattn.attn.kernels.protocol import KV, Kernel, LogitSpec, Queries, Residuals, init_partial, init_query_grads
+from ringattn.attn.kernels.protocol import KV, Kernel, LogitSpec, Queries, QueryGrads, Residuals, init_partial
 from ringattn.attn.kernels.xla import Xla
 from ringattn.attn.mask import Mask, Runs, Tokens
 from ringattn.attn.reference import reference_attention
@@ -73,10 +73,9 @@ def run(kernel: Kernel, logit_spec: LogitSpec, queries: Queries, kv: KV, d_out: 
     """Returns the kernel's output and gradients (query, key, value, slopes)."""
 
     def both(queries, kv, d_out, slopes):
-        part = kernel.forward(logit_spec, queries, kv, slopes, init_partial(queries, kv, slopes))
+        part = kernel.forward(logit_spec, queries, kv, slopes, None)
         residuals = Residuals(part.lse, (d_out.astype(part.out.dtype) * part.out).sum(-1), d_out, part.out)
-        carry = init_query_grads(queries, kv, slopes)
-        query_grads, kv_grads = kernel.backward(logit_spec, queries, kv, slopes, residuals, carry)
+        query_grads, kv_grads = kernel.backward(logit_spec, queries, kv, slopes, residuals, None)
         return part.out, query_grads.query, kv_grads.key, kv_grads.value, query_grads.slopes
 
     return [np.asarray(x) for x in jax.jit(both)(queries, kv, d_out, slopes) if x is not None]
@@ -195,15 +194,18 @@ def test_two_shards_with_carry(name, first, second):
 
     @jax.jit
     def in_two_steps(queries, kv, d_out):
-        part = init_partial(queries, kv, slopes)
+        part: Partial | None = None
         for at in (first, second):
             part = subject.forward(logit_spec, queries, shard(kv, at), slopes, part)
+        assert part is not None
         residuals = Residuals(part.lse, (d_out * part.out).sum(-1), d_out, part.out)
-        query_grads, kv_grads = init_query_grads(queries, kv, slopes), {}
+        query_grads: QueryGrads | None = None
+        kv_grads = {}
         for at in (first, second):
             query_grads, kv_grads[at.start] = subject.backward(
                 logit_spec, queries, shard(kv, at), slopes, residuals, query_grads
             )
+        assert query_grads is not None
         key, value = (jnp.concatenate([kv_grads[start][n] for start in sorted(kv_grads)], axis=2) for n in (0, 1))
         return [part.out, query_grads.query, key, value, query_grads.slopes]
 
@@ -252,6 +254,41 @@ def test_tiles_of_queries_without_keys_keep_the_carry(padded, capfd):
     np.testing.assert_array_equal(actual[0][0][..., hidden, :], np.asarray(out)[0][..., hidden, :])
     for a, b in zip(actual, forward("xla"), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
+
+
+def test_tiles_of_queries_without_keys_get_a_result_of_their_own(capfd):
+    """The first call has no carry to keep, and the last one rounds the carry to the dtype of the output."""
+    segments = np.repeat(np.array([[1, -1, 1, -1], [-1] * 4], np.int32), 8, axis=1)
+    queries, kv, d_out = inputs(32, 32, tokens=Tokens(np.arange(32, dtype=np.int32)[None], segments))
+    earlier = kv._replace(tokens=Tokens(jnp.zeros((1, 32), jnp.int32)))  # seen by all but padding
+
+    def results(name: str) -> tuple[Any, ...]:
+        subject, logit_spec = kernel(name, (8, 8)), LogitSpec(Mask(), 0.3)
+
+        @jax.jit
+        def calls(queries, kv, earlier, d_out):
+            first = subject.forward(logit_spec, queries, kv, None, None)
+            carry = subject.forward(logit_spec, queries._replace(tokens=earlier.tokens), earlier, None, None)
+            last = subject.forward(logit_spec, queries, kv, None, carry, jnp.bfloat16)
+            residuals = Residuals(carry.lse, (d_out * carry.out).sum(-1), d_out, carry.out)
+            return first, last, subject.backward(logit_spec, queries, kv, None, residuals, None)
+
+        return calls(queries, kv, earlier, d_out)
+
+    with without_races(capfd):
+        actual = results("pallas")
+    (first, last, (query_grads, _)), expected = actual, results("xla")
+    chex.assert_trees_all_equal_shapes_and_dtypes(actual, expected)
+    hidden = segments < 0
+    for row in range(2):
+        assert not np.asarray(first.out)[row][..., hidden[row], :].any()
+        assert (np.asarray(first.lse)[row][..., hidden[row]] == -np.inf).all()
+        assert not np.asarray(query_grads.query)[row][..., hidden[row], :].any()
+    assert last.out.dtype == jnp.bfloat16
+    last = [x.out.astype(jnp.float32) for x in (last, expected[1])]
+    np.testing.assert_allclose(*last, rtol=2**-7, atol=1e-5)
+    for a, b in zip(*map(jax.tree.leaves, ((first, actual[2]), (expected[0], expected[2]))), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-5)
 
 
 @both_kernels

@@ -7,7 +7,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ringattn.attn.softmax import Partial, merge, normalize, shifted_exp, with_sink
+from ringattn.attn.kernels.protocol import KV, Queries, init_partial
+from ringattn.attn.mask import Tokens
+from ringattn.attn.softmax import Partial, merge, normalize, shifted_exp
 
 # No subnormal numbers: XLA on CPU flushes them to 0.
 LOGITS = st.one_of(st.just(-np.inf), st.floats(-80, 80, width=32, allow_subnormal=False))
@@ -56,17 +58,19 @@ def test_merge_with_no_keys_is_the_identity(logits):
 @settings(deadline=None)
 @given(ROWS, LOGITS)
 def test_a_sink_equals_a_key_whose_value_is_zero(logits, sink):
-    part = with_sink(attend_to(logits, 0, 6), jnp.full((), sink, jnp.float32))
-    assert_same(part, merge(attend_to(logits, 0, 6), Partial(jnp.zeros((1, 4)), jnp.full((1,), sink, jnp.float32))))
+    part = merge(Partial(jnp.zeros((1, 4)), jnp.full((1,), sink, jnp.float32)), attend_to(logits, 0, 6))
     total = np.exp(np.append(np.array(logits, np.float64), sink)).sum()
     np.testing.assert_allclose(part.lse, np.log(total, where=total > 0, out=np.full(1, -np.inf)), rtol=2e-6, atol=2e-6)
 
 
 def test_each_head_has_its_own_sink():
-    part = Partial(jnp.ones((2, 3, 4)), jnp.zeros((2, 3)))
-    with_both = with_sink(part, jnp.array([0.0, -jnp.inf]))
-    np.testing.assert_allclose(with_both.out[0], 0.5)
-    np.testing.assert_array_equal(with_both.out[1], 1.0)
+    tokens = Tokens(jnp.arange(3, dtype=jnp.int32)[None])
+    queries = Queries(jnp.zeros((1, 1, 2, 3, 4)), tokens)
+    kv = KV(jnp.zeros((1, 1, 3, 4)), jnp.ones((1, 1, 3, 4)), tokens)
+    sinks = init_partial(queries, kv, None, jnp.array([[0.0, -jnp.inf]]))
+    part = merge(sinks, Partial(jnp.ones((1, 1, 2, 3, 4)), jnp.zeros((1, 1, 2, 3))))
+    np.testing.assert_allclose(part.out[0, 0, 0], 0.5)
+    np.testing.assert_array_equal(part.out[0, 0, 1], 1.0)
 
 
 def test_a_query_that_sees_no_key_has_zero_output_and_gradient():

@@ -16,7 +16,6 @@ final send returns them to the owner during compute on half of the local shard. 
 
 Barriers. An optimization barrier on the results of compute and transfer makes the next hop depend on both. Without the
 barrier, XLA could delay the transfer until after the compute.
-
 Hops. Hops that no device needs are omitted. The others form one run (direction, hops) per direction: see `hops.py`.
 """
 
@@ -91,7 +90,6 @@ class Ring:
         dtype: DTypeLike | None = None,
     ) -> Partial:
         """See `protocol.Kernel.forward`."""
-        local = self._local_shard(kv)
 
         def compute(part: Partial | None, kv: KV, in_flight: InFlight) -> tuple[Partial, InFlight]:
             part = self.kernel.forward(spec, queries, kv, slopes, part)
@@ -99,15 +97,13 @@ class Ring:
 
         def subsequent_hop(direction: int, state: tuple[Partial, _Shard]) -> tuple[Partial, _Shard]:
             part, remote = state
-            in_flight = self._send(remote, direction)
-            return compute(part, self._kv(remote), in_flight)
+            return compute(part, self._kv(remote), self._send(remote, direction))
 
         part, current = carry, kv
         for direction, hops in self._runs(spec.mask, kv):
             # The first send overlaps with compute on the local shard, or on the last remote shard of the previous run.
-            part, remote = compute(part, current, self._send(local, direction))
-            # Two hops per iteration: with one, XLA copies the received shard to the memory of the one that was sent.
-            part, remote = _repeat(hops - 1, partial(subsequent_hop, direction), (part, remote), unroll=2)
+            part, remote = compute(part, current, self._send(self._local_shard(kv), direction))
+            part, remote = _repeat(hops - 1, partial(subsequent_hop, direction), (part, remote))
             current = self._kv(remote)
         return self.kernel.forward(spec, queries, current, slopes, part, dtype)
 
@@ -123,10 +119,8 @@ class Ring:
         """See `protocol.Kernel.backward`."""
         local, runs = self._local_shard(kv), self._runs(spec.mask, kv)
 
-        def compute(
-            query_grads: QueryGrads | None, kv: KV, in_flight: InFlight
-        ) -> tuple[QueryGrads, KVGrads, InFlight]:
-            new = self.kernel.backward(spec, queries, kv, slopes, residuals, query_grads)
+        def compute(carry: QueryGrads | None, kv: KV, in_flight: InFlight) -> tuple[QueryGrads, KVGrads, InFlight]:
+            new = self.kernel.backward(spec, queries, kv, slopes, residuals, carry)
             (query_grads, kv_grads), in_flight = lax.optimization_barrier((new, in_flight))
             return query_grads, kv_grads, in_flight
 
@@ -139,19 +133,19 @@ class Ring:
             return _BackwardState(query_grads, remote, received, added)
 
         def subsequent_hop(direction: int, state: _BackwardState) -> _BackwardState:
-            assert state.remote is not None
-            return hop(direction, state, self._send(state.remote, direction))
+            return hop(direction, state, state.remote and self._send(state.remote, direction))
 
-        first_half, *second_half = _halves(kv) if runs else [kv]
+        first_half, *second_half = kv.halves() if runs else [kv]
         first_sends = [self._send(local, direction) for direction, _ in runs] + [None]
         query_grads, first_grads, remote = compute(carry, first_half, first_sends[0])
         local_grads, final_sends = [first_grads], []
         for (direction, hops), next_first_send in zip(runs, first_sends[1:], strict=True):
             state = _BackwardState(query_grads, remote, None, None)
-            # lax.scan requires a fixed carry structure, and no gradients are received before the second hop.
-            for _ in range(min(hops - 1, 2)):
+            if hops > 1:
                 state = subsequent_hop(direction, state)
-            state = _repeat(hops - 3, partial(subsequent_hop, direction), state)
+                # lax.scan requires a fixed carry structure: zeros instead of None, where no gradients were received.
+                state = state._replace(received=jax.tree.map(jnp.zeros_like, state.added))
+                state = _repeat(hops - 2, partial(subsequent_hop, direction), state)
             query_grads, remote, received, added = hop(direction, state, next_first_send)
             assert added is not None
             final_sends.append(self._send_grads(_add(received, added), -direction * hops))
@@ -167,8 +161,7 @@ class Ring:
     def _local_shard(self, kv: KV) -> _Shard:
         positions, segments, spans, runs = kv.tokens
         positions = positions if self.implied is None else None
-        if runs is not None and runs.keys == "local":
-            runs = replace(runs, keys="remote")
+        runs = replace(runs, keys="remote") if runs is not None and runs.keys == "local" else runs
         return _Shard(kv.key, kv.value, positions, segments, spans, runs, lax.axis_index(self.axis))
 
     def _kv(self, shard: _Shard) -> KV:
@@ -177,8 +170,7 @@ class Ring:
             assert shard.positions is not None  # sent, unless the layout implies them
             tokens = Tokens(shard.positions)
         else:
-            shards_per_member = self.implied.shards // lax.axis_size(self.axis)
-            first, count = shard.owner * shards_per_member, shards_per_member
+            first = shard.owner * (count := self.implied.shards // lax.axis_size(self.axis))
             if self.inner is not None:
                 first, count = first + lax.axis_index(self.inner), 1
             tokens = self.implied.kv_tokens(first, count)
@@ -186,8 +178,7 @@ class Ring:
 
     def _send(self, shard: _Shard, direction: int) -> _Shard:
         """Sends `shard` to the next member in `direction`. Returns the shard received from the previous one."""
-        arrays = self._shift(shard[:-1], direction)
-        return _Shard(*arrays, (shard.owner - direction) % lax.axis_size(self.axis))
+        return _Shard(*self._shift(shard[:-1], direction), (shard.owner - direction) % lax.axis_size(self.axis))
 
     def _send_grads(self, grads: KVGrads, offset: int) -> KVGrads:
         """Sends dK/dV in `reduce_dtype` to the member at `offset`. Returns those received."""
@@ -200,16 +191,9 @@ class Ring:
         return jax.tree.map(lambda x: lax.ppermute(x, self.axis, pairs), arrays)
 
 
-def _repeat(times: int, f: Callable[[State], State], state: State, unroll: int = 1) -> State:
+def _repeat(times: int, f: Callable[[State], State], state: State) -> State:
     """Applies f `times` times with lax.scan. Without it, XLA would keep every hop's buffers alive."""
-    return lax.scan(lambda state, _: (f(state), None), state, length=times, unroll=unroll)[0] if times > 0 else state
-
-
-def _halves(kv: KV) -> list[KV]:
-    """Splits a shard into two along the sequence; returns a shard of one key unsplit."""
-    length = kv.key.shape[2]
-    middle = (length + 1) // 2  # with an odd length, the first half gets the extra key
-    return [kv.part(0, middle), kv.part(middle, length)] if length > 1 else [kv]
+    return lax.scan(lambda state, _: (f(state), None), state, length=times)[0] if times else state
 
 
 def _add(a: KVGrads | None, b: KVGrads) -> KVGrads:

@@ -47,12 +47,6 @@ def merge(a: Partial, b: Partial) -> Partial:
     return normalize(acc, weight_a + weight_b, row_max)
 
 
-def with_sink(part: Partial, sink: Float[Array, "*heads"]) -> Partial:
-    """Adds e^sink to every query's denominator, like one more key whose value is 0."""
-    sinks = jnp.broadcast_to(sink[..., None], part.lse.shape)
-    return merge(part, Partial(jnp.zeros_like(part.out), sinks))
-
-
 def varying_like(x: Array, *others: Array) -> Array:
     """Marks `x` as varying over every mesh axis over which one of `others` varies (inside shard_map).
 

@@ -77,8 +77,7 @@ class PallasTpu:
         )
         if slopes is not None and d_slopes is not None:
             d_slopes = d_slopes.reshape(slopes.shape)
-        if carry is not None and carry.slopes is not None:
-            d_slopes = carry.slopes + d_slopes
+            d_slopes = d_slopes if carry is None or carry.slopes is None else carry.slopes + d_slopes
         d_query = d_query[:, :, :, : shape[3]].reshape(shape)
         return QueryGrads(d_query, d_slopes), KVGrads(*(x[:, :, :kv_length] for x in kv_grads))
 

@@ -54,6 +54,12 @@ class KV(NamedTuple):
         tokens = jax.tree.map(lambda x: x[:, start:stop], self.tokens._replace(runs=runs))
         return KV(self.key[:, :, start:stop], self.value[:, :, start:stop], tokens)
 
+    def halves(self) -> list["KV"]:
+        """Splits a shard into two along the sequence; returns a shard of one key unsplit."""
+        length = self.key.shape[2]
+        middle = (length + 1) // 2  # with an odd length, the first half gets the extra key
+        return [self.part(0, middle), self.part(middle, length)] if length > 1 else [self]
+
 
 class Residuals(NamedTuple):
     """Per-query results that the backward pass reads. `lse` covers all keys of the sequence and the sink."""

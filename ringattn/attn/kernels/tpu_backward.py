@@ -9,7 +9,7 @@ that lse and delta are rows, as they are stored.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +19,10 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool
 
 from ringattn.attn.kernels.protocol import KV, KVGrads, LogitSpec, Queries, Residuals, Slopes
+from ringattn.attn.kernels.tpu_backward_memory import SLOTS, Grads, Inputs, Scratch, scratch_tiles, specs
 from ringattn.attn.kernels.tpu_tiles import (
-    LANES,
     LOG2_E,
     Pairs,
-    Ref,
     Scalar,
     SideSpec,
     Tables,
@@ -43,46 +42,6 @@ from ringattn.attn.kernels.tpu_tiles import (
     widen,
 )
 from ringattn.attn.mask import Tokens, visible_pairs
-
-SLOTS = 3
-"""Tiles of queries in VMEM: one that is fetched, one in use, and one whose gradients are written back."""
-
-
-class _Inputs(NamedTuple):
-    """References that the kernel reads: the grid step's tile of keys and values; arrays of queries, in HBM."""
-
-    query: Ref  # [B, G, R, L, D]
-    d_out: Ref  # [B, G, R, L, Dv]
-    lse: Ref  # [B, G, R, L]
-    delta: Ref  # [B, G, R, L]
-    q_ids: Ref  # None, or [rows, ids, L]
-    key: Ref  # [keys, D]
-    value: Ref  # [keys, Dv]
-    kv_ids: Ref  # None, or [ids, keys]
-    carry: Ref  # None, or [B, G, R, L, D], the same memory as the gradients of the queries
-
-
-class _Grads(NamedTuple):
-    """References that the kernel writes: gradients of queries in HBM, of the grid step's keys, and of the slopes."""
-
-    query: Ref  # [B, G, R, L, D]
-    key: Ref  # [keys, D]
-    value: Ref  # [keys, Dv]
-    slopes: Ref  # None, or [R, queries]: sums over the queries at the same place in their tile
-
-
-class _Scratch(NamedTuple):
-    """SLOTS tiles of queries, and the ids of the grid step's keys as columns."""
-
-    query: Ref
-    d_out: Ref
-    lse: Ref
-    delta: Ref
-    q_ids: Ref  # or None
-    d_query: Ref
-    fetched: Ref
-    written: Ref
-    kv_ids: Ref  # or None
 
 
 def backward(
@@ -107,9 +66,9 @@ def backward(
     (q_side, q_spec), (kv_side, kv_spec) = sides(spec.mask, queries.tokens, kv.tokens, sizes)
     scalars, sharing = tables(q_side, kv_side, slopes), G // kv.key.shape[1]
     lse, delta, d_out = residuals[:3]
-    inputs = _Inputs(queries.query, d_out, lse, delta, q_side.ids, kv.key, kv.value, kv_side.ids, carry)
-    in_specs, out_specs = _specs(inputs, kv_size, _slopes_tile(R, q_size, G) if slopes is not None else None)
-    shapes = _Grads(
+    inputs = Inputs(queries.query, d_out, lse, delta, q_side.ids, kv.key, kv.value, kv_side.ids, carry)
+    in_specs, out_specs = specs(inputs, sizes, slopes is not None)
+    shapes = Grads(
         query=queries.query.shape,
         key=(B, G, *kv.key.shape[2:]),
         value=(B, G, *kv.value.shape[2:]),
@@ -117,13 +76,13 @@ def backward(
     )
     grads = pl.pallas_call(
         partial(_kernel, spec, (G, sharing), q_spec, kv_spec),
-        out_shape=(_Grads(*(None if x is None else result(x, queries.query) for x in shapes)),),
+        out_shape=(Grads(*(None if x is None else result(x, queries.query) for x in shapes)),),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(B * G, length // kv_size),
             in_specs=[in_specs],
             out_specs=(out_specs,),
-            scratch_shapes=[_scratch(inputs, q_spec, kv_spec)],
+            scratch_shapes=[scratch_tiles(inputs, q_spec, kv_spec)],
         ),
         input_output_aliases={} if carry is None else {len(jax.tree.leaves((scalars, inputs))) - 1: 0},
         name="ringattn_backward",
@@ -134,64 +93,15 @@ def backward(
     return grads.query, d_slopes, KVGrads(d_key, d_value)
 
 
-def _slopes_tile(heads: int, q_size: int, groups: int) -> pl.BlockSpec:
-    return pl.BlockSpec((None, None, heads, q_size), lambda n, *_: (*row_and_group(n, groups), 0, 0))
-
-
-def _specs(inputs: _Inputs, kv_size: int, slopes_tile: pl.BlockSpec | None) -> tuple[_Inputs, _Grads]:
-    groups, kv_heads = inputs.query.shape[1], inputs.key.shape[1]
-    hbm = pl.BlockSpec(memory_space=pl.ANY)
-
-    def kv_tile(dim: int, sharing: int) -> pl.BlockSpec:
-        def index(n: Scalar, j: Scalar, *_: Ref) -> tuple[Scalar | int, ...]:
-            row, group = row_and_group(n, groups)
-            return row, lax.div(group, jnp.int32(sharing)), j, 0
-
-        return pl.BlockSpec((None, None, kv_size, dim), index)
-
-    def ids_tile(ids: Array) -> pl.BlockSpec:
-        shape = None, ids.shape[1], kv_size
-        return pl.BlockSpec(shape, lambda n, j, *_: (ids_row(ids, row_and_group(n, groups)[0]), 0, j))
-
-    key_dim, value_dim = inputs.key.shape[3], inputs.value.shape[3]
-    in_specs = _Inputs(
-        query=hbm,
-        d_out=hbm,
-        lse=hbm,
-        delta=hbm,
-        q_ids=None if inputs.q_ids is None else hbm,
-        key=kv_tile(key_dim, groups // kv_heads),
-        value=kv_tile(value_dim, groups // kv_heads),
-        kv_ids=None if inputs.kv_ids is None else ids_tile(inputs.kv_ids),
-        carry=None if inputs.carry is None else hbm,
-    )
-    return in_specs, _Grads(hbm, kv_tile(key_dim, 1), kv_tile(value_dim, 1), slopes_tile)
-
-
-def _scratch(inputs: _Inputs, q_spec: SideSpec, kv_spec: SideSpec) -> _Scratch:
-    slots = SLOTS, inputs.query.shape[2], q_spec.size
-    return _Scratch(
-        query=pltpu.VMEM((*slots, inputs.query.shape[4]), inputs.query.dtype),
-        d_out=pltpu.VMEM((*slots, inputs.d_out.shape[4]), inputs.d_out.dtype),
-        lse=pltpu.VMEM(slots, jnp.float32),
-        delta=pltpu.VMEM(slots, jnp.float32),
-        q_ids=None if inputs.q_ids is None else pltpu.VMEM((SLOTS, q_spec.ids, q_spec.size), jnp.int32),
-        d_query=pltpu.VMEM((*slots, inputs.query.shape[4]), jnp.float32),
-        fetched=pltpu.SemaphoreType.DMA((SLOTS, 6)),
-        written=pltpu.SemaphoreType.DMA((SLOTS,)),
-        kv_ids=None if inputs.kv_ids is None else pltpu.VMEM((kv_spec.ids, kv_spec.size, LANES), jnp.int32),
-    )
-
-
 def _kernel(
     spec: LogitSpec,
     groups: tuple[int, int],
     q_spec: SideSpec,
     kv_spec: SideSpec,
     tables: Tables,
-    inputs: _Inputs,
-    grads: _Grads,
-    scratch: _Scratch,
+    inputs: Inputs,
+    grads: Grads,
+    scratch: Scratch,
 ) -> None:
     pairs = Pairs(spec, q_spec, kv_spec, tables, *row_and_group(pl.program_id(0), groups[0]), groups[1])
     _GridStep(pairs, pl.program_id(1), inputs, grads, scratch).run()
@@ -203,9 +113,9 @@ class _GridStep:
 
     pairs: Pairs
     j: Scalar
-    inputs: _Inputs
-    grads: _Grads
-    scratch: _Scratch
+    inputs: Inputs
+    grads: Grads
+    scratch: Scratch
 
     def run(self) -> None:
         first, stop = self.pairs.kv.range(self.pairs.tables.kv, self.pairs.row, self.j)

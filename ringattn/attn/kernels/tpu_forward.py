@@ -52,7 +52,14 @@ class _Inputs(NamedTuple):
     key: Ref  # [B, G, M, D]
     value: Ref  # [B, G, M, Dv]
     kv_ids: Ref  # None, or [rows, ids, M]
-    carry: Any  # None, or a Partial: [R, queries, Dv] and [R, queries]
+    carry: Any  # None, or as _Part
+
+
+class _Part(NamedTuple):
+    """References to the grid step's tile of a Partial."""
+
+    out: Ref  # [R, queries, Dv]
+    lse: Ref  # [R, queries]
 
 
 class _Scratch(NamedTuple):
@@ -88,19 +95,17 @@ def forward(
       sizes: queries and keys in a tile; they divide the lengths.
       interpret: True to run in the interpreter.
     """
-    (B, G, _, length, _), q_size, query = queries.query.shape, sizes[0], queries.query
+    query, (B, G, _, length, _), q_size = queries.query, queries.query.shape, sizes[0]
     sharing = G // kv.key.shape[1]
     (q_side, q_spec), (kv_side, kv_spec) = sides(spec.mask, queries.tokens, kv.tokens, sizes)
     scalars = tables(q_side, kv_side, slopes)
-    inputs = _Inputs(queries.query, q_side.ids, kv.key, kv.value, kv_side.ids, carry)
+    inputs = _Inputs(query, q_side.ids, kv.key, kv.value, kv_side.ids, carry and _Part(*carry))
     in_place = carry is not None and carry.out.dtype == dtype
     in_specs, out_specs = _specs(inputs, q_spec, in_place)
     last = len(jax.tree.leaves((scalars, inputs))) - 1
-    return pl.pallas_call(
+    part = pl.pallas_call(
         partial(_kernel, spec, (G, sharing), in_place, q_spec, kv_spec),
-        out_shape=(
-            Partial(result((*query.shape[:4], kv.value.shape[3]), query, dtype), result(query.shape[:4], query)),
-        ),
+        out_shape=(_Part(result((*query.shape[:4], kv.value.shape[3]), query, dtype), result(query.shape[:4], query)),),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(B * G, length // q_size),
@@ -112,9 +117,10 @@ def forward(
         name="ringattn_forward",
         **run_options(interpret),
     )(scalars, inputs)[0]
+    return Partial(*part)
 
 
-def _specs(inputs: _Inputs, q_spec: SideSpec, in_place: bool) -> tuple[_Inputs, Partial]:
+def _specs(inputs: _Inputs, q_spec: SideSpec, in_place: bool) -> tuple[_Inputs, _Part]:
     _, groups, R, _, D = inputs.query.shape
 
     def held(n: Scalar, i: Scalar, scalars: Tables) -> tuple[Scalar, Scalar, Scalar]:
@@ -134,7 +140,7 @@ def _specs(inputs: _Inputs, q_spec: SideSpec, in_place: bool) -> tuple[_Inputs, 
 
     hbm = pl.BlockSpec(memory_space=pl.ANY)
     # Tiles without visible keys keep their carry in place; elsewhere, every tile is written.
-    part = Partial(q_tile(inputs.value.shape[3], every=not in_place), q_tile(every=not in_place))
+    part = _Part(q_tile(inputs.value.shape[3], every=not in_place), q_tile(every=not in_place))
     in_specs = _Inputs(
         query=q_tile(D),
         q_ids=None if inputs.q_ids is None else pl.BlockSpec((None, q_spec.ids, q_spec.size), ids_tile),
@@ -169,7 +175,7 @@ def _kernel(
     kv_spec: SideSpec,
     tables: Tables,
     inputs: _Inputs,
-    out: Partial,
+    out: _Part,
     scratch: _Scratch,
 ) -> None:
     pairs = Pairs(spec, q_spec, kv_spec, tables, *row_and_group(pl.program_id(0), groups[0]), groups[1])
@@ -183,7 +189,7 @@ class _GridStep:
     pairs: Pairs
     i: Scalar
     inputs: _Inputs
-    out: Partial
+    out: _Part
     scratch: _Scratch
     in_place: bool
 
