@@ -152,7 +152,7 @@ def init_partial(queries: Queries, kv: KV, slopes: Slopes | None, sinks: Float[A
     """Returns the Partial before the first key: out = 0, and lse = -inf, or the logit of the query head's sink."""
     out = zeros((*queries.query.shape[:-1], kv.value.shape[-1]), queries, kv, slopes)
     lse = out[..., 0]
-    return Partial(out, lse - jnp.inf if sinks is None else lse + sinks[..., None].astype(lse.dtype))
+    return Partial(out, lse - jnp.inf if sinks is None else lse + sinks[None, ..., None].astype(lse.dtype))
 
 
 def init_query_grads(queries: Queries, kv: KV, slopes: Slopes | None) -> QueryGrads:

@@ -104,7 +104,7 @@ def forward(
     in_specs, out_specs = _specs(inputs, q_spec, in_place)
     last = len(jax.tree.leaves((scalars, inputs))) - 1
     part = pl.pallas_call(
-        partial(_kernel, spec, (G, sharing), in_place, q_spec, kv_spec),
+        partial(_kernel, spec, (G, sharing), q_spec, kv_spec),
         out_shape=(_Part(result((*query.shape[:4], kv.value.shape[3]), query, dtype), result(query.shape[:4], query)),),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
@@ -170,7 +170,6 @@ def _scratch(inputs: _Inputs, q_spec: SideSpec, kv_spec: SideSpec) -> _Scratch:
 def _kernel(
     spec: LogitSpec,
     groups: tuple[int, int],
-    in_place: bool,
     q_spec: SideSpec,
     kv_spec: SideSpec,
     tables: Tables,
@@ -179,7 +178,7 @@ def _kernel(
     scratch: _Scratch,
 ) -> None:
     pairs = Pairs(spec, q_spec, kv_spec, tables, *row_and_group(pl.program_id(0), groups[0]), groups[1])
-    _GridStep(pairs, pl.program_id(1), inputs, out, scratch, in_place).run()
+    _GridStep(pairs, pl.program_id(1), inputs, out, scratch).run()
 
 
 @dataclass(frozen=True)
@@ -191,11 +190,14 @@ class _GridStep:
     inputs: _Inputs
     out: _Part
     scratch: _Scratch
-    in_place: bool
 
     @property
     def heads(self) -> int:
         return self.inputs.query.shape[0]
+
+    @property
+    def in_place(self) -> bool:
+        return self.inputs.carry is not None and self.inputs.carry.out.dtype == self.out.out.dtype
 
     def run(self) -> None:
         first, stop = self.pairs.q.range(self.pairs.tables.q, self.pairs.row, self.i)
