@@ -116,6 +116,8 @@ def described(kind: Any) -> str:
         return "one of " + ", ".join(map(repr, get_args(kind)))
     if get_origin(kind) is tuple:
         kind = get_args(kind)[0]
+        if get_origin(kind) is Literal:
+            return f"one or more of {', '.join(map(repr, get_args(kind)))}"
         several = {int: "integers", float: "finite numbers", str: "strings"}
         return f"one or more {several.get(kind, f'{kind.__name__}(...)')}"
     words = {int: "an integer", float: "a finite number", bool: "True or False", str: "a string", NoneType: "None"}

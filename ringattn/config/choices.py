@@ -5,9 +5,11 @@ from typing import Literal
 from ringattn.attn.choices import KernelName, Strategy
 from ringattn.layout import Layout
 
+FamilyName = Literal["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3"]
+LayerKind = Literal["window", "full"]
 RopeScaling = Literal["none", "linear", "ntk", "yarn", "llama3"]
 Dtype = Literal["float32", "bfloat16"]
 Remat = Literal["off", "on", "offload"]
 Resume = Literal["never", "auto", "must"]
 
-__all__ = ["Dtype", "KernelName", "Layout", "Remat", "Resume", "RopeScaling", "Strategy"]
+__all__ = ["Dtype", "FamilyName", "KernelName", "LayerKind", "Layout", "Remat", "Resume", "RopeScaling", "Strategy"]

@@ -12,56 +12,10 @@ from ringattn.config.checks import (
     require,
     section,
 )
-from ringattn.config.choices import Dtype, KernelName, Layout, Remat, Resume, RopeScaling, Strategy
+from ringattn.config.choices import KernelName, Layout, Resume, Strategy
+from ringattn.config.model import Model
 from ringattn.config.stages import Stage, stage_errors, with_values
 from ringattn.config.tasks import TASK, check_task
-
-
-@section("model.")
-class Model:
-    layers: int = 4
-    """Number of transformer layers."""
-    dim: int = 256
-    """Model dimension (E), the width of the residual stream."""
-    heads: int = 8
-    """Number of query heads (H); must be a multiple of kv_heads."""
-    kv_heads: int = 4
-    """Number of key/value heads (G)."""
-    head_dim: int = 32
-    """Head dimension (D); must be even."""
-    feed_forward: int = 768
-    """Hidden dimension of the SwiGLU feed-forward layer (F)."""
-    vocabulary: int | None = None
-    """Vocabulary size (V). None: the size of the tokenizer's vocabulary."""
-    rope_theta: float = 10_000.0
-    """RoPE base frequency."""
-    rope_scaling: RopeScaling = "none"
-    """RoPE scaling method for contexts beyond the training length."""
-    rope_factor: float = 1.0
-    """Ratio of context length to training length, for rope_scaling."""
-    rope_original: int = 8192
-    """Original training length in tokens, for rope_scaling yarn and llama3."""
-    tied: bool = True
-    """Tie the output projection to the token embedding."""
-    dtype: Dtype = "float32"
-    """Compute dtype. Parameters, softmax and loss are always float32."""
-    remat: Remat = "off"
-    """Rematerialization. off: save all activations; on: save only each layer's input and attention output; offload:
-    save these in host memory."""
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        at_least(1, self, "layers", "dim", "heads", "kv_heads", "head_dim", "feed_forward", "rope_original")
-        require(self.vocabulary is None or self.vocabulary >= 1, self, "vocabulary", "at least 1, or None")
-        multiple = f"a multiple of model.kv_heads={self.kv_heads}; use {nearest_multiples(self.heads, self.kv_heads)}"
-        require(self.heads % self.kv_heads == 0, self, "heads", multiple)
-        even = f"even, because RoPE rotates pairs of dimensions; use {nearest_multiples(self.head_dim, 2)}"
-        require(self.head_dim % 2 == 0, self, "head_dim", even)
-        require(self.rope_theta > 1, self, "rope_theta", "more than 1, such as 10000")
-        ratio = "more than 1 with rope_scaling (context length / training length), such as 4"
-        if self.rope_scaling == "none":
-            ratio = f"1.0 without rope_scaling; set {option('model.rope_scaling')} to linear, ntk, yarn or llama3"
-        require((self.rope_factor > 1) == (self.rope_scaling != "none"), self, "rope_factor", ratio)
 
 
 @section("data.")
@@ -147,12 +101,9 @@ class Attention:
     heads; usp: ulysses over mesh.context, ring over mesh.context_outer; auto: least exposed communication."""
     kernel: KernelName = "auto"
     """Attention kernel. auto: the fastest for the device; xla: any device; pallas: TPU; cudnn: GPU."""
-    window: int | None = None
-    """Sliding window: number of preceding tokens a token attends to, besides itself. None: no window."""
 
     def __post_init__(self) -> None:
         check_types(self)
-        require(self.window is None or self.window >= 0, self, "window", "at least 0, or None for no window")
 
 
 @section("optimizer.")

@@ -13,7 +13,7 @@ from ringattn.runs.checkpoint import saved_steps
 from ringattn.runs.files import write_bytes, write_text, writing
 from ringattn.units import first_line
 
-FIXED = ("model.", "data.", "attention.window", "train.batch_size", "train.seed")
+FIXED = ("model.", "data.", "train.batch_size", "train.seed")
 """Prefixes of the fields that a resumed run must not change: they define the loss and the order of the data."""
 
 FREE = ("model.dtype", "model.remat")
