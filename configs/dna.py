@@ -13,10 +13,10 @@ from ringattn.config import Attention, Checkpoint, Config, Data, Log, Mesh, Mode
 
 config = Config(
     name="dna",
-    model=Model(layers=3, dim=128, heads=2, kv_heads=2, head_dim=32, feed_forward=384),
+    model=Model(layers=3, dim=128, heads=2, kv_heads=2, head_dim=32, feed_forward=384, window=255),
     data=Data(path="genome.fa.gz", tokenizer="dna", seq_len=8192, overlap=256),
     mesh=Mesh(data=-1, context=8, simulate=8),
-    attention=Attention(layout="contiguous", strategy="ring", window=255),
+    attention=Attention(layout="contiguous", strategy="ring"),
     optimizer=Optimizer(learning_rate=3e-3, warmup_steps=30),
     train=Train(steps=240, batch_size=1),
     validation=Validation(every=120, batches=24),

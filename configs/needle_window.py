@@ -10,4 +10,4 @@ from dataclasses import replace
 
 from needle import config as needle
 
-config = replace(needle, name="needle_window", attention=replace(needle.attention, window=64))
+config = replace(needle, name="needle_window", model=replace(needle.model, window=64))

@@ -13,5 +13,6 @@ from quickstart import config as quickstart
 config = replace(
     quickstart,
     name="window",
-    attention=replace(quickstart.attention, layout="contiguous", window=256),
+    model=replace(quickstart.model, window=256),
+    attention=replace(quickstart.attention, layout="contiguous"),
 )

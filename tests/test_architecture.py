@@ -36,7 +36,7 @@ ROOMS = {
     "training": SHARED | {"attn", "cost", "data", "model", "runs"},
     "evaluation": SHARED | {"attn", "data", "model", "runs"},
     "planning": SHARED | {"attn", "cost", "data", "model", "training"},
-    "benchmark": SHARED | {"attn", "cost", "data", "planning", "runs"},
+    "benchmark": SHARED | {"attn", "cost", "data", "model", "planning", "runs"},
     "visualize": SHARED | {"attn", "cost"},
 }
 """The other rooms of ringattn/ that each room may import."""

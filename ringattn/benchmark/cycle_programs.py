@@ -19,6 +19,7 @@ from ringattn.data import Batch
 from ringattn.mesh.axes import HEADS, TENSOR, TOKENS, context_shards
 from ringattn.mesh.devices import resolve
 from ringattn.mesh.topology import arrange_devices
+from ringattn.model.families import layer_kinds, layer_mask, layer_pattern
 from ringattn.planning.compile import abstract_step
 from ringattn.planning.devices import devices_of
 
@@ -84,8 +85,11 @@ class Step:
     """A training step on a topology, from a training config and a kernel."""
 
     def __init__(self, path: str, topology: str, kernel: str):
-        """Raises ValueError if the config or the topology is not valid."""
+        """Raises ValueError if the config or the topology is not valid, or if the config has layers of two kinds."""
         loaded = config.read(Path(path), config.Config)
+        if len(layer_kinds(loaded.model)) > 1:
+            rule = "has layers of two kinds, whose kernels cannot be told apart in a compiled program"
+            raise ValueError(f"{path}: model.pattern={layer_pattern(loaded.model)} {rule}; use a pattern of one kind")
         attention = replace(loaded.attention, kernel=kernel)
         self.config = replace(loaded, attention=attention)
         self.mesh = topology_mesh(topology, loaded.mesh)
@@ -100,8 +104,8 @@ class Step:
 
     @property
     def ring(self) -> Ring:
-        window = self.config.attention.window
-        mask = Mask(True, None if window is None else (window, 0))
+        (kind,) = layer_kinds(self.config.model)
+        mask = layer_mask(self.config.model, kind)
         return Ring(mask, self.config.attention.layout, self.case.shards, self.case.length // self.case.shards)
 
     def kernels(self) -> list[KernelSpec]:

@@ -6,6 +6,7 @@ import numpy as np
 from ringattn import config
 from ringattn.data import Batch
 from ringattn.hardware import CHIPS
+from ringattn.model.families import layer_kinds, layer_mask
 
 
 def step_flops(c: config.Config, vocabulary: int, batch: Batch) -> int:
@@ -17,10 +18,12 @@ def step_flops(c: config.Config, vocabulary: int, batch: Batch) -> int:
     """
     vocabulary = c.model.vocabulary or vocabulary
     tokens = int(np.count_nonzero(batch.segment_ids >= 0))
-    pairs = visible_pairs(batch.positions, batch.segment_ids, c.attention.window)
-    return 6 * product_weights(c.model, vocabulary) * tokens + 3 * c.model.layers * attention_flops(
-        c.model.heads, c.model.head_dim, pairs
-    )
+    pairs = 0
+    for kind, layers in layer_kinds(c.model).items():
+        window = layer_mask(c.model, kind).left
+        pairs += layers * visible_pairs(batch.positions, batch.segment_ids, window)
+    weights = product_weights(c.model, vocabulary)
+    return 6 * weights * tokens + 3 * attention_flops(c.model.heads, c.model.head_dim, pairs)
 
 
 def attention_flops(heads: int, head_dim: int, pairs: int) -> int:

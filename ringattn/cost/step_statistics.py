@@ -10,7 +10,7 @@ from ringattn.attn.auto import strategy_for
 from ringattn.attn.traffic import Traffic, traffic
 from ringattn.cost.memory import device_memory, program_memory
 from ringattn.mesh.axes import DATA, SEQUENCE, TENSOR, context_shards
-from ringattn.model.build import attention_mask
+from ringattn.model.families import layer_kinds, layer_mask
 from ringattn.units import bytes_in_words
 
 Statistics = dict[str, Any]
@@ -27,7 +27,7 @@ def memory_statistics(compiled: jax.stages.Compiled) -> dict[str, int | None] | 
 
 
 def attention_statistics(c: config.Config, mesh: jax.sharding.Mesh) -> Statistics:
-    """Returns the strategy and hops of attention per layer, and the bytes that one device sends per step.
+    """Returns the bytes that one device sends per step, and the strategy and hops of a layer of each of the `kinds`.
 
     A rematerialized layer does not rotate K/V a third time, but repeats the all-to-all of ulysses and usp.
     """
@@ -37,24 +37,22 @@ def attention_statistics(c: config.Config, mesh: jax.sharding.Mesh) -> Statistic
         jax.ShapeDtypeStruct((rows, tokens, heads // sizes[TENSOR], c.model.head_dim), c.model.dtype)
         for heads in (c.model.heads, c.model.kv_heads)
     )
-    mask = attention_mask(c)
-    strategy = c.attention.strategy
+    layout, device_kind = c.attention.layout, mesh.devices.flat[0].device_kind
     # Like attention(), which runs a plain ring over both axes if either has size 1.
-    over = (outer, inner) if strategy == "usp" or min(outer, inner) > 1 else outer * inner
-    if strategy == "auto":
-        kind = mesh.devices.flat[0].device_kind
-        strategy = strategy_for(query, key, mask, c.attention.layout, over, kind)
-    sent: Traffic = traffic(strategy, over, query, key, mask, c.attention.layout)
-    repeated = c.model.remat != "off" and strategy in ("ulysses", "usp")
-    exchanged = traffic("ulysses", inner if strategy == "usp" else outer * inner, query, key, mask, c.attention.layout)
-    calls = c.model.layers * c.train.accumulate
-    return {
-        "strategy": strategy,
-        "hops": sent.hops,
-        "max_hops": sent.max_hops,
-        "forward_bytes_sent": calls * sent.forward,
-        "backward_bytes_sent": calls * (sent.backward + repeated * exchanged.forward),
-    }
+    over = (outer, inner) if c.attention.strategy == "usp" or min(outer, inner) > 1 else outer * inner
+    kinds, forward, backward = {}, 0, 0
+    for kind, layers in layer_kinds(c.model).items():
+        mask, strategy = layer_mask(c.model, kind), c.attention.strategy
+        if strategy == "auto":
+            strategy = strategy_for(query, key, mask, layout, over, device_kind)
+        sent: Traffic = traffic(strategy, over, query, key, mask, layout)
+        repeated = c.model.remat != "off" and strategy in ("ulysses", "usp")
+        exchanged = traffic("ulysses", inner if strategy == "usp" else outer * inner, query, key, mask, layout)
+        calls = layers * c.train.accumulate
+        forward += calls * sent.forward
+        backward += calls * (sent.backward + repeated * exchanged.forward)
+        kinds[kind] = {"layers": layers, "strategy": strategy, "hops": sent.hops, "max_hops": sent.max_hops}
+    return {"kinds": kinds, "forward_bytes_sent": forward, "backward_bytes_sent": backward}
 
 
 def describe_statistics(statistics: Statistics) -> Iterator[str]:
@@ -68,6 +66,14 @@ def describe_statistics(statistics: Statistics) -> Iterator[str]:
         parts = [f"{name} {bytes_in_words(memory[name])}" for name in ("arguments", "temporaries")]
         yield f"memory per device: {bytes_in_words(memory['total'])}{limit} required, {', '.join(parts)}"
     sent = statistics["attention"]
-    hops = f", {sent['hops']} of {sent['max_hops']} hops per layer" if sent["max_hops"] else ""
+    parts = [_describe_kind(kind if len(sent["kinds"]) > 1 else "", layer) for kind, layer in sent["kinds"].items()]
     forward, backward = (bytes_in_words(sent[f"{name}_bytes_sent"]) for name in ("forward", "backward"))
-    yield f"attention: {sent['strategy']}{hops}; each device sends {forward} forward, {backward} backward per step"
+    yield f"attention: {', '.join(parts)}; each device sends {forward} forward, {backward} backward per step"
+
+
+def _describe_kind(kind: str, layer: Statistics) -> str:
+    """Returns strategy and hops of a kind of layers: 'ring, 7 of 7 hops per layer' or 'ring, ... per window layer'."""
+    name = f"{kind} layer" if kind else "layer"
+    if layer["max_hops"]:
+        return f"{layer['strategy']}, {layer['hops']} of {layer['max_hops']} hops per {name}"
+    return f"{layer['strategy']} per {name}" if kind else layer["strategy"]

@@ -189,7 +189,6 @@ def _cell_key(
         asdict(cell),
         subject.weights,
         asdict(stage.model),
-        stage.attention.window,
         subject.tokenizer.fingerprint,
     ]
     content += [dict(mesh.shape), c.layout, c.strategy, c.samples, c.seed, FORMAT]

@@ -9,18 +9,13 @@ from jaxtyping import Array, Float
 
 from ringattn import config
 from ringattn.attn.attention import attention
-from ringattn.attn.mask import Mask
 from ringattn.data import Batch
 from ringattn.mesh.axes import SEQUENCE
+from ringattn.model.families import output_soft_cap
 from ringattn.model.parallel import Params
 from ringattn.model.transformer import Transformer
 
 MakeModel = Callable[[], Transformer]
-
-
-def attention_mask(c: config.Config) -> Mask:
-    """Returns the mask of every layer: causal, with the window of the config."""
-    return Mask(causal=True, window=None if c.attention.window is None else (c.attention.window, 0))
 
 
 def model_factory(c: config.Config, vocabulary: int) -> MakeModel:
@@ -33,7 +28,7 @@ def model_factory(c: config.Config, vocabulary: int) -> MakeModel:
         rule = f"model.vocabulary={model_vocabulary} must be at least {vocabulary}, the tokenizer's vocabulary size"
         raise ValueError(f"{rule}; use --model.vocabulary {vocabulary} or None")
     options = {"layout": c.attention.layout, "strategy": c.attention.strategy, "kernel": c.attention.kernel}
-    attend = partial(attention, mask=attention_mask(c), axis=SEQUENCE, **options)
+    attend = partial(attention, axis=SEQUENCE, **options)
 
     def make_model() -> Transformer:
         return Transformer(c.model, model_vocabulary, attend, nnx.Rngs(params=c.train.seed))
@@ -41,12 +36,16 @@ def model_factory(c: config.Config, vocabulary: int) -> MakeModel:
     return make_model
 
 
-def make_forward(make_model: MakeModel) -> Callable[[Params, Batch], tuple[Float[Array, "B L E"], Float[Array, "V E"]]]:
-    """Returns forward(params, batch [B, L]) -> (hidden states, output projection), the inputs of the losses."""
+Forward = Callable[[Params, Batch], tuple[Float[Array, "B L E"], Float[Array, "V E"], float | None]]
+
+
+def make_forward(make_model: MakeModel) -> Forward:
+    """Returns forward(params, batch [B, L]) -> (hidden states, output projection, soft cap), inputs of the losses."""
     graphdef = nnx.graphdef(nnx.eval_shape(make_model))
 
     def forward(params: Params, batch: Batch):
         model = nnx.merge(graphdef, params)
-        return model(*map(jnp.asarray, (batch.tokens, batch.positions, batch.segment_ids))), model.output_table()
+        hidden = model(*map(jnp.asarray, (batch.tokens, batch.positions, batch.segment_ids)))
+        return hidden, model.output_table(), output_soft_cap(model.config)
 
     return forward

@@ -7,8 +7,6 @@ A family fixes the parts of a model that no config field describes, and the defa
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
-from typing import NamedTuple
 
 import jax
 from jaxtyping import Array, Float
@@ -59,13 +57,6 @@ FAMILIES: dict[FamilyName, Family] = {
 }
 
 
-class Run(NamedTuple):
-    """Consecutive layers of one kind."""
-
-    kind: LayerKind
-    layers: int
-
-
 def layer_pattern(c: config.Model) -> tuple[LayerKind, ...]:
     """Returns the kinds of layers that repeat: layer i has kind pattern[i % len(pattern)]."""
     if c.pattern is not None:
@@ -78,11 +69,6 @@ def layer_kinds(c: config.Model) -> dict[LayerKind, int]:
     pattern = layer_pattern(c)
     kinds = [pattern[layer % len(pattern)] for layer in range(c.layers)]
     return {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}
-
-
-def layer_runs(kinds: tuple[LayerKind, ...]) -> list[Run]:
-    """Returns the runs of equal kinds: (window, window, full) has two, of 2 and 1 layers."""
-    return [Run(kind, len(list(layers))) for kind, layers in groupby(kinds)]
 
 
 def layer_mask(c: config.Model, kind: LayerKind) -> Mask:

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from ringattn.attn.kernels.protocol import matmul_precision
 from ringattn.mesh.axes import ACTIVATIONS, FSDP, TENSOR, TOKENS
-from ringattn.model.parallel import all_gather_param
+from ringattn.model.parallel import all_gather_param, soft_capped
 
 CHUNK = 512
 """Number of tokens of each local sequence whose logits are computed at a time."""
@@ -23,18 +23,23 @@ def cross_entropy(
     targets: Int[Array, "B L"],
     weights: Float[Array, "B L"],
     vocabulary: int,
+    soft_cap: float | None = None,
 ) -> Float[Array, ""]:
     """Returns the sum over all tokens of weight * -log p(target), in nats and float32.
 
     Args:
-      hidden, output, targets, vocabulary: see `token_losses`.
+      hidden, output, targets, vocabulary, soft_cap: see `token_losses`.
       weights: float32. If they sum to 1, the result is a weighted mean.
     """
-    return jnp.sum(weights * token_losses(hidden, output, targets, vocabulary))
+    return jnp.sum(weights * token_losses(hidden, output, targets, vocabulary, soft_cap))
 
 
 def token_losses(
-    hidden: Float[Array, "B L E"], output: Float[Array, "V E"], targets: Int[Array, "B L"], vocabulary: int
+    hidden: Float[Array, "B L E"],
+    output: Float[Array, "V E"],
+    targets: Int[Array, "B L"],
+    vocabulary: int,
+    soft_cap: float | None = None,
 ) -> Float[Array, "B L"]:
     """Returns -log p(target) per token, in nats and float32.
 
@@ -43,19 +48,26 @@ def token_losses(
       output: the output projection, float32, V sharded over the tensor axis and E over the FSDP axes. Rows
         >= `vocabulary` are padding and have probability 0.
       targets: int32, less than `vocabulary`.
+      soft_cap: logits become soft_cap * tanh(logits / soft_cap). None: no cap.
     """
-    return _per_token(hidden, output, targets, vocabulary, predict=False)[0]
+    return _per_token(hidden, output, targets, vocabulary, soft_cap, predict=False)[0]
 
 
 def token_scores(
-    hidden: Float[Array, "B L E"], output: Float[Array, "V E"], targets: Int[Array, "B L"], vocabulary: int
+    hidden: Float[Array, "B L E"],
+    output: Float[Array, "V E"],
+    targets: Int[Array, "B L"],
+    vocabulary: int,
+    soft_cap: float | None = None,
 ) -> tuple[Float[Array, "B L"], Int[Array, "B L"]]:
     """Returns `token_losses`, and the argmax id per token (int32; the lowest id on ties)."""
-    losses, predictions = _per_token(hidden, output, targets, vocabulary, predict=True)
+    losses, predictions = _per_token(hidden, output, targets, vocabulary, soft_cap, predict=True)
     return losses, predictions
 
 
-def _per_token(hidden: Array, output: Array, targets: Array, vocabulary: int, predict: bool) -> tuple[Array, ...]:
+def _per_token(
+    hidden: Array, output: Array, targets: Array, vocabulary: int, soft_cap: float | None, predict: bool
+) -> tuple[Array, ...]:
     """Returns losses [B, L] and, with `predict`, argmax ids [B, L]."""
     specs = (ACTIVATIONS, P(TENSOR, FSDP), TOKENS)
 
@@ -78,7 +90,8 @@ def _per_token(hidden: Array, output: Array, targets: Array, vocabulary: int, pr
             @jax.checkpoint
             def one_position(position: tuple[Array, Array]) -> tuple[Array, ...]:
                 token, target = position
-                logits = _logits(token.astype(hidden.dtype), rows.astype(hidden.dtype), ids, vocabulary)
+                logits = soft_capped(_products(token.astype(hidden.dtype), rows.astype(hidden.dtype)), soft_cap)
+                logits = jnp.where((ids < vocabulary)[None, :], logits, -jnp.inf)
                 predictions = (ids[jnp.argmax(logits, axis=-1)],) if predict else ()
                 return *_softmax_terms(logits, ids, target), *predictions
 
@@ -99,12 +112,9 @@ def _per_token(hidden: Array, output: Array, targets: Array, vocabulary: int, pr
     return local(hidden, output, targets)
 
 
-def _logits(
-    hidden: Float[Array, "B E"], rows: Float[Array, "v E"], ids: Int[Array, " v"], vocabulary: int
-) -> Float[Array, "B v"]:
+def _products(hidden: Float[Array, "B E"], rows: Float[Array, "v E"]) -> Float[Array, "B v"]:
     options = {"precision": matmul_precision(hidden.dtype), "preferred_element_type": jnp.float32}
-    logits = jnp.einsum("be,ve->bv", hidden, rows, **options)
-    return jnp.where((ids < vocabulary)[None, :], logits, -jnp.inf)
+    return jnp.einsum("be,ve->bv", hidden, rows, **options)
 
 
 def _softmax_terms(

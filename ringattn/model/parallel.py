@@ -6,7 +6,7 @@ tensor axis. Each layer all-gathers its parameters just before it uses them.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -65,28 +65,45 @@ def tensor_sum(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return lax.psum(x, TENSOR)
 
 
+class Norms(NamedTuple):
+    """RMSNorms of the qkv projection: of its input, and of queries and keys (None: without)."""
+
+    input: nnx.Module
+    query: nnx.Module | None
+    key: nnx.Module | None
+
+
 def qkv_projection(
     x: Float[Array, "B L E"],
-    norm: nnx.Module,
+    norms: Norms,
     weights: tuple[Array, Array, Array],
+    biases: tuple[Array, Array, Array] | None,
     angles: tuple[Array, Array],
     dtype: DTypeLike,
 ) -> tuple[Float[Array, "B L H D"], Float[Array, "B L G D"], Float[Array, "B L G D"]]:
-    """Projects norm(x) to queries, keys and values with `weights` [E, heads, D]; applies RoPE to queries and keys.
+    """Projects norm(x) to queries, keys and values with `weights` [E, heads, D] and optional `biases` [heads, D].
 
-    The norm, whose parameters are replicated, runs in the same shard_map, so that XLA fuses it with the projections.
+    Queries and keys are then normalized, if `norms` has norms for them, and rotated by RoPE. The norms, whose
+    parameters are replicated, run in the same shard_map, so that XLA fuses them with the projections.
     """
-    graphdef, params = nnx.split(norm)
+    graphdef, params = nnx.split(norms)
     rotary = P(*TOKENS, None, None)
+    specs = (ACTIVATIONS, P(), P(FSDP, TENSOR, None), P(TENSOR, None), (rotary, rotary))
 
-    @partial(jax.shard_map, in_specs=(ACTIVATIONS, P(), P(FSDP, TENSOR, None), (rotary, rotary)), out_specs=HEADS)
-    def local(x, params, weights, angles):
-        x = nnx.merge(graphdef, params)(x)
+    @partial(jax.shard_map, in_specs=specs, out_specs=HEADS)
+    def local(x, params, weights, biases, angles):
+        input_norm, query_norm, key_norm = nnx.merge(graphdef, params)
+        x = input_norm(x)
         project = partial(jnp.einsum, "ble,ehd->blhd", precision=matmul_precision(dtype))
-        query, key, value = (project(x, all_gather_param(each, dtype, 0)) for each in weights)
+        heads = [project(x, all_gather_param(each, dtype, 0)) for each in weights]
+        if biases is not None:
+            # In float32, so that the gradients of the biases are summed in float32.
+            heads = [(x.astype(jnp.float32) + b[None, None]).astype(x.dtype) for x, b in zip(heads, biases, strict=True)]
+        query, key, value = heads
+        query, key = (x if norm is None else norm(x) for x, norm in ((query, query_norm), (key, key_norm)))
         return rotate(query, *angles), rotate(key, *angles), value
 
-    return local(x, params, weights, angles)
+    return local(x, params, weights, biases, angles)
 
 
 def output_projection(
@@ -163,13 +180,20 @@ def embed(tokens: Int[Array, "B L"], table: Float[Array, "V E"], dtype: str) -> 
     return local(tokens, table)
 
 
-def all_logits(hidden: Float[Array, "B L E"], output: Float[Array, "V E"]) -> Float[Array, "B L V"]:
-    """Returns hidden @ output.T in float32, sharded like the tokens and replicated over the tensor axis."""
+def soft_capped(logits: Float[Array, "*dims"], cap: float | None) -> Float[Array, "*dims"]:
+    """Returns cap * tanh(logits / cap), or `logits` without a cap."""
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
+def all_logits(
+    hidden: Float[Array, "B L E"], output: Float[Array, "V E"], soft_cap: float | None
+) -> Float[Array, "B L V"]:
+    """Returns hidden @ output.T in float32, soft-capped, sharded like the tokens and replicated over the tensor axis."""
 
     @partial(jax.shard_map, in_specs=(ACTIVATIONS, P(TENSOR, FSDP)), out_specs=P(*TOKENS, TENSOR))
     def local(hidden, output):
         rows = all_gather_param(output, hidden.dtype, 1)
         options = {"precision": matmul_precision(hidden.dtype), "preferred_element_type": jnp.float32}
-        return jnp.einsum("ble,ve->blv", hidden, rows, **options)
+        return soft_capped(jnp.einsum("ble,ve->blv", hidden, rows, **options), soft_cap)
 
     return jax.reshard(local(hidden, output), P(*TOKENS, None))

@@ -6,6 +6,7 @@ Scaling methods lower the frequencies for contexts beyond the training length: l
 """
 
 import math
+from dataclasses import replace
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +18,13 @@ from ringattn import config
 # frequency, pairs with at most `low` rotations divide it by `rope_factor`, and pairs in between interpolate.
 YARN_TURNS = (1.0, 32.0)
 LLAMA3_TURNS = (1.0, 4.0)
+
+
+def local_rope(c: config.Model) -> config.Model:
+    """Returns `c` with the RoPE of window layers: base `rope_local_theta` without scaling, or the RoPE of full layers."""
+    if c.rope_local_theta is None:
+        return c
+    return replace(c, rope_theta=c.rope_local_theta, rope_local_theta=None, rope_scaling="none", rope_factor=1.0)
 
 
 def frequencies(c: config.Model) -> Float64[np.ndarray, " half"]:

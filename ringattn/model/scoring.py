@@ -65,7 +65,8 @@ def make_scorer(
     @jax.jit
     def step(params: Params, batch: Batch):
         def scores(microbatch: Batch):
-            return token_scores(*forward(params, microbatch), jnp.asarray(microbatch.targets), vocabulary)
+            hidden, output, soft_cap = forward(params, microbatch)
+            return token_scores(hidden, output, jnp.asarray(microbatch.targets), vocabulary, soft_cap)
 
         return jax.reshard(lax.map(scores, batch), P(None, None, None))
 

@@ -1,8 +1,8 @@
-"""A decoder-only transformer: RMSNorm, RoPE, grouped-query attention, SwiGLU feed-forward.
+"""A decoder-only transformer: RMSNorm, RoPE, grouped-query attention, gated feed-forward.
 
-The modules implement the formulas; `parallel.py` implements the sharding. Only attention mixes tokens, so sequences may
-be in any layout. The attention function is an argument. The parameters of all layers are stacked along dim 0, which
-`lax.scan` iterates over.
+The modules implement the formulas; `parallel.py` implements the sharding and `families.py` lists what differs between
+model families. Only attention mixes tokens, so sequences may be in any layout. The attention function is an argument.
+The parameters of all layers are stacked along dim 0, which `pattern.py` scans over.
 """
 
 from collections.abc import Callable
@@ -19,8 +19,19 @@ from jaxtyping import Array, Float, Int
 
 from ringattn import config
 from ringattn.attn.kernels.protocol import matmul_precision
+from ringattn.config.choices import LayerKind
 from ringattn.mesh.axes import FSDP, TENSOR, TOKENS, VOCABULARY_MULTIPLE
+from ringattn.model.families import (
+    ACTIVATIONS,
+    FAMILIES,
+    attention_soft_cap,
+    layer_kinds,
+    layer_mask,
+    layer_pattern,
+    output_soft_cap,
+)
 from ringattn.model.parallel import (
+    Norms,
     Params,
     all_logits,
     embed,
@@ -30,76 +41,105 @@ from ringattn.model.parallel import (
     tensor_sum,
     token_wise,
 )
-from ringattn.model.rope import rotations
-
-EPSILON = 1e-6
+from ringattn.model.pattern import scan_layers
+from ringattn.model.rope import local_rope, rotations
 
 AttentionFunction = Callable[..., Float[Array, "B L H D"]]
-"""Called as attention(query, key, value, segment_ids=segment_ids). Queries attend only within their segment."""
+"""Called as attention(query, key, value, segment_ids=..., mask=..., scale=..., soft_cap=...), which are those of
+`ringattn.attention`."""
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * scale, computed in float32 and returned in the dtype of x (arXiv 1910.07467)."""
+    """x / rms(x) * scale, computed in float32 and returned in the dtype of x (arXiv 1910.07467).
 
-    def __init__(self, *shape: int):
-        self.scale = nnx.Param(jnp.ones(shape, jnp.float32, out_sharding=P(*(None for _ in shape))))
+    With the family's `unit_offset`, multiplies by 1 + scale.
+    """
+
+    def __init__(self, c: config.Model, *shape: int):
+        self.epsilon, self.unit_offset = c.norm_epsilon, FAMILIES[c.family].unit_offset
+        initial = jnp.zeros if self.unit_offset else jnp.ones
+        self.scale = nnx.Param(initial(shape, jnp.float32, out_sharding=P(*(None for _ in shape))))
 
     def __call__(self, x: Float[Array, "... E"]) -> Float[Array, "... E"]:
         x_f32 = x.astype(jnp.float32)
-        x_f32 = x_f32 * lax.rsqrt(jnp.mean(x_f32 * x_f32, axis=-1, keepdims=True) + EPSILON)
-        return (x_f32 * jnp.expand_dims(self.scale[...], range(x.ndim - 1))).astype(x.dtype)
+        x_f32 = x_f32 * lax.rsqrt(jnp.mean(x_f32 * x_f32, axis=-1, keepdims=True) + self.epsilon)
+        scale = 1 + self.scale[...] if self.unit_offset else self.scale[...]
+        return (x_f32 * jnp.expand_dims(scale, range(x.ndim - 1))).astype(x.dtype)
 
 
 class Attention(nnx.Module):
     """Grouped-query attention with RoPE, applied to norm(x)."""
 
     def __init__(self, c: config.Model, attend: AttentionFunction, rngs: nnx.Rngs):
-        self.dtype, self.attend = c.dtype, attend
+        self.config, self.attend, family = c, attend, FAMILIES[c.family]
         heads, kv_heads = (c.layers, c.dim, c.heads, c.head_dim), (c.layers, c.dim, c.kv_heads, c.head_dim)
         std, output_std = c.dim**-0.5, (2 * c.layers * c.heads * c.head_dim) ** -0.5
-        self.norm = RMSNorm(c.layers, c.dim)
+        self.norm = RMSNorm(c, c.layers, c.dim)
         self.query = init_normal(rngs, heads, std, P(None, FSDP, TENSOR, None))
         self.key = init_normal(rngs, kv_heads, std, P(None, FSDP, TENSOR, None))
         self.value = init_normal(rngs, kv_heads, std, P(None, FSDP, TENSOR, None))
         self.output = init_normal(rngs, (c.layers, c.heads, c.head_dim, c.dim), output_std, P(None, TENSOR, None, FSDP))
+        if family.qkv_bias:
+            self.query_bias = _init_bias(c.layers, c.heads, c.head_dim)
+            self.key_bias = _init_bias(c.layers, c.kv_heads, c.head_dim)
+            self.value_bias = _init_bias(c.layers, c.kv_heads, c.head_dim)
+        if family.qk_norm:
+            self.query_norm, self.key_norm = (RMSNorm(c, c.layers, c.head_dim) for _ in range(2))
+        if family.post_norms:
+            self.post_norm = RMSNorm(c, c.layers, c.dim)
 
     def __call__(
-        self, x: Float[Array, "B L E"], angles: tuple[Array, Array], segment_ids: Int[Array, "B L"]
+        self, x: Float[Array, "B L E"], angles: tuple[Array, Array], segment_ids: Int[Array, "B L"], kind: LayerKind
     ) -> Float[Array, "B L E"]:
+        c, family = self.config, FAMILIES[self.config.family]
+        norms = Norms(self.norm, *((self.query_norm, self.key_norm) if family.qk_norm else (None, None)))
         weights = self.query[...], self.key[...], self.value[...]
-        query, key, value = qkv_projection(x, self.norm, weights, angles, self.dtype)
-        heads = self.attend(query, key, value, segment_ids=segment_ids)
-        return output_projection(heads, self.output[...], self.dtype)
+        biases = (self.query_bias[...], self.key_bias[...], self.value_bias[...]) if family.qkv_bias else None
+        query, key, value = qkv_projection(x, norms, weights, biases, angles, c.dtype)
+        options = {"mask": layer_mask(c, kind), "scale": c.query_scale, "soft_cap": attention_soft_cap(c)}
+        heads = self.attend(query, key, value, segment_ids=segment_ids, **options)
+        x = output_projection(heads, self.output[...], c.dtype)
+        return self.post_norm(x) if family.post_norms else x
+
+
+def _init_bias(*shape: int) -> nnx.Param:
+    """Returns a bias [N, heads, D] of zeros, sharded over the tensor axis."""
+    return nnx.Param(jnp.zeros(shape, jnp.float32, out_sharding=P(None, TENSOR, None)))
 
 
 class FeedForward(nnx.Module):
-    """SwiGLU feed-forward network (arXiv 2002.05202)."""
+    """Gated feed-forward network, SwiGLU or GeGLU by family (arXiv 2002.05202)."""
 
     def __init__(self, c: config.Model, rngs: nnx.Rngs):
         shape, std = (c.layers, c.dim, c.feed_forward), (2 * c.layers * c.feed_forward) ** -0.5
-        self.norm = RMSNorm(c.layers, c.dim)
+        self.config, self.norm = c, RMSNorm(c, c.layers, c.dim)
         self.gate = init_normal(rngs, shape, c.dim**-0.5, P(None, FSDP, TENSOR))
         self.up = init_normal(rngs, shape, c.dim**-0.5, P(None, FSDP, TENSOR))
         self.down = init_normal(rngs, (c.layers, c.feed_forward, c.dim), std, P(None, TENSOR, FSDP))
+        if FAMILIES[c.family].post_norms:
+            self.post_norm = RMSNorm(c, c.layers, c.dim)
 
     def __call__(self, x: Float[Array, "... E"]) -> Float[Array, "... E"]:
-        matmul = partial(jnp.matmul, precision=matmul_precision(x.dtype))
-        return tensor_sum(matmul(nnx.silu(matmul(x, self.gate[...])) * matmul(x, self.up[...]), self.down[...]))
+        family = FAMILIES[self.config.family]
+        matmul, activation = partial(jnp.matmul, precision=matmul_precision(x.dtype)), ACTIVATIONS[family.activation]
+        x = self.norm(x)
+        x = tensor_sum(matmul(activation(matmul(x, self.gate[...])) * matmul(x, self.up[...]), self.down[...]))
+        return self.post_norm(x) if family.post_norms else x
 
 
 class Layer(nnx.Module):
-    """x = x + attention(norm(x)); x = x + feed_forward(norm(x)). Each module contains its norm."""
+    """x = x + attention(norm(x)); x = x + feed_forward(norm(x)). Each module contains its norm, and its post-norm."""
 
     def __init__(self, c: config.Model, attend: AttentionFunction, rngs: nnx.Rngs):
         self.dtype, self.in_chunks = c.dtype, c.remat != "off"
         self.attention, self.feed_forward = Attention(c, attend, rngs), FeedForward(c, rngs)
 
     def __call__(
-        self, x: Float[Array, "B L E"], angles: tuple[Array, Array], segment_ids: Int[Array, "B L"]
+        self, x: Float[Array, "B L E"], angles: tuple[Array, Array], segment_ids: Int[Array, "B L"], kind: LayerKind
     ) -> Float[Array, "B L E"]:
-        x = x + self.attention(x, angles, segment_ids)
-        # Chunks include the norm and the residual sum; otherwise both would be stored for all tokens.
-        return token_wise(lambda ff, x: x + ff(ff.norm(x)), self.feed_forward, x, self.dtype, self.in_chunks)
+        x = x + self.attention(x, angles, segment_ids, kind)
+        # Chunks include the norms and the residual sum; otherwise these would be stored for all tokens.
+        return token_wise(lambda ff, x: x + ff(x), self.feed_forward, x, self.dtype, self.in_chunks)
 
 
 def _save_all_but_parameters(primitive: Any, *_: Any, **__: Any) -> bool:
@@ -135,7 +175,7 @@ class Transformer(nnx.Module):
         rows = -(-vocabulary // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
         self.embedding = init_normal(rngs, (rows, c.dim), 0.02, P(TENSOR, FSDP))
         self.layers = Layer(c, attention, rngs)
-        self.norm = RMSNorm(c.dim)
+        self.norm = RMSNorm(c, c.dim)
         if not c.tied:
             self.unembedding = init_normal(rngs, (rows, c.dim), 0.02, P(TENSOR, FSDP))
 
@@ -148,23 +188,28 @@ class Transformer(nnx.Module):
         segment.
         """
         tokens, positions, segment_ids = (jax.reshard(x, TOKENS) for x in (tokens, positions, segment_ids))
-        angles = rotations(positions, self.config)
+        c = self.config
+        angles = {kind: rotations(positions, local_rope(c) if kind == "window" else c) for kind in layer_kinds(c)}
         graphdef, params = nnx.split(self.layers)
 
-        def layer(x, params):
-            x = checkpoint_name(x, "layer_input")
-            return nnx.merge(graphdef, params)(x, angles, segment_ids), None
+        def layer(kind: LayerKind):
+            def apply(x, params):
+                x = checkpoint_name(x, "layer_input")
+                return nnx.merge(graphdef, params)(x, angles[kind], segment_ids, kind), None
 
-        layer = jax.checkpoint(layer, policy=REMAT_POLICIES[self.config.remat], prevent_cse=False)
-        x, _ = lax.scan(layer, embed(tokens, self.embedding[...], self.config.dtype), params)
-        return self.norm(x)
+            return jax.checkpoint(apply, policy=REMAT_POLICIES[c.remat], prevent_cse=False)
+
+        x = embed(tokens, self.embedding[...], c.dtype)
+        if FAMILIES[c.family].scaled_embedding:
+            x = x * jnp.asarray(c.dim**0.5, x.dtype)  # rounded to the compute dtype, as Gemma was trained
+        return self.norm(scan_layers(layer, x, params, layer_pattern(c)))
 
     def logits(
         self, tokens: Int[Array, "B L"], positions: Int[Array, "B L"], segment_ids: Int[Array, "B L"]
     ) -> Float[Array, "B L V"]:
         """Returns float32 next-token logits: B * L * V * 4 bytes, sharded over the data and context axes."""
         hidden = self(tokens, positions, segment_ids)
-        return all_logits(hidden, self.output_table())[..., : self.vocabulary]
+        return all_logits(hidden, self.output_table(), output_soft_cap(self.config))[..., : self.vocabulary]
 
     def output_table(self) -> Float[Array, "V E"]:
         """Returns the output projection, float32 and sharded; rows >= `vocabulary` are padding."""

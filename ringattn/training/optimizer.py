@@ -1,5 +1,8 @@
 """AdamW with gradient clipping, linear warmup and cosine decay."""
 
+import re
+from typing import Any
+
 import jax
 import optax
 
@@ -20,8 +23,12 @@ def learning_rate(c: config.Optimizer, steps: int, start_step: int = 0) -> optax
 
 
 def _weight_decay_mask(params: Params) -> Params:
-    """Returns True for matrices and False for norm scales, which are 2-D only because layers are stacked."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: "scale" not in jax.tree_util.keystr(path), params)
+    """Returns True for matrices and False for norm scales and biases, whose stacked layers have 2 or 3 dims."""
+
+    def is_matrix(path: Any, _: Any) -> bool:
+        return not re.search("scale|bias", jax.tree_util.keystr(path))
+
+    return jax.tree_util.tree_map_with_path(is_matrix, params)
 
 
 def optimizer(c: config.Optimizer) -> optax.GradientTransformation:

@@ -18,7 +18,8 @@ from ringattn.attn.kernels.protocol import matmul_precision
 from ringattn.data import Batch, Tokenizer
 from ringattn.mesh.axes import TENSOR, TOKENS
 from ringattn.model.build import MakeModel
-from ringattn.model.parallel import Params
+from ringattn.model.families import output_soft_cap
+from ringattn.model.parallel import Params, soft_capped
 
 PROMPT_TOKENS, NEW_TOKENS, SEQUENCES = 160, 96, 3
 """Tokens per prompt, sampled tokens per sequence, number of sequences."""
@@ -44,7 +45,7 @@ def make_next_logits(make_model: MakeModel, vocabulary: int) -> NextLogits:
         state = einsum("bl,ble->be", one_hot.astype(hidden.dtype), hidden, out_sharding=spec)
         table = jax.reshard(model.output_table().astype(hidden.dtype), P(TENSOR, None))
         logits = einsum("be,ve->bv", state, table, out_sharding=P(None, None))
-        return logits.astype(jnp.float32)[:, :vocabulary]
+        return soft_capped(logits.astype(jnp.float32), output_soft_cap(model.config))[:, :vocabulary]
 
     return next_logits
 

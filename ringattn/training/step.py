@@ -56,8 +56,9 @@ def make_loss(make_model: MakeModel, vocabulary: int) -> Callable[[Params, Batch
     forward = make_forward(make_model)
 
     def loss(params: Params, batch: Batch) -> Float[Array, ""]:
-        hidden, output = forward(params, batch)
-        return cross_entropy(hidden, output, jnp.asarray(batch.targets), jnp.asarray(batch.weights), vocabulary)
+        hidden, output, soft_cap = forward(params, batch)
+        targets, weights = jnp.asarray(batch.targets), jnp.asarray(batch.weights)
+        return cross_entropy(hidden, output, targets, weights, vocabulary, soft_cap)
 
     return loss
 
