@@ -37,16 +37,16 @@ def refusal(capsys, argv: list[str], kind: type = Config) -> str:
 
 def test_a_file_is_read_and_overridden(base):
     argv = ["--config", str(base), "--model.head_dim", "64", "--model.tied", "False", "--optimizer.learning_rate=1"]
-    parsed = config.parse([*argv, "--attention.window", "7", "--mesh.data", "-1", "--mesh.context", "2"], "A test.")
+    parsed = config.parse([*argv, "--model.window", "7", "--mesh.data", "-1", "--mesh.context", "2"], "A test.")
     assert parsed.name == "base"
     assert parsed.model == Model(layers=2, head_dim=64, tied=False)
     assert parsed.mesh == Mesh(simulate=8, data=-1, context=2)
-    assert parsed.attention.window == 7
+    assert parsed.model.window == 7
     assert parsed.optimizer.learning_rate == 1.0
     assert type(parsed.optimizer.learning_rate) is float
     assert parsed.train == Train()
-    again = config.parse(["--config", str(base), "--attention.window", "None"], "A test.")
-    assert again.attention.window is None
+    again = config.parse(["--config", str(base), "--model.window", "None"], "A test.")
+    assert again.model.window is None
 
 
 def test_a_config_file_can_import_a_file_of_its_directory(tmp_path, base):
@@ -76,7 +76,13 @@ def test_a_misspelt_config_option_is_named(capsys, base):
         (["--optimizer.learning_rate", "fast"], "--optimizer.learning_rate fast must be a finite number"),
         (["--optimizer.learning_rate", "nan"], "--optimizer.learning_rate nan must be a finite number"),
         (["--train.steps", "1.5"], "--train.steps 1.5 must be an integer"),
-        (["--attention.window", "1.5"], "--attention.window 1.5 must be an integer or None"),
+        (["--model.window", "1.5"], "--model.window 1.5 must be an integer or None"),
+        (["--attention.window", "7"], "unknown '--attention.window': did you mean '--model.window'"),
+        (
+            ["--model.pattern", "window", "ful"],
+            "--model.pattern window ful must be one or more of 'window', 'full' or None",
+        ),
+        (["--model.family", "gemma"], "--model.family gemma must be one of 'llama', 'mistral', 'qwen2', .*'gemma3'"),
         (["--attention.layout", "x"], "--attention.layout x must be one of 'contiguous', 'striped', 'zigzag'"),
         (["--model.tied", "1"], "--model.tied 1 must be True or False"),
         (["--train.steps"], "--train.steps needs a value: an integer"),
@@ -177,7 +183,16 @@ def test_a_config_is_required_and_must_exist(capsys, base):
         (config.Train, {"steps": 2**31}, "train.steps=2147483648 must be from 1 to 2147483647"),
         (config.Train, {"seed": 10**20}, "train.seed=100000000000000000000 must be from 0 to 9223372036854775807"),
         (config.Optimizer, {"warmup_steps": 10**12}, "warmup_steps=1000000000000 must be from 0 to 2147483647"),
-        (config.Attention, {"window": -1}, "attention.window=-1 must be at least 0, or None"),
+        (Model, {"window": -1}, "model.window=-1 must be at least 0, or None"),
+        (Model, {"pattern": ("window",)}, r"model.pattern=.* must be without 'window', .*; set model.window"),
+        (Model, {"pattern": ("full",), "window": 3}, r"model.window=3 must be None, because model.pattern=.*; add one"),
+        (Model, {"pattern": ()}, "model.pattern=.* must be one or more of 'window', 'full' or None"),
+        (Model, {"rope_local_theta": 1e4}, "rope_local_theta=10000.0 must be None, because model.window=None"),
+        (Model, {"rope_local_theta": 1.0, "window": 3}, "rope_local_theta=1.0 must be more than 1"),
+        (Model, {"query_scale": 0.0}, "query_scale=0.0 must be positive, or None"),
+        (Model, {"soft_cap": -1.0}, "soft_cap=-1.0 must be positive, 0 for no cap, or None"),
+        (Model, {"final_soft_cap": -1.0}, "final_soft_cap=-1.0 must be positive, 0 for no cap, or None"),
+        (Model, {"norm_epsilon": 0.0}, "norm_epsilon=0.0 must be positive"),
         (config.Optimizer, {"beta2": 1}, "optimizer.beta2=1.0 must be at least 0 and less than 1"),
         (config.Optimizer, {"final_fraction": 1.5}, "optimizer.final_fraction=1.5 must be between 0 and 1"),
         (Train, {"batch_size": 6, "accumulate": 4}, "train.batch_size=6 .*train.accumulate=4; use 4 or 8"),
@@ -218,7 +233,7 @@ def test_json_loads_equal(tmp_path_factory, rate, steps, window, text):
     run = Config(
         optimizer=config.Optimizer(learning_rate=rate),
         train=Train(steps=steps),
-        attention=config.Attention(window=window),
+        model=Model(window=window, pattern=None if window is None else ("window", "full")),
         data=config.Data(path=text),
     )
     path = tmp_path_factory.mktemp("run") / "config.json"

@@ -35,11 +35,20 @@ def test_configs_differ_in_every_field():
     assert {"zigzag", "contiguous"} <= {c.attention.layout for c in configs}
     assert {"float32", "bfloat16"} == {c.model.dtype for c in configs}
     assert {True, False} == {c.model.tied for c in configs}
-    for name in ("layers", "vocabulary", "rope_theta", "rope_scaling", "rope_factor", "remat"):
+    for name in (
+        "layers",
+        "vocabulary",
+        "rope_theta",
+        "rope_scaling",
+        "rope_factor",
+        "remat",
+        "window",
+        "family",
+        "rope_local_theta",
+    ):
         assert len({vars(c.model)[name] for c in configs}) > 1, name
     for name in ("data", "context_outer", "context", "tensor"):
         assert len({resolve(c.mesh, c.mesh.simulate or 64)[name] for c in configs}) > 1
-    assert len({c.attention.window for c in configs}) > 1
     assert len({c.data.seq_len for c in configs}) > 1
     assert len({c.train.accumulate for c in configs}) > 1
     assert len({c.log.tensorboard for c in configs}) > 1

@@ -54,6 +54,15 @@ def test_step_flops_agree_with_a_count_by_hand():
     assert step_flops(more, 100, PACKED) - step_flops(c, 100, PACKED) == 6 * 28 * 8 * (24 + 24 + 17)
 
 
+def test_the_pairs_of_each_kind_of_layers_are_counted():
+    c = config.Config(
+        model=config.Model(layers=3, heads=2, kv_heads=1, head_dim=4, window=4, pattern=("full", "window"))
+    )
+    pairs = [visible_pairs(PACKED.positions, PACKED.segment_ids, window) for window in (None, 4, None)]
+    products = 6 * product_weights(c.model, 100) * (24 + 24 + 17)
+    assert step_flops(c, 100, PACKED) == products + 3 * 4 * (2 * 4) * sum(pairs)
+
+
 def test_peak_flops_sums_all_devices(monkeypatch):
     assert peak_flops() is None
     monkeypatch.setitem(CHIPS, "cpu", CHIPS["TPU v4"])

@@ -122,7 +122,7 @@ def test_the_sizes_of_both_sides_are_printed_first(base, finished, capsys):
 def test_statistics_of_the_compiled_step(finished):
     statistics = json.loads((finished / "compiled.json").read_text())
     assert list(statistics) == ["compile_seconds", "parameters", "flops_per_token", "device_bytes", "attention"]
-    assert statistics["attention"]["hops"] == 7
+    assert statistics["attention"]["kinds"]["full"]["hops"] == 7
     assert statistics["device_bytes"]["total"] > statistics["device_bytes"]["arguments"] > 0
 
 

@@ -68,6 +68,25 @@ def test_loss_and_gradients_agree_with_those_of_all_logits(
     assert not actual_gradients[1][VOCABULARY:].any()
 
 
+def test_soft_capped_logits(arrays, make_mesh, monkeypatch):
+    monkeypatch.setattr(loss_module, "CHUNK", 32)
+    monkeypatch.setattr(loss_module, "MAX_ROWS", 10)
+    cap = 1.5  # less than most logits
+
+    def capped(hidden, output, targets, weights):
+        logits = cap * jnp.tanh(jnp.einsum("ble,ve->blv", hidden, output[:VOCABULARY]) / cap)
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            return jnp.sum(weights * optax.softmax_cross_entropy_with_integer_labels(logits, targets))
+
+    value, gradients = value_and_gradients(capped, arrays)
+    with jax.set_mesh(mesh := make_mesh(2, 2, 2)):
+        ours = partial(cross_entropy, vocabulary=VOCABULARY, soft_cap=cap)
+        actual, actual_gradients = value_and_gradients(ours, on_mesh(mesh, arrays))
+    np.testing.assert_allclose(actual, value, rtol=2e-6)
+    chex.assert_trees_all_close(actual_gradients, gradients, rtol=1e-7, atol=2e-5)
+    assert not actual_gradients[1][VOCABULARY:].any()
+
+
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2), (1, 1, 8)], ids=str)
 @pytest.mark.parametrize("rows", [32_768, 10, 1])
 def test_predictions_are_the_argmax_of_all_logits(arrays, make_mesh, monkeypatch, sizes, rows):

@@ -37,10 +37,11 @@ def test_linear_warmup_then_cosine_decay():
 
 
 def test_weight_decay_applies_to_matrices_only():
-    params = {"matrix": jnp.ones((2, 2)), "norm": {"scale": jnp.ones((3, 2))}}  # one scale per layer
+    params = {"matrix": jnp.ones((2, 2)), "norm": {"scale": jnp.ones((3, 2))}, "key_bias": jnp.ones((3, 2, 2))}
     updates = updated(params, jax.tree.map(jnp.zeros_like, params))
     np.testing.assert_allclose(updates["matrix"], 0.5, rtol=1e-5)
-    np.testing.assert_array_equal(updates["norm"]["scale"], 0)
+    np.testing.assert_array_equal(updates["norm"]["scale"], 0)  # one per layer
+    np.testing.assert_array_equal(updates["key_bias"], 0)
 
 
 def test_gradients_are_clipped_to_the_global_norm():

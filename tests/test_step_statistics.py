@@ -40,7 +40,7 @@ def test_statistics_agree_with_the_program(small, make_mesh):
     # Segment ids are the same in all layers: JAX hoists their first send out of the scan over the layers.
     ids = 64 // 4 * 4
     assert reported == sum(each.total_bytes for each in sends) + 2 * (run.config.model.layers - 1) * ids
-    assert (attention["strategy"], attention["hops"], attention["max_hops"]) == ("ring", 3, 3)
+    assert attention["kinds"] == {"full": {"layers": 2, "strategy": "ring", "hops": 3, "max_hops": 3}}
     memory = statistics["device_bytes"]
     assert memory == memory_statistics(train_step)
     assert memory["arguments"] == arguments
@@ -64,29 +64,48 @@ def test_planned_memory_is_compared_with_that_of_the_chip(monkeypatch):
     assert unknown == memory | {"device": None}
     assert (memory["device"], memory["arguments"], memory["new_results"]) == (16 * 2**30, 512 * 512 * 4, 512 * 4)
     statistics = {"compile_seconds": 0.0, "parameters": 1, "flops_per_token": 1.0, "device_bytes": memory}
-    statistics["attention"] = {"strategy": "ring", "hops": 1, "max_hops": 7, "forward_bytes_sent": 2048}
-    statistics["attention"] |= {"backward_bytes_sent": 3 * 2**20}
+    full = {"layers": 1, "strategy": "ring", "hops": 7, "max_hops": 7}
+    statistics["attention"] = {"kinds": {"full": full}, "forward_bytes_sent": 2048, "backward_bytes_sent": 3 * 2**20}
     lines = list(describe_statistics(statistics))
     assert " of 16 GiB required, arguments 1 MiB, " in lines[1]
-    assert (
-        lines[2] == "attention: ring, 1 of 7 hops per layer; each device sends 2 KiB forward, 3 MiB backward per step"
-    )
+    sent = "each device sends 2 KiB forward, 3 MiB backward per step"
+    assert lines[2] == f"attention: ring, 7 of 7 hops per layer; {sent}"
+    statistics["attention"]["kinds"] = {"window": full | {"hops": 1}, "full": full}
+    hops = "ring, 1 of 7 hops per window layer, ring, 7 of 7 hops per full layer"
+    assert list(describe_statistics(statistics))[2] == f"attention: {hops}; {sent}"
 
 
 @pytest.mark.parametrize(
-    ("attention", "expected"),
+    ("attention", "window", "expected"),
     [
-        (config.Attention(layout="contiguous", window=20), ("ring", 2, 7)),
-        (config.Attention(strategy="gather"), ("gather", 0, 0)),
-        (config.Attention(strategy="auto"), ("ring", 7, 7)),  # nothing is known of a CPU's speed
+        (config.Attention(layout="contiguous"), 20, ("ring", 2, 7)),
+        (config.Attention(strategy="gather"), None, ("gather", 0, 0)),
+        (config.Attention(strategy="auto"), None, ("ring", 7, 7)),  # nothing is known of a CPU's speed
     ],
     ids=str,
 )
-def test_hops_follow_from_the_config(small, make_mesh, attention, expected):
-    c = replace(small, attention=attention, data=replace(small.data, seq_len=128))
+def test_hops_follow_from_the_config(small, make_mesh, attention, window, expected):
+    model = replace(small.model, window=window)
+    c = replace(small, model=model, attention=attention, data=replace(small.data, seq_len=128))
     statistics = attention_statistics(c, make_mesh(context=8))
-    assert (statistics["strategy"], statistics["hops"], statistics["max_hops"]) == expected
+    (layer,) = statistics["kinds"].values()
+    assert (layer["strategy"], layer["hops"], layer["max_hops"]) == expected
     assert statistics["backward_bytes_sent"] > statistics["forward_bytes_sent"] > 0
+
+
+def test_layers_of_each_kind_are_counted(small, make_mesh):
+    """Bytes of a pattern are those of its layers in models of one kind."""
+
+    def statistics(**values):
+        attention = config.Attention(layout="contiguous")
+        c = replace(small, model=replace(small.model, **values), attention=attention)
+        return attention_statistics(replace(c, data=replace(small.data, seq_len=128)), make_mesh(context=8))
+
+    windows, full = statistics(layers=4, window=20), statistics(layers=2)
+    both = statistics(layers=6, window=20, pattern=("window", "window", "full"))
+    assert both["kinds"] == windows["kinds"] | full["kinds"]
+    for name in ("forward_bytes_sent", "backward_bytes_sent"):
+        assert both[name] == windows[name] + full[name]
 
 
 @pytest.mark.parametrize("strategy", ["ring", "usp"])

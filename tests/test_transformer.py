@@ -24,6 +24,8 @@ VOCABULARY, PADDED = 257, 384
 ROWS, LENGTH = 4, 32
 SMALL = config.Model(layers=2, dim=32, heads=4, kv_heads=2, head_dim=8, feed_forward=64)
 UNTIED = replace(SMALL, tied=False)
+PATTERN = replace(SMALL, layers=7, window=3, pattern=("window", "window", "full"))
+"""Two groups of three layers, and one layer of a third."""
 
 
 def make(section=SMALL, seed=0):
@@ -215,6 +217,15 @@ def test_a_layer_rotates_its_kv_twice(make_mesh, remat):
     assert sent[unit] == SMALL.layers * 2 * (3 + 3 + 3)
 
 
+@pytest.mark.parametrize("remat", ["off", "on", "offload"])
+def test_a_window_layer_skips_hops_also_in_a_pattern(make_mesh, remat):
+    with jax.set_mesh(mesh := make_mesh(context=4)):
+        unit = (ROWS, SMALL.kv_heads, LENGTH // 4, SMALL.head_dim), "float32"
+        sent = permuted(jax.grad(partial(mean_loss, replace(PATTERN, remat=remat))), *shapes(mesh))
+    # A window of 3 reaches one shard of 8 tokens back: one hop forward, one backward, one of the gradients.
+    assert sent[unit] == 2 * (5 * (1 + 1 + 1) + 2 * (3 + 3 + 3))
+
+
 def temporaries(mesh, section, batch) -> int:
     """Temporary bytes per device of the gradient of `mean_loss`, from the compiler. Call it under the mesh."""
     plan = jax.jit(jax.grad(partial(mean_loss, section))).lower(*shapes(mesh, section, batch)).compile()
@@ -238,9 +249,13 @@ def test_a_rematerialized_layer_saves_only_its_input_and_the_result_of_attention
     assert off > 3 * saved
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_device_holds_gathered_weights_of_one_layer_only(make_mesh, dtype):
-    section = replace(SMALL, layers=12, dim=256, feed_forward=1024, dtype=dtype)
+@pytest.mark.parametrize(
+    "values",
+    [{"dtype": "float32"}, {"dtype": "bfloat16"}, {"window": 3, "pattern": ("window", "window", "full")}],
+    ids=str,
+)
+def test_a_device_holds_gathered_weights_of_one_layer_only(make_mesh, values):
+    section = replace(SMALL, layers=12, dim=256, feed_forward=1024, **values)
     with jax.set_mesh(mesh := make_mesh(context=8)):
         size = temporaries(mesh, section, (1, 64))
     layer = 4 * 3 * section.dim * section.feed_forward
@@ -248,14 +263,16 @@ def test_a_device_holds_gathered_weights_of_one_layer_only(make_mesh, dtype):
     assert size < 4 * layer + 3 * shards < 12 * layer
 
 
-def test_the_program_does_not_grow_with_depth(make_mesh):
+@pytest.mark.parametrize(("section", "layers"), [(SMALL, (2, 16)), (PATTERN, (6, 48)), (PATTERN, (7, 49))], ids=str)
+def test_the_program_does_not_grow_with_depth(make_mesh, section, layers):
     with jax.set_mesh(mesh := make_mesh(context=2)):
 
         def size(layers: int) -> int:
-            section = replace(SMALL, layers=layers)
-            return len(jax.jit(jax.grad(partial(mean_loss, section))).lower(*shapes(mesh, section)).as_text())
+            deep = replace(section, layers=layers)
+            return len(jax.jit(jax.grad(partial(mean_loss, deep))).lower(*shapes(mesh, deep)).as_text())
 
-        assert size(16) < 1.02 * size(2)
+        shallow, deep = map(size, layers)
+        assert deep < 1.02 * shallow
 
 
 def test_the_gradient_of_the_embedding_is_summed_in_float32(make_mesh):

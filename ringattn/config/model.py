@@ -27,8 +27,8 @@ class Model:
     """Sliding window: number of preceding tokens a token attends to, besides itself, in layers of kind window. None: no
     window."""
     pattern: tuple[LayerKind, ...] | None = None
-    """Kinds of layers, such as 'window window full', repeated over the layers; the last repetition may be cut off. None:
-    the pattern of the family if window is set, otherwise full."""
+    """Kinds of layers, such as window window full, repeated over the layers; the last repetition may be cut off.
+    None: the pattern of the family if window is set, otherwise full."""
     rope_theta: float = 10_000.0
     """RoPE base frequency."""
     rope_local_theta: float | None = None

@@ -98,7 +98,8 @@ def qkv_projection(
         heads = [project(x, all_gather_param(each, dtype, 0)) for each in weights]
         if biases is not None:
             # In float32, so that the gradients of the biases are summed in float32.
-            heads = [(x.astype(jnp.float32) + b[None, None]).astype(x.dtype) for x, b in zip(heads, biases, strict=True)]
+            sums = (x.astype(jnp.float32) + bias[None, None] for x, bias in zip(heads, biases, strict=True))
+            heads = [x.astype(dtype) for x in sums]
         query, key, value = heads
         query, key = (x if norm is None else norm(x) for x, norm in ((query, query_norm), (key, key_norm)))
         return rotate(query, *angles), rotate(key, *angles), value
@@ -188,7 +189,7 @@ def soft_capped(logits: Float[Array, "*dims"], cap: float | None) -> Float[Array
 def all_logits(
     hidden: Float[Array, "B L E"], output: Float[Array, "V E"], soft_cap: float | None
 ) -> Float[Array, "B L V"]:
-    """Returns hidden @ output.T in float32, soft-capped, sharded like the tokens and replicated over the tensor axis."""
+    """Returns soft-capped hidden @ output.T in float32, sharded like the tokens, replicated over the tensor axis."""
 
     @partial(jax.shard_map, in_specs=(ACTIVATIONS, P(TENSOR, FSDP)), out_specs=P(*TOKENS, TENSOR))
     def local(hidden, output):

@@ -21,7 +21,7 @@ LLAMA3_TURNS = (1.0, 4.0)
 
 
 def local_rope(c: config.Model) -> config.Model:
-    """Returns `c` with the RoPE of window layers: base `rope_local_theta` without scaling, or the RoPE of full layers."""
+    """Returns `c` with the RoPE of its window layers: base `rope_local_theta` without scaling, if it is set."""
     if c.rope_local_theta is None:
         return c
     return replace(c, rope_theta=c.rope_local_theta, rope_local_theta=None, rope_scaling="none", rope_factor=1.0)
