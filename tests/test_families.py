@@ -110,7 +110,7 @@ def batch() -> Batch:
 def reference_logits(params: Any, recipe: Recipe, rows: Batch) -> np.ndarray:
     """Logits [B, L, V] of a model with these parameters, by the plain formulas in float64."""
 
-    def norm(x, module, layer=...):
+    def norm(x, module, layer: Any = ...):
         scale = module["scale"][layer] + recipe.scale_offset
         return x / np.sqrt((x**2).mean(-1, keepdims=True) + recipe.epsilon) * scale
 
@@ -191,7 +191,8 @@ def ours(c: config.Model, mesh: jax.sharding.Mesh, params: Any, rows: Batch, gra
             return value, all_logits(hidden, output, soft_cap)[..., :VOCABULARY]
 
         run = jax.jit(jax.value_and_grad(loss, has_aux=True) if gradients else lambda *x: (loss(*x), {}))
-        (value, logits), gradient = run(placed, Batch(*permute_and_place(rows, mesh, "zigzag")))
+        arrays: Any = permute_and_place(rows, mesh, "zigzag")
+        (value, logits), gradient = run(placed, Batch(*arrays))
     logits = unpermute(np.asarray(logits), "zigzag", context_shards(mesh))
     return float(value), logits, plain(jax.device_get(gradient)) if gradients else {}
 
@@ -364,9 +365,10 @@ def test_a_new_norm_multiplies_by_one(make_mesh, family, scale):
 def test_only_matrices_are_decayed(make_mesh):
     with jax.set_mesh(make_mesh()):
         params = [abstract_params(replace(SMALL, family=family)) for family in ("qwen2", "gemma3")]
-    ones = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), params)
+    ones = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), params)
     decay = optimizer(config.Optimizer(weight_decay=1.0))
+    zeros = jax.tree.map(np.zeros_like, ones)
     with jax.numpy_dtype_promotion("standard"):
-        updates, _ = decay.update(jax.tree.map(jnp.zeros_like, ones), decay.init(ones), ones)
+        updates, _ = jax.jit(lambda params: decay.update(zeros, decay.init(params), params))(ones)
     decayed = {path[-1].key for path, leaf in jax.tree_util.tree_leaves_with_path(updates) if leaf.any()}
     assert decayed == {"embedding", "query", "key", "value", "output", "gate", "up", "down"}

@@ -125,8 +125,12 @@ def described(kind: Any) -> str:
 
 
 def unknown(name: str, valid: Iterable[str]) -> str:
-    """Returns the message for an unknown name, with the nearest valid one."""
-    near = difflib.get_close_matches(name, valid, n=1)
+    """Returns the message for an unknown name, with the field of that name in another section, or the nearest name."""
+    valid = list(valid)
+    field = name.rpartition(".")[2]
+    near = [other for other in valid if "." in name and other.rpartition(".")[2] == field]
+    if len(near) != 1:
+        near = difflib.get_close_matches(name, valid, n=1)
     return f"unknown {name!r}: " + (f"did you mean {near[0]!r}?" if near else "--help lists all options")
 
 

@@ -67,7 +67,7 @@ def layer_pattern(c: config.Model) -> tuple[LayerKind, ...]:
 def layer_kinds(c: config.Model) -> dict[LayerKind, int]:
     """Returns the number of layers of each kind that the model has, in the order of their first layers."""
     pattern = layer_pattern(c)
-    kinds = [pattern[layer % len(pattern)] for layer in range(c.layers)]
+    kinds: list[LayerKind] = [pattern[layer % len(pattern)] for layer in range(c.layers)]
     return {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}
 
 

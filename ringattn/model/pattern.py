@@ -33,7 +33,7 @@ def scan_layers(
     `layer(kind)` returns the function of the layers of that kind.
     """
     layers = jax.tree.leaves(params)[0].shape[0]
-    kinds = tuple(pattern[index % len(pattern)] for index in range(layers))
+    kinds: tuple[LayerKind, ...] = tuple(pattern[index % len(pattern)] for index in range(layers))
     repetitions = layers // len(pattern)
     if len(set(kinds)) == 1 or repetitions < 2:
         return _apply(layer, x, params, kinds)
