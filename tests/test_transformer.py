@@ -221,7 +221,8 @@ def test_a_layer_rotates_its_kv_twice(make_mesh, remat):
 def test_a_window_layer_skips_hops_also_in_a_pattern(make_mesh, remat):
     with jax.set_mesh(mesh := make_mesh(context=4)):
         unit = (ROWS, SMALL.kv_heads, LENGTH // 4, SMALL.head_dim), "float32"
-        sent = permuted(jax.grad(partial(mean_loss, replace(PATTERN, remat=remat))), *shapes(mesh))
+        section = replace(PATTERN, remat=remat)
+        sent = permuted(jax.grad(partial(mean_loss, section)), *shapes(mesh, section))
     # A window of 3 reaches one shard of 8 tokens back: one hop forward, one backward, one of the gradients.
     assert sent[unit] == 2 * (5 * (1 + 1 + 1) + 2 * (3 + 3 + 3))
 
@@ -263,7 +264,11 @@ def test_a_device_holds_gathered_weights_of_one_layer_only(make_mesh, values):
     assert size < 4 * layer + 3 * shards < 12 * layer
 
 
-@pytest.mark.parametrize(("section", "layers"), [(SMALL, (2, 16)), (PATTERN, (6, 48)), (PATTERN, (7, 49))], ids=str)
+@pytest.mark.parametrize(
+    ("section", "layers"),
+    [(SMALL, (2, 16)), (PATTERN, (6, 48)), (PATTERN, (7, 49))],
+    ids=["one-kind", "pattern", "pattern-and-remainder"],
+)
 def test_the_program_does_not_grow_with_depth(make_mesh, section, layers):
     with jax.set_mesh(mesh := make_mesh(context=2)):
 
