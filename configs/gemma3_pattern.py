@@ -1,6 +1,9 @@
 """The quickstart with layers as in Gemma 3: five with a window of 128 tokens, then one with full attention.
 
-python scripts/train.py --config configs/gemma3_pattern.py
+    python scripts/train.py --config configs/gemma3_pattern.py
+
+Window layers have the RoPE base 10,000 and need two hops instead of seven. Expect about four minutes on two idle CPU
+cores and a validation loss near 2.30 nats per byte (untrained: 5.5).
 """
 
 from dataclasses import replace
