@@ -15,7 +15,7 @@ from ringattn import config, evaluation
 
 
 def main() -> int:
-    settings = config.parse(sys.argv[1:], __doc__ or "", config.Evaluation)
+    settings = config.parse(sys.argv[1:], __doc__ or "", config.Evaluation, evaluation.adopt)
     with config.reported_errors():
         return evaluation.evaluate(settings)
 

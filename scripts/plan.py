@@ -13,7 +13,7 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ringattn import config, planning
+from ringattn import config, planning, weights
 from ringattn.runs.files import check_writable, write_json
 from ringattn.runs.progress import Display
 
@@ -32,7 +32,7 @@ class Options(config.Options):
 
 
 def main() -> int:
-    options, run = config.parse_with(Options, sys.argv[1:], __doc__ or "", sections=SECTIONS)
+    options, run = config.parse_with(Options, sys.argv[1:], __doc__ or "", sections=SECTIONS, adopt=weights.adopt)
     with config.reported_errors():
         if options.topology is None:
             raise ValueError("--topology is required, such as --topology v5e:8x8")

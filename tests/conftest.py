@@ -14,6 +14,8 @@ if FORCED not in os.environ.get("XLA_FLAGS", ""):
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a background job of a shell, whose children inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
+# LLVM's optimizations take a third of the compile time; the HLO is the same. Processes of tests inherit the setting.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)  # the tests and the processes that they start compile everything
 
 import hypothesis
@@ -35,16 +37,6 @@ jaxtyping.install_import_hook(
 )
 
 from ringattn.mesh.topology import arrange_devices
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """Disables LLVM's optimizations, except for slow tests. They take a third of the compile time; the HLO is the same.
-
-    Processes that tests start inherit the setting.
-    """
-    if "not slow" in config.option.markexpr:
-        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-        jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="session")
@@ -81,6 +73,6 @@ def jax_options(**values: Any) -> Iterator[None]:
 
 @pytest.fixture
 def optimized() -> Iterator[None]:
-    """Compiles with all optimizations, for tests of the TPU compiler."""
+    """Compiles with all optimizations, for tests of the TPU compiler and of ratios of times."""
     with jax_options(jax_disable_most_optimizations=False):
         yield

@@ -33,8 +33,9 @@ ROOMS = {
     "data": SHARED | {"runs"},
     "model": SHARED | {"attn", "data"},
     "cost": SHARED | {"attn", "data", "model"},
-    "training": SHARED | {"attn", "cost", "data", "model", "runs"},
-    "evaluation": SHARED | {"attn", "data", "model", "runs"},
+    "weights": SHARED | {"data", "model", "runs"},
+    "training": SHARED | {"attn", "cost", "data", "model", "runs", "weights"},
+    "evaluation": SHARED | {"attn", "data", "model", "runs", "weights"},
     "planning": SHARED | {"attn", "cost", "data", "model", "training"},
     "benchmark": SHARED | {"attn", "cost", "data", "model", "planning", "runs"},
     "visualize": SHARED | {"attn", "cost"},
@@ -42,7 +43,7 @@ ROOMS = {
 """The other rooms of ringattn/ that each room may import."""
 MANY_PARAMETERS = {"attention", "choose_strategy", "shard_attention", "flax_attention", "reference_attention"}
 """Public functions whose options are keyword arguments."""
-FOREIGN = r"block_until_ready|set_blocking|BlockSpec|BlockSizes|block_(q|kv|k|size)\w*"
+FOREIGN = r"block_until_ready|block_count|set_blocking|BlockSpec|BlockSizes|block_(q|kv|k|size)\w*|(trim|lstrip)_blocks"
 """Names of other libraries that contain "block", which our own names avoid because it is ambiguous."""
 
 SOURCES = sorted((ROOT / "ringattn").rglob("*.py"))

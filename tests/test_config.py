@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from hypothesis import given
@@ -185,7 +186,9 @@ def test_a_config_is_required_and_must_exist(capsys, base):
         (config.Train, {"steps": 2**31}, "train.steps=2147483648 must be from 1 to 2147483647"),
         (config.Train, {"seed": 10**20}, "train.seed=100000000000000000000 must be from 0 to 9223372036854775807"),
         (config.Optimizer, {"warmup_steps": 10**12}, "warmup_steps=1000000000000 must be from 0 to 2147483647"),
-        (Model, {"window": -1}, "model.window=-1 must be at least 0, or None"),
+        (Model, {"window": -1}, "model.window=-1 must be from 0 to 1073741824, or None"),
+        (Model, {"window": 2**31}, "model.window=2147483648 must be from 0 to 1073741824, or None"),
+        (Model, {"norm_epsilon": 10**400}, "model.norm_epsilon=10+ must be a finite number"),
         (Model, {"pattern": ("window",)}, r"model.pattern=.* must be without 'window', .*; set model.window"),
         (Model, {"pattern": ("full",), "window": 3}, r"model.window=3 must be None, because model.pattern=.*; add one"),
         (Model, {"pattern": ()}, "model.pattern=.* must be one or more of 'window', 'full' or None"),
@@ -228,7 +231,7 @@ def test_help_lists_every_field_with_the_defaults_of_the_config_file(capsys, bas
 @given(
     rate=st.floats(1e-30, 1e30),
     steps=st.integers(21, 2**31 - 1),
-    window=st.none() | st.integers(0, 2**40),
+    window=st.none() | st.integers(0, 2**30),
     text=st.text(st.characters(exclude_categories=["Cs"]), min_size=1),
 )
 def test_json_loads_equal(tmp_path_factory, rate, steps, window, text):
@@ -407,3 +410,33 @@ def test_one_path_or_several_on_the_command_line_and_in_a_file(tmp_path):
 def test_invalid_data_is_refused(values, message):
     with pytest.raises(ValueError, match=message):
         Data(**values)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WordOptions:
+    to: Literal["huggingface", "run"] | None = None
+    """Kind of target."""
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ([], "SOURCE TARGET are required, before options (none given)"),
+        (["a"], "SOURCE TARGET are required, before options (1 given)"),
+        (["a", "b", "c"], "SOURCE TARGET are required, before options (3 given)"),
+        (["a", "b", "--too", "run"], "unknown '--too': did you mean '--to'?"),
+        (["a", "b", "--to", "onnx"], "--to onnx must be one of 'huggingface', 'run'"),
+        (["--to", "run", "a", "b"], "unexpected 'a'"),
+    ],
+)
+def test_a_mistake_in_words(argv, expected, capsys):
+    with pytest.raises(SystemExit) as exit_of:
+        config.parse_words(WordOptions, ("SOURCE", "TARGET"), argv, "")
+    assert exit_of.value.code == 2
+    assert expected in capsys.readouterr().err
+
+
+def test_words_and_options():
+    found = config.parse_words(WordOptions, ("SOURCE", "TARGET"), ["a", "b", "--to", "run"], "")
+    assert found == (WordOptions(to="run"), ["a", "b"])
+    assert config.parse_words(WordOptions, ("SOURCE", "TARGET"), ["a", "b"], "")[0] == WordOptions()

@@ -77,8 +77,8 @@ def test_an_evaluation_loads(path):
     c = config.read(path, config.Evaluation)
     assert c.name == path.stem, "configs with the same name would share a directory"
     assert f"\n    python scripts/eval.py --config configs/{path.name}\n" in path.read_text(encoding="utf-8")
-    assert {Path(run).parts[0] for run in c.runs} == {"runs"}
-    assert {Path(run).name for run in c.runs} <= {config_path.stem for config_path in CONFIGS}
+    assert {Path(run).parts[0] for run in c.runs or ()} == {"runs"}
+    assert {Path(run).name for run in c.runs or ()} <= {config_path.stem for config_path in CONFIGS}
 
 
 def test_evaluations_differ_in_every_field():

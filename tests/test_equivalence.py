@@ -21,13 +21,14 @@ import jax
 import numpy as np
 import pytest
 from cases import Arrays, Program, draw_arrays, draw_program, flat, judge, measure, norms, oracle, subject
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ringattn import Mask, permute
 from ringattn.attn.choices import KERNELS
 from ringattn.layout import LAYOUTS
 
+FIXTURE = HealthCheck.function_scoped_fixture
 DRAWS = 8
 """Number of random cases per compiled program."""
 
@@ -95,14 +96,15 @@ def test_pallas_grid(program):
     check(replace(program, kernel="pallas"), cases=2)
 
 
-@settings(max_examples=4, derandomize=True, deadline=None, database=None)
+@settings(max_examples=2, derandomize=True, deadline=None, database=None)
 @given(st.randoms(use_true_random=False))
 def test_any_program(source):
     check(draw_program(source), cases=4)
 
 
 @pytest.mark.slow
-@settings(max_examples=60, derandomize=True, deadline=None, database=None)
+@pytest.mark.usefixtures("optimized")  # as users run it
+@settings(max_examples=30, derandomize=True, deadline=None, database=None, suppress_health_check=[FIXTURE])
 @given(st.randoms(use_true_random=False))
 def test_any_program_at_length(source):
     check(draw_program(source), cases=DRAWS)
@@ -125,14 +127,12 @@ def long_case(packed: bool, window: int | None) -> tuple[Arrays, Arrays]:
     return arrays, exact
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
-    ("packed", "window"),
+    ("packed", "window", "layout"),
     [
-        (False, None),
-        pytest.param(True, 300, marks=pytest.mark.slow),
-        pytest.param(True, None, marks=pytest.mark.slow),
-        pytest.param(False, 300, marks=pytest.mark.slow),
+        pytest.param(*case, layout, marks=[pytest.mark.slow] * ((*case, layout) != (False, None, "zigzag")))
+        for case in ((False, None), (True, 300), (True, None), (False, 300))
+        for layout in LAYOUTS
     ],
 )
 def test_long_sequences(layout, packed, window):

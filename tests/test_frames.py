@@ -46,6 +46,7 @@ def run(tmp_path_factory) -> config.Config:
     )
 
 
+@pytest.mark.slow
 def test_a_run_on_video_writes_its_codebook_and_frames(run, monkeypatch):
     assert train(run) == 0
     directory = run.run_directory

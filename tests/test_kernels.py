@@ -112,7 +112,10 @@ SPECS = [
 
 
 LENGTHS = [(1, True), (15, False), (31, True), (48, False), (131, True)]
-CASES = [("xla", *length, logit_spec) for length in LENGTHS for logit_spec in SPECS]
+CASES = [
+    pytest.param("xla", *LENGTHS[n % 5], SPECS[n % 4], marks=[pytest.mark.slow] * (n >= 10))
+    for n in range(len(LENGTHS) * len(SPECS))
+]
 CASES += [("pallas", *length, logit_spec) for length, logit_spec in zip(LENGTHS[:3], SPECS[:3], strict=True)]
 # The interpreter takes many seconds for these.
 SLOW = [("pallas", *LENGTHS[3], SPECS[3]), ("pallas", *LENGTHS[4], SPECS[1])]

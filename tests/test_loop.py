@@ -206,7 +206,7 @@ def test_a_model_that_cannot_fit_is_refused_before_data_are_read(base, monkeypat
     assert not absurd.run_directory.exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_stops_the_run_after_a_checkpoint(base, monkeypatch, capsys, number):
     c = replace(base, name=f"stopped-{number.name}", train=replace(base.train, steps=8))
     handler, record = signal.getsignal(number), Recorder.step
@@ -262,6 +262,7 @@ def test_the_last_checkpoint_is_confirmed_by_one_more_step(base, monkeypatch, st
     assert [row["step"] for row in read_rows(c.run_directory / "metrics.jsonl")] == [1] * (1 if stopped else 2)
 
 
+@pytest.mark.slow
 def test_a_full_disk_loses_no_checkpoint_of_a_confirmed_state(base, monkeypatch, capsys):
     """Neither while a row is written after the step that confirms it, nor after the last step."""
     c = replace(base, name="full", log=replace(base.log, every=1))
@@ -356,6 +357,7 @@ def test_stages_are_trained_one_after_another(uninterrupted):
     assert stage_ends(rows) == [4]
 
 
+@pytest.mark.slow
 def test_a_run_cut_off_in_each_stage_ends_like_an_uninterrupted_run(staged, uninterrupted, monkeypatch, capsys):
     c = replace(staged, name="cut", stages=STAGES[:2])
     for step in (0, 7):
@@ -404,6 +406,7 @@ def test_a_signal_in_the_last_step_of_a_stage_stops_the_run(staged, monkeypatch,
     assert saved_steps(c.run_directory / "checkpoints")[0] == 4
 
 
+@pytest.mark.slow
 def test_a_stage_added_to_a_completed_run_counts_its_own_tokens(base, capsys):
     c = replace(base, name="extended")
     assert train(c) == 0

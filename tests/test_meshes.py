@@ -58,7 +58,10 @@ def one_device(text):
     return result
 
 
-@pytest.mark.parametrize("sizes", [(8, 1), (1, 2), (1, 8), (2, 4), (1, 4, 2), (2, 2, 2), (1, 4, 1, 2)], ids=str)
+SLOW_SIZES = [pytest.param(sizes, marks=pytest.mark.slow) for sizes in ((1, 2), (2, 4), (1, 4, 2))]
+
+
+@pytest.mark.parametrize("sizes", [(8, 1), (1, 8), (2, 2, 2), (1, 4, 1, 2), *SLOW_SIZES], ids=str)
 def test_every_step_is_the_same_on_every_mesh(text, one_device, make_mesh, sizes):
     np.testing.assert_allclose(losses(text, make_mesh(*sizes)), one_device, rtol=1e-4)
 
@@ -120,6 +123,7 @@ QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.py"
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimized")
 def test_a_ring_of_simulated_devices_costs_at_most_twice_one_device(make_mesh, capsys):
     """The quickstart's step on its 8 devices and on one: `pytest -m slow -s -k costs` prints both times."""
     c = config.read(QUICKSTART)
@@ -127,6 +131,7 @@ def test_a_ring_of_simulated_devices_costs_at_most_twice_one_device(make_mesh, c
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimized")
 def test_rematerialization_costs_at_most_a_third(make_mesh, capsys):
     """The quickstart's step with model.remat on and off."""
     c, mesh = config.read(QUICKSTART), make_mesh(context=8)

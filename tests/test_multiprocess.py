@@ -63,6 +63,7 @@ def losses(directory, name):
     return [row[key] for row in rows for key in ("loss", "eval/loss") if key in row]
 
 
+@pytest.mark.slow
 def test_two_processes_train_like_one_and_their_run_is_resumed_by_one(text):
     data = "--data.path", str(text / "one")
     both = command(text, *data, "--mesh.simulate", "4", "--name", "both")

@@ -1,7 +1,12 @@
 import numpy as np
 import pytest
+import tokenizers
+from test_file_tokenizer import train as make_tokenizer
 
-from ringattn.data.corpus import Corpus
+from ringattn.data import question
+from ringattn.data.corpus import Corpus, build_corpus, encode
+from ringattn.data.dataset import load_tokenizer
+from ringattn.data.formats import Document
 from ringattn.data.packing import Batch, PackedRows
 
 BOUNDARY = 99
@@ -97,3 +102,19 @@ def test_a_piece_predicts_the_token_that_follows_in_its_document():
     assert positions.tolist() == [[0, 1, 2, 0, 1, 2, 0, 1, 2, 3]]
     assert segments.tolist() == [[0, 0, 0, 1, 1, 1, 2, 2, 2, 2]]
     assert weights.tolist() == [[0, 0, 1, 1, 1, 1, 1, 1, 1, 1]]
+
+
+def test_a_begin_of_text_token_is_read_in_place_of_the_boundary(tmp_path):
+    """The post-processor of the tokenizer puts it before a text, as those of Llama, Mistral and Gemma do."""
+    inner = make_tokenizer(["<s>", "</s>"])
+    inner.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    inner.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(str(tmp_path / "tokenizer.json"))
+    documents, *_ = build_corpus(encode([Document("a", b"one"), Document("b", b"two")], tokenizer), tokenizer)
+    rows = PackedRows(documents, documents.count, np.arange(2)).rows(np.arange(1))
+    starts = rows.positions[0] == 0
+    assert set(rows.tokens[0, starts]) == {0}
+    assert 1 not in rows.tokens
+    assert np.flatnonzero(rows.targets[0] == 1).tolist() == [*(np.flatnonzero(starts)[1:] - 1), documents.count - 1]
+    assert tokenizer.decode(rows.tokens) == "onetwo"
+    assert question("passkey", tokenizer, 128, 0.5, "1").tokens[0] == 0

@@ -15,7 +15,7 @@ from ringattn import config
 
 ROOT = Path(__file__).parents[1]
 FRONT, CONTRIBUTING = ROOT / "README.md", ROOT / "CONTRIBUTING.md"
-ROOMS = ("training", "data", "evaluation", "planning", "benchmark", "visualize", "attn")
+ROOMS = ("training", "data", "evaluation", "weights", "planning", "benchmark", "visualize", "attn")
 """In the order in which their commands must run: evaluation reads the runs of training and data."""
 READMES = [FRONT, *(ROOT / "ringattn" / room / "README.md" for room in ROOMS)]
 FRONT_LINES = 220

@@ -36,9 +36,9 @@ config = replace(
     mesh=replace(tiny.mesh, data=-1, simulate=8),
     optimizer=replace(tiny.optimizer, warmup_steps=3),
     stages=(
-        Stage(steps=12, seq_len=1024, batch_size=4, context=2),
-        Stage(steps=12, seq_len=2048, batch_size=2, context=4, rope_theta=30_000.0, learning_rate=1e-3),
-        Stage(steps=12, seq_len=4096, batch_size=1, context=8, rope_theta=100_000.0, learning_rate=1e-3),
+        Stage(steps=12, seq_len=256, batch_size=4, context=2),
+        Stage(steps=12, seq_len=512, batch_size=2, context=4, rope_theta=30_000.0, learning_rate=1e-3),
+        Stage(steps=12, seq_len=1024, batch_size=1, context=8, rope_theta=100_000.0, learning_rate=1e-3),
     ),
     checkpoint=replace(tiny.checkpoint, every=5),
     log=replace(tiny.log, every=1),
@@ -74,7 +74,7 @@ def rows_without_times(path: Path) -> list[dict]:
 
 @pytest.mark.slow
 def test_a_run_killed_in_each_stage_is_resumed_bit_for_bit(start, tmp_path):
-    """Rows of 1,024, 2,048 and 4,096 tokens, on rings of 2, 4 and 8."""
+    """Rows of 256, 512 and 1,024 tokens, on rings of 2, 4 and 8."""
     killed, uninterrupted = (tmp_path / "runs" / name / "metrics.jsonl" for name in ("killed", "uninterrupted"))
     for stage, last in ((1, 12), (2, 24), (3, 36)):
         process = start("killed")
@@ -87,7 +87,7 @@ def test_a_run_killed_in_each_stage_is_resumed_bit_for_bit(start, tmp_path):
         assert reached["stage"] == stage
         assert reached["step"] < last
     out = finish(start("killed"))
-    assert "stage 3 of 3, steps 25 to 36: 1 row of 4,096 tokens, 8 devices per row" in out
+    assert "stage 3 of 3, steps 25 to 36: 1 row of 1,024 tokens, 8 devices per row" in out
     out = finish(start("uninterrupted"))
     assert all(f"stage {stage} of 3" in out for stage in (1, 2, 3))
     assert rows_without_times(killed) == rows_without_times(uninterrupted)

@@ -11,6 +11,7 @@ from dataclasses import is_dataclass
 from pathlib import Path
 
 import pytest
+from gguf_models import write_gguf
 
 from ringattn.config import Benchmark, Config, Evaluation
 
@@ -76,11 +77,13 @@ SCRIPT_OPTIONS = {
     "benchmark.py": {"--config"},
     "plan.py": {"--config", "--topology", "--json", "--stage"},
     "prepare.py": {"--config", "--output"},
+    "convert.py": {"--to"},
 }
 """Options of each script that are not config values."""
 SECTIONS = {
     "plan.py": {"model", "data", "mesh", "attention", "optimizer", "train", "stages"},
     "prepare.py": {"data"},
+    "convert.py": set(),
 }
 """Sections of the training config that a script uses. train.py uses all."""
 
@@ -195,6 +198,37 @@ def test_an_interrupted_or_killed_prepare_leaves_no_output_directory(tmp_path):
     done = run(*words, script="prepare.py")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "s" / "index.json").is_file()
+
+
+FAMILIES = ROOT / "tests" / "data" / "families"
+
+
+def test_weights_are_converted_both_ways(tmp_path):
+    pytest.importorskip("tokenizers")
+    write_gguf(FAMILIES / "llama", tmp_path / "model.gguf")
+    for source, target, words in (
+        ("model.gguf", "huggingface", ()),
+        ("huggingface", "run", ("--to", "run")),
+        ("run", "again", ("--to", "huggingface")),
+    ):
+        done = run(str(tmp_path / source), str(tmp_path / target), *words, script="convert.py")
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == f"{tmp_path / target}: llama model of 9,552 parameters\n"
+    one, other = (tmp_path / name / "model.safetensors" for name in ("huggingface", "again"))
+    assert one.read_bytes() == other.read_bytes()
+    assert (tmp_path / "run" / "checkpoints" / "1").is_dir()
+
+
+def test_a_mistake_in_a_conversion(tmp_path):
+    (tmp_path / "pickle").mkdir()
+    (tmp_path / "pickle" / "config.json").write_bytes((FAMILIES / "llama" / "config.json").read_bytes())
+    (tmp_path / "pickle" / "pytorch_model.bin").touch()
+    for words, expected in (
+        ((str(tmp_path / "pickle"), str(tmp_path / "target")), "pytorch_model.bin, a pickle"),
+        ((str(FAMILIES / "llama"), "--too", "run"), "unknown '--too': did you mean '--to'?"),
+    ):
+        assert expected in error_of(*words, script="convert.py")
+    assert not (tmp_path / "target").exists()
 
 
 EVALUATION = ("--config", str(ROOT / "configs" / "eval_needle.py"))

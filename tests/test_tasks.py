@@ -13,7 +13,8 @@ from test_file_tokenizer import BOUNDARY, train
 from ringattn.config import RETRIEVAL, Data
 from ringattn.data import dataset, load_tokenizer, read
 from ringattn.data.haystack import names, prose, sentences, words
-from ringattn.data.tasks import DEPTH_TASKS, PLACES, TASKS, check_fits, check_tokenizer, question, questions
+from ringattn.data.questions import check_fits, check_tokenizer, question, questions
+from ringattn.data.tasks import DEPTH_TASKS, PLACES, TASKS
 
 
 @pytest.fixture(scope="module")

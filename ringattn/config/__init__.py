@@ -1,8 +1,8 @@
 """Configs: frozen sections, read from a file and overridden on the command line."""
 
 from ringattn.config.benchmark import Benchmark, Subject, parse_subject
-from ringattn.config.checks import nearest_multiples, option
-from ringattn.config.command_line import Options, parse, parse_with, reported_errors
+from ringattn.config.checks import as_option, nearest_multiples, option
+from ringattn.config.command_line import Options, parse, parse_with, parse_words, reported_errors
 from ringattn.config.evaluation import Evaluation
 from ringattn.config.files import load, read, summary, to_json
 from ringattn.config.sections import (
@@ -39,6 +39,7 @@ __all__ = [
     "Subject",
     "Train",
     "Validation",
+    "as_option",
     "flag",
     "load",
     "nearest_multiples",
@@ -46,6 +47,7 @@ __all__ = [
     "parse",
     "parse_subject",
     "parse_with",
+    "parse_words",
     "read",
     "reported_errors",
     "stage_errors",

@@ -5,6 +5,7 @@ import difflib
 import functools
 import math
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -48,6 +49,11 @@ def section(prefix: str = "") -> Callable[[type[Kind]], type[Kind]]:
 def option(field: str) -> str:
     """Returns the option name of a field for messages: 'train.steps', or 'stages.2.steps' inside `renamed`."""
     return (_OPTIONS.get() or {}).get(field, field)
+
+
+def as_option(value: Any) -> str:
+    """Returns a value as it is written on the command line: '3 4' for (3, 4)."""
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 @contextmanager
@@ -104,7 +110,7 @@ def fits(value: Any, kind: Any) -> bool:
     if get_origin(kind) is Literal:
         return isinstance(value, str) and value in get_args(kind)
     if kind is float:
-        return type(value) in (int, float) and math.isfinite(value)
+        return type(value) in (int, float) and abs(value) <= sys.float_info.max
     return type(value) is kind
 
 

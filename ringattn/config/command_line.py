@@ -16,7 +16,7 @@ import difflib
 import functools
 import re
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, TypeVar, get_args, get_origin
@@ -46,6 +46,7 @@ class Options:
 
 
 ScriptOptions = TypeVar("ScriptOptions", bound=Options)
+WordOptions = TypeVar("WordOptions")
 
 
 @contextlib.contextmanager
@@ -58,13 +59,19 @@ def reported_errors() -> Iterator[None]:
         raise SystemExit(2) from None
 
 
-def parse(argv: Sequence[str], description: str, kind: type[Kind] = Config) -> Kind:
-    """Returns the config of a command line: `--config FILE`, then `--section.field VALUE` overrides.
+Adopt = Callable[[Kind, Collection[str]], Kind]
+"""Completes a config from a file that it names, given the names of the options on the command line."""
+
+
+def parse(
+    argv: Sequence[str], description: str, kind: type[Kind] = Config, adopt: Adopt[Kind] = lambda c, given: c
+) -> Kind:
+    """Returns the config of a command line: `--config FILE`, then `--section.field VALUE` overrides, then `adopt`.
 
     Several values of one option are separate words. --help prints all options and exits. On an invalid command line,
     prints a one-line message that suggests the nearest option and exits with status 2.
     """
-    return parse_with(Options, argv, description, kind)[1]
+    return parse_with(Options, argv, description, kind, adopt=adopt)[1]
 
 
 def parse_with(
@@ -73,6 +80,7 @@ def parse_with(
     description: str,
     kind: type[Kind] = Config,
     sections: Collection[str] | None = None,
+    adopt: Adopt[Kind] = lambda c, given: c,
 ) -> tuple[ScriptOptions, Kind]:
     """Returns the script options and the config; see `parse`. Only `sections` of the config become options."""
     with reported_errors():
@@ -89,13 +97,33 @@ def parse_with(
         if rest:
             raise ValueError(_refusal(rest[0], config, list(parser.kinds)))
         script_values = {name: values.pop(name) for name in vars(options()) if name in values}
-        return options(**script_values), _override(config, values)
+        given = {*values, *(_fields(config) if path is not None and path.endswith(".json") else ())}
+        return options(**script_values), adopt(_override(config, values), given)
+
+
+def parse_words(
+    options: type[WordOptions], names: Sequence[str], argv: Sequence[str], description: str
+) -> tuple[WordOptions, list[str]]:
+    """Returns the options and the words of a script without config, such as `SOURCE TARGET --option VALUE`.
+
+    `names` are those of the words, all required, before the options. Errors and --help are those of `parse`.
+    """
+    with reported_errors():
+        parser = _Parser(options())
+        values, rest = parser.parse(argv, description=description)
+        for word in rest:
+            if word.startswith("--"):
+                raise ValueError(unknown(word.partition("=")[0], [f"--{name}" for name in parser.kinds]))
+        if len(rest) != len(names):
+            given = f"{len(rest)} given" if rest else "none given"
+            raise ValueError(f"{' '.join(names)} are required, before options ({given}); see --help")
+        return options(**values), rest
 
 
 class _Parser:
     """Parses the script options and the options of the fields `names` of a config (None: all)."""
 
-    def __init__(self, options: Options, config: Any = None, names: Collection[str] | None = None) -> None:
+    def __init__(self, options: Any, config: Any = None, names: Collection[str] | None = None) -> None:
         self.kinds: dict[str, Any] = {}
         """Types of the options by full name: 'model.heads'."""
         self._words: dict[str, list[str]] = {}
@@ -198,6 +226,15 @@ def _refusal(word: str, config: Any, valid: list[str]) -> str:
     count = len(config.stages)
     fix = f"use --stages.{count}.{stage_options[f'--{name}']}, or add a Stage(...) to the config file"
     return f"--{name}: stage {number} does not exist, the config has stages 1 to {count}; {fix}"
+
+
+def _fields(config: Any) -> Iterator[str]:
+    """Yields the options of all fields: a config.json sets each of them."""
+    for name, value in vars(config).items():
+        if dataclasses.is_dataclass(value):
+            yield from (f"{name}.{field}" for field in vars(value))
+        else:
+            yield name
 
 
 def _override(config: Kind, values: dict[str, Any]) -> Kind:

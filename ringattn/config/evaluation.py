@@ -12,6 +12,7 @@ from ringattn.config.checks import (
     unknown,
 )
 from ringattn.config.choices import Layout, Strategy
+from ringattn.config.model import Model
 from ringattn.config.sections import Mesh
 from ringattn.config.tasks import LOSSES, RETRIEVAL
 
@@ -20,8 +21,9 @@ from ringattn.config.tasks import LOSSES, RETRIEVAL
 class Evaluation:
     name: str = "evaluation"
     """Name of the evaluation and of its directory in each run's `evaluations/`."""
-    runs: tuple[str, ...] = ("runs/quickstart",)
-    """Run directories (evaluates the newest checkpoint) or checkpoints, such as runs/quickstart/checkpoints/400."""
+    runs: tuple[str, ...] | None = ("runs/quickstart",)
+    """Run directories (evaluates the newest checkpoint) or checkpoints, such as runs/quickstart/checkpoints/400. With
+    model.weights, the default is None."""
     tasks: tuple[str, ...] = ("loss_by_position", "loss_by_context")
     """Tasks to run. loss_by_position: loss by position in the row; loss_by_context: loss of the same tokens by context
     length; loss_by_kind: loss by kind of document, such as .py. Retrieval tasks: passkey, needle, multi_key,
@@ -34,6 +36,8 @@ class Evaluation:
     """Number of rows per task, length and depth; fewer if the text is too short."""
     batch_size: int = 8
     """Global batch size: rows per batch."""
+    chat: bool = False
+    """Ask retrieval tasks as a user, in the chat template of an instruct model. Losses do not use the template."""
     longer: bool = False
     """Allow rows longer than a run's training rows."""
     seed: int = 0
@@ -44,6 +48,8 @@ class Evaluation:
     """Order of a row's tokens over the devices, as in attention.layout of a training config."""
     strategy: Strategy = "ring"
     """Communication strategy, as in attention.strategy of a training config."""
+    model: Model = field(default_factory=Model)
+    """Model to evaluate instead of runs, if model.weights is set."""
     mesh: Mesh = field(default_factory=Mesh)
 
     def __post_init__(self) -> None:
@@ -54,7 +60,15 @@ class Evaluation:
             if task not in LOSSES + RETRIEVAL:
                 valid = ", ".join(LOSSES + RETRIEVAL)
                 raise ValueError(f"tasks: {unknown(task, LOSSES + RETRIEVAL)} (valid: {valid})")
-        check_distinct(self, "runs", "tasks", "lengths", "depths")
+        check_distinct(self, "tasks", "lengths", "depths")
+        if self.runs is not None:
+            check_distinct(self, "runs")
+        if self.model.weights is None:
+            for name, value in vars(Model()).items():
+                rule = f"{value!r} without model.weights: a run is evaluated with its own model section"
+                require(vars(self.model)[name] == value, self.model, name, rule)
+        given = self.runs is not None or self.model.weights is not None
+        require(given, self, "runs", "one or more run directories, or set model.weights")
         require(min(self.lengths) >= 2, self, "lengths", "at least 2 each")
         require(all(0 <= depth <= 1 for depth in self.depths), self, "depths", "between 0 and 1 each")
         at_least(1, self, "samples", "batch_size", at_most=10**6)  # a list of all samples is kept in memory

@@ -3,9 +3,15 @@
 from ringattn.config.checks import at_least, check_types, nearest_multiples, option, require, section
 from ringattn.config.choices import Dtype, FamilyName, LayerKind, Remat, RopeScaling
 
+MAX_WINDOW = 2**30
+"""Maximum of `window`: positions and their differences are int32."""
+
 
 @section("model.")
 class Model:
+    weights: str | None = None
+    """Checkpoint to start from: a Hugging Face directory, a .gguf file or a run directory. It sets the other fields,
+    except for dtype, remat and RoPE fields given here, and data.tokenizer. None: random weights."""
     family: FamilyName = "llama"
     """Model family: biases, norms, activation and embedding scale, and defaults of pattern, soft_cap and
     final_soft_cap."""
@@ -57,6 +63,8 @@ class Model:
 
     def __post_init__(self) -> None:
         check_types(self)
+        rule = "a Hugging Face directory, a .gguf file or a run directory, or None for random weights"
+        require(self.weights != "", self, "weights", rule)
         at_least(1, self, "layers", "dim", "heads", "kv_heads", "head_dim", "feed_forward", "rope_original")
         require(self.vocabulary is None or self.vocabulary >= 1, self, "vocabulary", "at least 1, or None")
         multiple = f"a multiple of model.kv_heads={self.kv_heads}; use {nearest_multiples(self.heads, self.kv_heads)}"
@@ -73,7 +81,8 @@ class Model:
         require(self.norm_epsilon > 0, self, "norm_epsilon", "positive, such as 1e-6")
 
     def _check_window(self) -> None:
-        require(self.window is None or self.window >= 0, self, "window", "at least 0, or None for no window")
+        rule = f"from 0 to {MAX_WINDOW}, or None for no window"
+        require(self.window is None or 0 <= self.window <= MAX_WINDOW, self, "window", rule)
         if self.pattern is not None and self.window is None:
             rule = "without 'window', because model.window=None; set model.window to a number of tokens, such as 512"
             require("window" not in self.pattern, self, "pattern", rule)

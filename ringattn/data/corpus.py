@@ -46,6 +46,9 @@ class Corpus(NamedTuple):
     """Targets with this id are masked out of the loss."""
     text_bytes: TextBytes | None = None
     """Number of bytes of text of each token; None if the tokens are not text."""
+    boundary: int | None = None
+    start: int | None = None
+    """The id that a model reads in place of `boundary`."""
 
     @property
     def count(self) -> int:
@@ -58,6 +61,13 @@ class Corpus(NamedTuple):
         tokens = self.tokens
         tokens_digest = tokens.fingerprint if isinstance(tokens, ShardedTokens) else _digest(tokens).hex()
         return hashlib.sha256(tokens_digest.encode() + b"".join(map(_digest, self[1:4]))).hexdigest()
+
+    def inputs(self, indices: np.ndarray) -> np.ndarray:
+        """Returns what a model reads for the tokens at `indices` (any shape), int32: `start` instead of `boundary`."""
+        tokens = self.tokens[indices].astype(np.int32)
+        if self.start is None or self.start == self.boundary:
+            return tokens
+        return np.where(tokens == self.boundary, np.int32(self.start), tokens)
 
     def count_bytes(self, indices: np.ndarray) -> np.ndarray:
         """Returns the number of bytes of text (int32; 0 if not text) of the tokens at `indices`, of any shape."""
@@ -169,6 +179,8 @@ def build_corpus(encoded: Iterable[EncodedDocument], tokenizer: Tokenizer) -> Do
         np.array(masked_prefixes, np.int64),
         tokenizer.ignored_id,
         TextBytes(tokenizer.byte_lengths, concatenate(corrections)),
+        tokenizer.boundary,
+        tokenizer.start,
     )
     return Documents(corpus, np.frombuffer(b"".join(digests), DIGEST), kinds, names.__getitem__)
 

@@ -14,9 +14,9 @@ from ringattn.data.corpus import Corpus, Documents, build_corpus, encode
 from ringattn.data.dna import DnaTokenizer
 from ringattn.data.file_tokenizer import FileTokenizer
 from ringattn.data.held_out import describe_copies, describe_split, first_copies, held_out_lengths, split
+from ringattn.data.questions import questions
 from ringattn.data.shards import Shards, are_shards, open_shards
 from ringattn.data.sources import read_documents
-from ringattn.data.tasks import questions
 from ringattn.data.tokenizer import ByteTokenizer, Tokenizer
 from ringattn.data.video import load_video
 
@@ -38,14 +38,14 @@ class Splits(NamedTuple):
     """Lines for the display: size of each side, and duplicate documents."""
 
 
-def read(data: Data, run_directory: Path | None = None) -> Splits:
+def read(data: Data, run_directory: Path | None = None, tokenizer: Tokenizer | None = None) -> Splits:
     """Reads and tokenizes the documents of `data`. Token shards are memory-mapped.
 
-    A tokenizer file or codebook in `run_directory` takes precedence over the tokenizer that `data` specifies. Identical
-    documents are used once. Raises ValueError if documents, tokenizer or shards cannot be read or do not match, or if
-    `data.mixture` includes a path whose documents are all also in other paths.
+    `tokenizer`, or else a tokenizer file or codebook in `run_directory`, takes precedence over the tokenizer that
+    `data` specifies. Identical documents are used once. Raises ValueError if documents, tokenizer or shards cannot be
+    read or do not match, or if `data.mixture` includes a path whose documents are all also in other paths.
     """
-    shards, tokenizer = _open(data, run_directory)
+    shards, tokenizer = _open(data, run_directory, tokenizer)
     sources = [_read_path(path, tokenizer, data, shards) for path in data.paths]
     kept, kept_of = first_copies([source.digests for source in sources])
     splits, notes = [], []
@@ -68,17 +68,19 @@ def read(data: Data, run_directory: Path | None = None) -> Splits:
     return Splits(tokenizer, training, validation, kinds, notes)
 
 
-def read_all(data: Data, run_directory: Path | None = None) -> tuple[list[Corpus], list[list[str]]]:
+def read_all(data: Data, tokenizer: Tokenizer | None = None) -> tuple[list[Corpus], list[list[str]]]:
     """Returns all documents of `data` without a split, one corpus per path, and their kinds; see `read`."""
-    shards, tokenizer = _open(data, run_directory)
+    shards, tokenizer = _open(data, None, tokenizer)
     sources = [_read_path(path, tokenizer, data, shards) for path in data.paths]
     return [source.corpus for source in sources], [source.kinds for source in sources]
 
 
-def _open(data: Data, run_directory: Path | None) -> tuple[dict[str, Shards], Tokenizer]:
-    """Opens the paths of `data` that are shards, and loads the tokenizer."""
+def _open(
+    data: Data, run_directory: Path | None, tokenizer: Tokenizer | None = None
+) -> tuple[dict[str, Shards], Tokenizer]:
+    """Opens the paths of `data` that are shards, and loads the tokenizer unless it is given."""
     shards = {path: open_shards(Path(path).expanduser()) for path in data.paths if are_shards(path)}
-    return shards, find_tokenizer(data, list(shards.values()), run_directory)
+    return shards, tokenizer or find_tokenizer(data, list(shards.values()), run_directory)
 
 
 def _read_path(path: str, tokenizer: Tokenizer, data: Data, shards: dict[str, Shards]) -> Documents:

@@ -27,7 +27,7 @@ class DnaTokenizer:
 
     name = "dna"
     size = len(LETTERS) + 1
-    boundary = len(LETTERS)
+    boundary = start = len(LETTERS)
     ignored_id = LETTERS.index(b"N")
     unit = 1
     fingerprint = hashlib.sha256(b"dna:" + LETTERS).hexdigest()

@@ -46,9 +46,10 @@ class FileTokenizer:
     ignored_id = None
     unit = 1
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, content: bytes | None = None):
+        """`content`: of the tokenizer.json, if `path` only names its origin in messages. None: read it from `path`."""
         self._path = path
-        self._tokenizer, content = _open(path)
+        self._tokenizer, content = _open(path, content)
         switched_off = _switch_off(self._tokenizer)
         if switched_off:
             reason = "so that documents are encoded completely and deterministically"
@@ -64,6 +65,8 @@ class FileTokenizer:
                 f"({', '.join(special) or 'none'}); add one of {', '.join(BOUNDARIES)} to its added_tokens"
             )
         self.boundary: int = special[self._boundary_name]
+        first = self._tokenizer.encode("", add_special_tokens=True).ids  # of a post-processor such as '<s> $A'
+        self.start: int = first[0] if len(first) == 1 else self.boundary
         self.fingerprint = hashlib.sha256(content).hexdigest()
         self.files = {"tokenizer.json": content}
         parts = json.loads(content)
@@ -182,7 +185,7 @@ class FileTokenizer:
         return self._tokenizer.decode(check_ids(ids, self.size).tolist(), skip_special_tokens=True)
 
 
-def _open(path: str) -> tuple[Any, bytes]:
+def _open(path: str, content: bytes | None) -> tuple[Any, bytes]:
     """Returns the tokenizers.Tokenizer of a file, and the content of the file. Raises ValueError: see FileTokenizer."""
     try:
         import tokenizers
@@ -190,7 +193,7 @@ def _open(path: str) -> tuple[Any, bytes]:
         fix = "run pip install 'ringattn[tokenizers]', or use data.tokenizer=bytes"
         raise ValueError(f"data.tokenizer={path!r} requires the package tokenizers; {fix}") from error
     try:
-        content = Path(path).expanduser().read_bytes()
+        content = Path(path).expanduser().read_bytes() if content is None else content
     except OSError as error:
         fix = "use a readable tokenizer.json, or 'bytes'"
         raise ValueError(f"data.tokenizer={path!r} cannot be read ({error.strerror}); {fix}") from error

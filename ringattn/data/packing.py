@@ -2,7 +2,7 @@
 
 The stream of an epoch concatenates the pieces of the corpus in the order of that epoch. A whole document is `boundary
 t1 ... tn`. Row i is the L tokens of the stream that start at i * L. The target of a token is the next token of its
-document; the target of the last token is a boundary.
+document; the target of the last token is a boundary. A model reads its begin-of-text token in place of a boundary.
 """
 
 from typing import NamedTuple
@@ -34,7 +34,7 @@ class PackedRows:
     """
 
     def __init__(self, corpus: Corpus, seq_len: int, order: np.ndarray):
-        self._tokens, self._ignored_id, self._count_bytes = corpus.tokens, corpus.ignored_id, corpus.count_bytes
+        self._corpus, self._ignored_id = corpus, corpus.ignored_id
         self._seq_len = seq_len
         self._starts, self._masked_prefixes = corpus.starts[order], corpus.masked_prefixes[order]
         # Offset of each piece in the stream, then the length of the stream.
@@ -52,12 +52,12 @@ class PackedRows:
         piece_starts = self._bounds[pieces]
         within_piece = offsets - piece_starts
         token_indices = within_piece + self._starts[pieces]
-        targets = self._tokens[token_indices + 1].astype(np.int32)
+        targets = self._corpus.tokens[token_indices + 1].astype(np.int32)
         unmasked = within_piece >= self._masked_prefixes[pieces]
         if self._ignored_id is not None:
             unmasked &= targets != self._ignored_id
         return Batch(
-            tokens=self._tokens[token_indices].astype(np.int32),
+            tokens=self._corpus.inputs(token_indices),
             targets=targets,
             positions=(offsets - np.maximum(piece_starts, row_starts)).astype(np.int32),
             segment_ids=(pieces - pieces[:, :1]).astype(np.int32),
@@ -67,7 +67,7 @@ class PackedRows:
     def text_bytes(self, indices: np.ndarray) -> np.ndarray:
         """Returns the number of bytes of text of each target of `rows(indices)`: [B, L] int32."""
         offsets, pieces = self._locate(indices)
-        return self._count_bytes(offsets - self._bounds[pieces] + self._starts[pieces] + 1)
+        return self._corpus.count_bytes(offsets - self._bounds[pieces] + self._starts[pieces] + 1)
 
     def _locate(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns the offset of each token of the rows in the stream, and the index of its piece: [B, L] each."""

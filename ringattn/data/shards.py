@@ -10,8 +10,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -25,8 +23,8 @@ from ringattn.data.corpus import DIGEST, Corpus, Documents, EncodedDocument, Sha
 from ringattn.data.text_bytes import TABLE, Corrections, TextBytes, concatenate, from_table
 from ringattn.data.tokenizer import Tokenizer
 from ringattn.data.video import as_npy, read_npy
+from ringattn.runs.files import complete_directory
 from ringattn.runs.progress import Display
-from ringattn.runs.signals import before_ending
 
 FORMAT = "ringattn shards 2"
 SHARD_TOKENS = 2**27
@@ -66,7 +64,8 @@ class Shards:
         lengths, prefixes = (self.documents[field].astype(np.int64) for field in ("length", "given"))
         text_bytes = TextBytes(tokenizer.byte_lengths, self.corrections)
         starts = np.cumsum(lengths) - lengths
-        corpus = Corpus(self.tokens, starts, lengths, prefixes, tokenizer.ignored_id, text_bytes)
+        ids = tokenizer.boundary, tokenizer.start
+        corpus = Corpus(self.tokens, starts, lengths, prefixes, tokenizer.ignored_id, text_bytes, *ids)
         kinds = [self.directory.name] * lengths.size
         return Documents(corpus, self.digests, kinds, lambda index: f"document {index + 1} of {self.directory}")
 
@@ -121,24 +120,12 @@ def write_shards(
 
     Raises ValueError if a document cannot be read or if writing fails.
     """
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))
-    except OSError as error:
-        raise ValueError(f"cannot write to {directory} ({error.strerror}); choose another --output") from error
-    try:
-        with before_ending(lambda: shutil.rmtree(temporary, ignore_errors=True)):
-            temporary.chmod(0o755)
-            writer = _Writer(temporary, shard_tokens)
-            for document in encoded:
-                writer.add(document)
-                on_progress(document.bytes_read, document.tokens.size)
-            writer.finish(tokenizer, data)
-            os.rename(temporary, directory)
-    except OSError as error:
-        raise ValueError(f"cannot write to {directory} ({error.strerror}); choose another --output") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with complete_directory(directory, "choose another --output") as temporary:
+        writer = _Writer(temporary, shard_tokens)
+        for document in encoded:
+            writer.add(document)
+            on_progress(document.bytes_read, document.tokens.size)
+        writer.finish(tokenizer, data)
 
 
 class _Writer:

@@ -5,17 +5,13 @@ and the haystack is text that ships with Python. The answer is scored with teach
 definition asks for a set, the question therefore states an order.
 """
 
-import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from random import Random
 from typing import NamedTuple
 
 import numpy as np
 
-from ringattn.data.corpus import EncodedDocument, common_prefix
 from ringattn.data.haystack import names, noise, numbers, prose
-from ringattn.data.text_bytes import Aligned, Corrections
-from ringattn.data.tokenizer import Tokenizer
 
 
 class Passage(NamedTuple):
@@ -211,90 +207,3 @@ TASKS: dict[str, Make] = {
 }
 DEPTH_TASKS = ("passkey", "needle", "multi_key", "lines")
 """Tasks that insert the queried needle at a given depth."""
-
-
-class Question(NamedTuple):
-    """A row of a task as tokens."""
-
-    tokens: np.ndarray
-    """[L]: the boundary, then filler, text, question and answers."""
-    answer_bounds: tuple[int, ...]
-    """Answer i is tokens[answer_bounds[i] : answer_bounds[i + 1]]."""
-    corrections: Corrections
-
-
-def question(task: str, tokenizer: Tokenizer, length: int, depth: float, seed: str) -> Question:
-    """Returns a row of `length` tokens with as much haystack as fits. Deterministic for a given `seed`.
-
-    The remaining tokens, less than one unit or at most 2% of the row, are filled with prose before the text. Raises
-    ValueError if the task does not fit even without a haystack.
-    """
-    low, (passage, (tokens, corrections)) = 0, _attempt(task, tokenizer, 0, depth, seed)
-    _check_size(task, tokens.size, length)
-    # Bisect over the units of haystack. Tokens grow about linearly with units, so guess with `per_unit`.
-    high, too_long, per_unit = None, 0, 6.0
-    while (high is None or high - low > 1) and length - 1 - tokens.size > length // 50:
-        guess = max(low + int((length - 1 - tokens.size) / per_unit), low + 1)
-        guess = guess if high is None else min(guess, high - 1)
-        candidate, aligned = _attempt(task, tokenizer, guess, depth, seed)
-        if aligned.ids.size < length:
-            per_unit = max((aligned.ids.size - tokens.size) / (guess - low), 1.0) if high is None else per_unit
-            low, passage, (tokens, corrections) = guess, candidate, aligned
-        else:
-            high, too_long = guess, aligned.ids.size
-        if high is not None:
-            per_unit = max((too_long - tokens.size) / (high - low), 1.0)
-    filler_size = length - 1 - tokens.size
-    filler = tokenizer.encode((" ".join(prose(Random(seed), filler_size + 1)) + "\n").encode())
-    filler = np.resize(filler[::-1], filler_size)[::-1]  # the last tokens, which end with the newline
-    parts = [passage.text + passage.question, *passage.answers[:-1]]
-    prefixes = ["".join(parts[: index + 1]) for index in range(len(parts))]
-    bounds = [common_prefix(tokenizer.encode(prefix.encode()), tokens) for prefix in prefixes] + [tokens.size]
-    if bounds != sorted(set(bounds)) or not bounds[0]:
-        raise ValueError(
-            f"the task {task} does not work with this tokenizer, which merges question and answer into one token; "
-            "use data.tokenizer=bytes"
-        )
-    row = np.concatenate([np.array([tokenizer.boundary], tokens.dtype), filler, tokens])
-    start = 1 + filler_size
-    return Question(row, tuple(start + bound for bound in bounds), corrections.shift(start))
-
-
-def _attempt(task: str, tokenizer: Tokenizer, units: int, depth: float, seed: str) -> tuple[Passage, Aligned]:
-    """Returns a passage with `units` units of haystack, and its tokens without the boundary."""
-    passage = TASKS[task](Random(f"{task} {seed}"), units, depth)
-    return passage, tokenizer.align("".join([passage.text, passage.question, *passage.answers]).encode())
-
-
-def _check_size(task: str, size: int, length: int) -> None:
-    if size >= length:
-        raise ValueError(f"the task {task} requires rows of more than {size} tokens, not {length}; use longer rows")
-
-
-def check_fits(task: str, tokenizer: Tokenizer, length: int, seeds: Iterable[str]) -> None:
-    """Raises ValueError unless the task fits in `length` tokens without a haystack for all `seeds`."""
-    _check_size(task, max(_attempt(task, tokenizer, 0, 0.0, seed)[1].ids.size for seed in seeds), length)
-
-
-def questions(task: str, tokenizer: Tokenizer, length: int, count: int) -> Iterator[EncodedDocument]:
-    """Yields `count` training documents of `length` tokens at random depths. Masks all but the answers out of the loss.
-
-    Raises ValueError: see `check_tokenizer` and `question`.
-    """
-    check_tokenizer(task, tokenizer)
-    for index in range(count):
-        seed = f"train {index}"
-        # Draw from a wider range and clip, so that the start and the end are as frequent as other depths.
-        depth = min(max(1.1 * Random(seed).random() - 0.05, 0.0), 1.0)
-        tokens, bounds, corrections = question(task, tokenizer, length, depth, seed)
-        digest = hashlib.sha256(tokens.tobytes()).digest()
-        yield EncodedDocument(tokens, bounds[0] - 1, digest, 0, task, f"{task} {index}", corrections)
-
-
-def check_tokenizer(task: str, tokenizer: Tokenizer) -> None:
-    """Raises ValueError unless the tokenizer encodes text."""
-    if tokenizer.name not in ("bytes", "file"):
-        raise ValueError(
-            f"the task {task} is text, which the tokenizer {tokenizer.name!r} cannot encode; "
-            "use data.tokenizer=bytes or a tokenizer.json"
-        )

@@ -28,7 +28,12 @@ class Tokenizer(Protocol):
 
     @property
     def boundary(self) -> int:
-        """The id that precedes a document."""
+        """The id that precedes a document: the target of its predecessor's last token."""
+        ...
+
+    @property
+    def start(self) -> int:
+        """The id that a model reads in place of the boundary: the begin-of-text token, or the boundary."""
         ...
 
     @property
@@ -74,7 +79,7 @@ class ByteTokenizer:
 
     name = "bytes"
     size = 257
-    boundary = 256
+    boundary = start = 256
     ignored_id = None
     unit = 1
     fingerprint = hashlib.sha256(b"bytes").hexdigest()

@@ -42,6 +42,7 @@ class VideoTokenizer:
         self._codebook, self._frame_size = codebook, frame_size
         self.size: int = len(codebook) + 1
         self.boundary: int = len(codebook)
+        self.start = self.boundary
         self.byte_lengths = np.zeros(self.size, np.int32)  # patches are not text, so the loss is reported only in nats
         self.unit: int = tokens_per_frame(frame_size)
         self.preview = np.zeros((0, *frame_size, 3), np.uint8) if preview is None else preview

@@ -4,5 +4,6 @@
 """
 
 from ringattn.evaluation.cells import evaluate
+from ringattn.evaluation.subject import adopt
 
-__all__ = ["evaluate"]
+__all__ = ["adopt", "evaluate"]

@@ -14,7 +14,7 @@ from ringattn.config import LOSSES
 from ringattn.data import (
     DEPTH_TASKS,
     Batch,
-    Tokenizer,
+    ChatTemplate,
     check_fits,
     check_tokenizer,
     fingerprint,
@@ -26,7 +26,7 @@ from ringattn.evaluation import losses, retrieval
 from ringattn.evaluation.batches import ScoreFn
 from ringattn.evaluation.report import describe, write_report
 from ringattn.evaluation.results import Result, ResultFile
-from ringattn.evaluation.subject import Subject, find_subject
+from ringattn.evaluation.subject import Subject, find_subjects
 from ringattn.mesh.devices import start
 from ringattn.mesh.processes import check_same
 from ringattn.model.scoring import Scores
@@ -58,9 +58,7 @@ def evaluate(c: config.Evaluation) -> int:
       ValueError: before any computation, if config, runs, text and devices are inconsistent, or if another process
         runs the same evaluation; later, if a file cannot be read or written.
     """
-    subjects = [find_subject(path, c) for path in c.runs]
-    if len({subject.name for subject in subjects}) < len(subjects):
-        raise ValueError(f"runs={c.runs}: the runs must have different names; evaluate them one at a time")
+    subjects = find_subjects(c)
     directories = [output_directory(subject, c) for subject in subjects]
     with claimed(directories, c.mesh, "use another --name", "fix the cause and run the same command again"):
         return _evaluate_claimed(c, subjects)
@@ -130,10 +128,13 @@ def _check(subject: Subject, c: config.Evaluation, mesh: jax.sharding.Mesh) -> l
     """
     subject.check(c, mesh)
     check_same("checkpoint", subject.weights)
+    chat = _chat_template(subject, c)
+    if chat is not None:
+        chat.check(subject.tokenizer)
     for task in set(c.tasks) - set(LOSSES):
         check_tokenizer(task, subject.tokenizer)
         for length in c.lengths:
-            check_fits(task, subject.tokenizer, length, retrieval.sample_seeds(c))
+            check_fits(task, subject.tokenizer, length, retrieval.sample_seeds(c), chat)
     if not set(c.tasks) & set(LOSSES):
         return None
     text = _read_text(subject, c)
@@ -143,12 +144,25 @@ def _check(subject: Subject, c: config.Evaluation, mesh: jax.sharding.Mesh) -> l
     return text
 
 
+def _chat_template(subject: Subject, c: config.Evaluation) -> ChatTemplate | None:
+    """Returns the chat template, or None without `c.chat`. Raises ValueError if the checkpoint has none."""
+    if not c.chat:
+        return None
+    template = subject.origin.chat_template
+    if template is None:
+        rule = "requires a checkpoint with a chat_template.jinja, or a chat_template in its tokenizer_config.json"
+        raise ValueError(f"chat=True {rule}, but {subject.name} has none; use --chat False")
+    return template
+
+
 def _read_text(subject: Subject, c: config.Evaluation) -> losses.Text:
     """Returns the text at `c.path`, or the run's held-out text. Raises ValueError if the latter has changed."""
     data = subject.stage.data
     if c.path is not None:
-        return losses.Text(*read_all(replace(data, path=c.path, mixture=None), subject.directory))
-    splits, stored = read(data, subject.directory), stored_fingerprints(subject.directory)
+        return losses.Text(*read_all(replace(data, path=c.path, mixture=None), subject.tokenizer))
+    if subject.step is None:
+        raise ValueError(f"{subject.name} has no held-out text; choose a text for the losses with --path")
+    splits, stored = read(data, tokenizer=subject.tokenizer), stored_fingerprints(subject.directory)
     fingerprints = {
         name: fingerprint([corpus.fingerprint for corpus in corpora], data.mixture)
         for name, corpora in (("training", splits.training), ("validation", splits.validation))
@@ -174,7 +188,7 @@ def _results(
             continue
         score, name = load(), f"{subject.name}: {cell.task}, {cell.length:,} tokens"
         with display.subtask(name, c.samples, compiles=cell.length not in compiled) as advance:
-            result = asdict(cell) | _measure(_counted(score, advance), subject.tokenizer, c, cell, text)
+            result = asdict(cell) | _measure(_counted(score, advance), subject, c, cell, text)
         compiled.add(cell.length)
         stored.add(key, result)
         yield result, ""
@@ -196,18 +210,18 @@ def _cell_key(
         assert text is not None
         content += [text.fingerprint, c.lengths if cell.task == "loss_by_context" else None]
     else:  # the tokens of one sample change with the haystack (the Python version) and with the wording of the task
-        sample = question(cell.task, subject.tokenizer, cell.length, cell.depth or 0.0, retrieval.sample_seeds(c)[0])
+        seed, chat = retrieval.sample_seeds(c)[0], _chat_template(subject, c)
+        sample = question(cell.task, subject.tokenizer, cell.length, cell.depth or 0.0, seed, chat)
         content.append(sample.tokens.tolist())
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
-def _measure(
-    score: ScoreFn, tokenizer: Tokenizer, c: config.Evaluation, cell: Cell, text: losses.Text | None
-) -> Result:
+def _measure(score: ScoreFn, subject: Subject, c: config.Evaluation, cell: Cell, text: losses.Text | None) -> Result:
     if cell.task in LOSSES:
         assert text is not None
         return MEASURES[cell.task](score, c, text, cell.length)
-    return retrieval.measure(score, tokenizer, c, cell.task, cell.length, cell.depth or 0.0)
+    chat = _chat_template(subject, c)
+    return retrieval.measure(score, subject.tokenizer, c, cell.task, cell.length, cell.depth or 0.0, chat)
 
 
 def _counted(score: ScoreFn, advance: Callable[[int], None]) -> ScoreFn:

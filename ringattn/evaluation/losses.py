@@ -207,7 +207,7 @@ def _row(corpus: Corpus, document: int, begin: int, length: int) -> tuple[Batch,
     """The tokens `begin` to `begin + length - 1` of a document as a batch [1, length], and the bytes of its targets."""
     positions = begin + np.arange(length)
     indices = corpus.starts[document] + positions
-    batch = as_batch(corpus.tokens[indices], corpus.tokens[indices + 1])
+    batch = as_batch(corpus.inputs(indices), corpus.tokens[indices + 1])
     weighted = (positions >= corpus.masked_prefixes[document])[None]
     if corpus.ignored_id is not None:
         weighted = weighted & (batch.targets != corpus.ignored_id)

@@ -12,13 +12,21 @@ import numpy as np
 from scipy.stats import binomtest
 
 from ringattn.config import Evaluation
-from ringattn.data import Batch, Question, Tokenizer, question
+from ringattn.data import Batch, ChatTemplate, Question, Tokenizer, question
 from ringattn.evaluation.batches import ScoreFn, as_batch, score_in_batches
 from ringattn.evaluation.results import Result
 
 
-def measure(score: ScoreFn, tokenizer: Tokenizer, c: Evaluation, task: str, length: int, depth: float) -> Result:
-    """The result of a cell: `samples` rows of `length` tokens.
+def measure(
+    score: ScoreFn,
+    tokenizer: Tokenizer,
+    c: Evaluation,
+    task: str,
+    length: int,
+    depth: float,
+    chat: ChatTemplate | None = None,
+) -> Result:
+    """The result of a cell: `samples` rows of `length` tokens, in a chat template unless it is None.
 
     A sample may ask for several answers. `right` is the number of samples with an exact match: all tokens of all
     answers are the most likely ones. `rate` is right / samples, with the 95 % interval `low` to `high`.
@@ -29,7 +37,7 @@ def measure(score: ScoreFn, tokenizer: Tokenizer, c: Evaluation, task: str, leng
 
     def rows() -> Iterator[Batch]:
         for seed in sample_seeds(c):
-            sample = question(task, tokenizer, length, depth, seed)
+            sample = question(task, tokenizer, length, depth, seed, chat)
             questions.append(sample)
             yield as_batch(sample.tokens, np.append(sample.tokens[1:], tokenizer.boundary))
 

@@ -1,5 +1,6 @@
-"""A checkpoint to evaluate on any mesh, layout and strategy, independent of those used in training."""
+"""A model to evaluate on any mesh, layout and strategy: the checkpoint of a run, or `model.weights`."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -8,46 +9,51 @@ import jax
 from flax import nnx
 
 from ringattn import config
-from ringattn.data import Tokenizer, find_tokenizer
+from ringattn.data import Tokenizer
 from ringattn.evaluation.batches import ScoreFn
 from ringattn.layout import check_length
 from ringattn.mesh.axes import DATA, abstract, context_shards
 from ringattn.mesh.devices import check_divisible
 from ringattn.model.build import model_factory
 from ringattn.model.scoring import make_scorer
-from ringattn.runs.checkpoint import params_digest, read_params, saved_steps
+from ringattn.runs.directory import SavedCheckpoint
+from ringattn.weights.origin import Origin, find_origin, merged, run_origin
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A run's checkpoint. Nothing is placed on devices before `load`."""
+    """A checkpoint. Nothing is placed on devices before `load`."""
 
     name: str
-    """The run's name, or 'name@step' if a step was specified."""
+    """The name of the run, directory or file; 'name@step' if a step of a run was specified."""
     directory: Path
-    """The run directory."""
-    step: int
-    trained_length: int
-    """Maximum number of tokens per row in training."""
+    """The run directory, or runs/<name>."""
+    origin: Origin
     stage: config.Config
     """Config of the checkpoint's stage, with the evaluation's mesh, layout and strategy."""
 
+    @property
+    def step(self) -> int | None:
+        """Number of updates of the run; None for other checkpoints."""
+        return self.origin.source.step if isinstance(self.origin.source, SavedCheckpoint) else None
+
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        return find_tokenizer(self.stage.data, run_directory=self.directory)
+        return self.origin.tokenizer(self.stage.data)
 
     @cached_property
     def weights(self) -> str:
         """Digest of the parameters."""
-        return params_digest(self.directory / "checkpoints", self.step)
+        return self.origin.digest()
 
     def check(self, c: config.Evaluation, mesh: jax.sharding.Mesh) -> None:
         """Raises ValueError if lengths, batch size or model do not fit the mesh, or if a length is too long."""
         for length in c.lengths:
             check_length(length, c.layout, context_shards(mesh), "lengths", "mesh.context_outer * mesh.context")
-            if length > self.trained_length and not c.longer:
-                trained = f"{self.name} was trained on rows of at most {self.trained_length} tokens"
-                fix = f"use at most {self.trained_length}, or --longer True to allow longer rows"
+            trained_length = self.origin.context
+            if length > trained_length and not c.longer:
+                trained = f"{self.name} was trained on rows of at most {trained_length} tokens"
+                fix = f"use at most {trained_length}, or --longer True to allow longer rows"
                 raise ValueError(f"lengths: {length}, but {trained}; {fix}")
         size = mesh.shape[DATA]
         if c.batch_size % size:
@@ -65,34 +71,56 @@ class Subject:
         """Reads the parameters onto `mesh`. Call it under `jax.set_mesh(mesh)`. Raises ValueError on failure."""
         make_model = model_factory(self.stage, self.tokenizer.size)
         like = abstract(jax.eval_shape(jax.jit(lambda: nnx.split(make_model())[1])), mesh)
-        params = read_params(self.directory / "checkpoints", self.step, like)
-        return partial(make_scorer(make_model, self.tokenizer.size, mesh, self.stage.attention.layout), params)
+        scorer = make_scorer(make_model, self.tokenizer.size, mesh, self.stage.attention.layout)
+        return partial(scorer, self.origin.read(like))
 
 
-def find_subject(path: str, c: config.Evaluation) -> Subject:
-    """The checkpoint at `path`, or the newest one of the run directory `path`.
+def adopt(c: config.Evaluation, explicit: Collection[str] = ()) -> config.Evaluation:
+    """Returns `c` with the model section of `model.weights`, if set, evaluated instead of the default runs.
 
-    Raises ValueError, with a fix, if it does not exist.
+    `explicit` are the names of the options given on the command line. Raises ValueError: see `weights.adopt`.
     """
-    given = Path(path).expanduser()
-    is_step = given.name.isdecimal() and given.parent.name == "checkpoints"
-    directory = given.parent.parent if is_step else given.parent if given.name == "checkpoints" else given
-    if not (directory / "config.json").is_file():
-        found = sorted(file.parent for file in directory.parent.glob("*/config.json"))
-        runs = [str(run) for run in found if saved_steps(run / "checkpoints")]
-        fix = f"use one of {', '.join(runs)}" if runs else "train one with scripts/train.py"
-        raise ValueError(f"runs: {directory} is not a run directory: config.json is missing; {fix}")
-    run = config.load(directory / "config.json")
-    steps = saved_steps(directory / "checkpoints")
-    if not steps:
-        fix = f"train it with python scripts/train.py --config {directory}/config.json"
-        raise ValueError(f"runs: {directory} has no checkpoint; {fix}")
-    step = int(given.name) if is_step else steps[0]
-    if step not in steps:
-        raise ValueError(f"runs: {directory} has no checkpoint {step}; use one of {', '.join(map(str, steps))}")
-    number = run.stage_after(step - 1)
-    trained_length = max(run.stage(earlier).data.seq_len for earlier in range(1, number + 1))
-    stage = run.stage(number)
+    path = c.model.weights
+    if path is None:
+        return c
+    model = merged(c.model, find_origin(path).model, explicit, path)
+    default = config.Evaluation().runs
+    return replace(c, model=model, runs=None if c.runs == default and "runs" not in explicit else c.runs)
+
+
+def find_subjects(c: config.Evaluation) -> list[Subject]:
+    """Returns the checkpoints to evaluate. Raises ValueError if one does not exist, or if names are not distinct."""
+    subjects = [_run(path, c) for path in c.runs or ()]
+    if c.model.weights is not None:
+        subjects.append(_weights(c))
+    if len({subject.name for subject in subjects}) < len(subjects):
+        raise ValueError(f"runs={c.runs}: the runs must have different names; evaluate them one at a time")
+    return subjects
+
+
+def _run(path: str, c: config.Evaluation) -> Subject:
+    """Returns the checkpoint at `path`, or the newest one of the run directory `path`."""
+    origin = run_origin(path, "runs")
+    assert isinstance(origin.source, SavedCheckpoint)
+    directory, stage = origin.source.directory, origin.source.stage()[0]
     attention = replace(stage.attention, layout=c.layout, strategy=c.strategy, kernel="auto")
-    name = directory.resolve().name + f"@{step}" * is_step
-    return Subject(name, directory, step, trained_length, replace(stage, mesh=c.mesh, attention=attention))
+    name = directory.resolve().name + f"@{origin.source.step}" * origin.source.is_explicit
+    return Subject(name, directory, origin, replace(stage, mesh=c.mesh, attention=attention))
+
+
+def _weights(c: config.Evaluation) -> Subject:
+    """Returns the checkpoint `model.weights`."""
+    assert c.model.weights is not None
+    origin = find_origin(c.model.weights)
+    origin.check(c.model)
+    if isinstance(origin.source, SavedCheckpoint):
+        run = _run(c.model.weights, c)
+        return replace(run, stage=replace(run.stage, model=replace(c.model, weights=None)))
+    if origin.tokenizer_name is None:
+        raise ValueError(origin.no_tokenizer)
+    path = origin.path.resolve()
+    name = path.stem if path.is_file() else path.name
+    data = config.Data(tokenizer=origin.tokenizer_name)
+    attention = config.Attention(layout=c.layout, strategy=c.strategy)
+    stage = config.Config(name=name, model=c.model, data=data, mesh=c.mesh, attention=attention)
+    return Subject(name, Path("runs") / name, origin, stage)

@@ -161,5 +161,7 @@ def _simulate(count: int) -> None:
     try:
         jax.config.update("jax_num_cpu_devices", count)
     except RuntimeError:
+        if jax.default_backend() == "cpu" and jax.local_device_count() == count:
+            return  # an earlier call has simulated them
         running = f"JAX already runs on {jax.device_count()} devices"
         raise ValueError(f"mesh.simulate={count}, but {running}; {START_FIRST}") from None

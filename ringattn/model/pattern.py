@@ -5,6 +5,9 @@ contains each run of the pattern once, whatever the number of layers:
 
     window window full window window full window     pattern (window, window, full), 7 layers
     scan of 2 groups (scan of 2 windows, 1 full), 1 window
+
+A layer reads its parameters from the stacks by its index. Slices of the stacks per group and for the remainder would
+be copies, and so would the concatenation of their gradients.
 """
 
 from collections.abc import Callable
@@ -12,8 +15,9 @@ from itertools import groupby
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from ringattn.config.choices import LayerKind
 from ringattn.model.parallel import Params
@@ -27,38 +31,63 @@ def scan_layers(
     x: Float[Array, "B L E"],
     params: Params,
     pattern: tuple[LayerKind, ...],
+    remat: Callable[[Callable[..., Any]], Callable[..., Any]],
 ) -> Float[Array, "B L E"]:
     """Returns `x` after all layers. `params` are stacked along dim 0; layer i has kind pattern[i % len(pattern)].
 
-    `layer(kind)` returns the function of the layers of that kind.
+    `layer(kind)` returns the function of the layers of that kind, and `remat` is `jax.checkpoint` with its options.
     """
     layers = jax.tree.leaves(params)[0].shape[0]
     kinds: tuple[LayerKind, ...] = tuple(pattern[index % len(pattern)] for index in range(layers))
+    if len(set(kinds)) == 1:
+        return lax.scan(remat(layer(kinds[0])), x, params)[0]
+    stacks = lax.stop_gradient(params)
+
+    def apply(kind: LayerKind):
+        def read_and_apply(carry, index):
+            x, gradients = carry
+            values, gradients = _read(gradients, stacks, index)
+            return (layer(kind)(x, values)[0], gradients), None
+
+        return remat(read_and_apply)
+
+    def apply_run(carry, first, kinds):
+        for kind, run in groupby(kinds):
+            length = len(list(run))
+            carry, _ = lax.scan(apply(kind), carry, first + jnp.arange(length))
+            first = first + length
+        return carry
+
     repetitions = layers // len(pattern)
-    if len(set(kinds)) == 1 or repetitions < 2:
-        return _apply(layer, x, params, kinds)
-    grouped = repetitions * len(pattern)
-    # Splits dim 0, which is not sharded, into repetitions and layers of the pattern.
-    groups = jax.tree.map(lambda leaf: leaf[:grouped].reshape(repetitions, len(pattern), *leaf.shape[1:]), params)
-    x, _ = lax.scan(lambda x, params: (_apply(layer, x, params, pattern), None), x, groups)
-    return _apply(layer, x, _slice(params, grouped, layers), kinds[grouped:])
+    carry, first = (x, params), 0
+    if repetitions > 1:
+        first = repetitions * len(pattern)
+        starts = len(pattern) * jnp.arange(repetitions)
+        carry, _ = lax.scan(lambda carry, start: (apply_run(carry, start, pattern), None), carry, starts)
+    return apply_run(carry, first, kinds[first:])[0]
 
 
-def _apply(
-    layer: Callable[[LayerKind], LayerFunction],
-    x: Float[Array, "B L E"],
-    params: Params,
-    kinds: tuple[LayerKind, ...],
-) -> Float[Array, "B L E"]:
-    """Returns `x` after the layers of `params`, each run of one kind in a scan."""
-    first = 0
-    for kind, run in groupby(kinds):
-        last = first + len(list(run))
-        x, _ = lax.scan(layer(kind), x, _slice(params, first, last))
-        first = last
-    return x
+def _read_forward(gradients: Params, stacks: Params, index: Int[Array, ""]) -> tuple[tuple[Any, Params], Array]:
+    values = jax.tree.map(lambda stack: lax.dynamic_index_in_dim(stack, index, keepdims=False), stacks)
+    return (values, gradients), index
 
 
-def _slice(params: Params, first: int, last: int) -> Any:
-    """Returns the parameters of layers `first` to `last`."""
-    return jax.tree.map(lambda leaf: leaf if (first, last) == (0, leaf.shape[0]) else leaf[first:last], params)
+@jax.custom_vjp
+def _read(gradients: Params, stacks: Params, index: Int[Array, ""]) -> tuple[Any, Params]:
+    """Returns the parameters of layer `index`, and `gradients`.
+
+    Differentiates with respect to `gradients`, which every layer must pass to the next. The gradient of a layer's
+    parameters is written to its row of the gradient of `gradients`.
+    """
+    # `_read_forward` does not call `_read`: rematerialization would repeat that call and save `gradients` per layer.
+    return _read_forward(gradients, stacks, index)[0]
+
+
+def _read_backward(index: Int[Array, ""], cotangents: tuple[Any, Params]):
+    def write(row, stack):
+        return lax.dynamic_update_index_in_dim(stack, row, index, 0)
+
+    return jax.tree.map(write, *cotangents), None, None
+
+
+_read.defvjp(_read_forward, _read_backward)

@@ -27,13 +27,22 @@ def local_rope(c: config.Model) -> config.Model:
     return replace(c, rope_theta=c.rope_local_theta, rope_local_theta=None, rope_scaling="none", rope_factor=1.0)
 
 
+def scaled_base(c: config.Model) -> float:
+    """Returns the RoPE base: `rope_theta`, with NTK-aware scaling a larger one."""
+    half = c.head_dim // 2
+    return c.rope_theta * (c.rope_factor ** (half / (half - 1)) if c.rope_scaling == "ntk" and half > 1 else 1.0)
+
+
+def yarn_attention_factor(factor: float) -> float:
+    """Returns the factor by which YaRN multiplies cosine and sine, which scales the attention logits by its square."""
+    return 0.1 * math.log(factor) + 1
+
+
 def frequencies(c: config.Model) -> Float64[np.ndarray, " half"]:
     """Returns the frequencies of the `head_dim / 2` dimension pairs of a head, in radians per position."""
     half = c.head_dim // 2
     pair = np.arange(half)
-    theta = c.rope_theta
-    if c.rope_scaling == "ntk" and half > 1:
-        theta *= c.rope_factor ** (half / (half - 1))
+    theta = scaled_base(c)
     unscaled = theta ** (-pair / half)
     if c.rope_scaling in ("none", "ntk"):
         return unscaled
@@ -67,7 +76,7 @@ def rotations(
     wrapped = positions * jnp.asarray(units.astype(np.uint32).view(np.int32))[None, None, None]
     turns_modulo_1 = wrapped.astype(jnp.float32) * 2.0**-32
     angles = 2 * math.pi * (turns_modulo_1 + positions.astype(jnp.float32) * remainders[None, None, None])
-    scale = 0.1 * math.log(c.rope_factor) + 1 if c.rope_scaling == "yarn" else 1.0
+    scale = yarn_attention_factor(c.rope_factor) if c.rope_scaling == "yarn" else 1.0
     return scale * jnp.cos(angles), scale * jnp.sin(angles)
 
 

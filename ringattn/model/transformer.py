@@ -197,12 +197,13 @@ class Transformer(nnx.Module):
                 x = checkpoint_name(x, "layer_input")
                 return nnx.merge(graphdef, params)(x, angles[kind], segment_ids, kind), None
 
-            return jax.checkpoint(apply, policy=REMAT_POLICIES[c.remat], prevent_cse=False)
+            return apply
 
         x = embed(tokens, self.embedding[...], c.dtype)
         if FAMILIES[c.family].scaled_embedding:
             x = x * jnp.asarray(c.dim**0.5, x.dtype)  # rounded to the compute dtype, as Gemma was trained
-        return self.norm(scan_layers(layer, x, params, layer_pattern(c)))
+        remat = partial(jax.checkpoint, policy=REMAT_POLICIES[c.remat], prevent_cse=False)
+        return self.norm(scan_layers(layer, x, params, layer_pattern(c), remat))
 
     def logits(
         self, tokens: Int[Array, "B L"], positions: Int[Array, "B L"], segment_ids: Int[Array, "B L"]

@@ -3,7 +3,7 @@
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -18,6 +18,51 @@ FIXED = ("model.", "data.", "train.batch_size", "train.seed")
 
 FREE = ("model.dtype", "model.remat")
 """Exceptions from FIXED: they change how the loss is computed, not its definition."""
+
+
+class SavedCheckpoint(NamedTuple):
+    """A checkpoint of a run."""
+
+    directory: Path
+    """The run directory."""
+    run: config.Config
+    step: int
+    is_explicit: bool
+    """True if the path specified the step."""
+
+    def stage(self) -> tuple[config.Config, int]:
+        """Returns the config of the checkpoint's stage, and the maximum number of tokens per row up to it."""
+        number = self.run.stage_after(self.step - 1)
+        return self.run.stage(number), max(self.run.stage(n).data.seq_len for n in range(1, number + 1))
+
+
+def locate(path: Path) -> tuple[Path, bool]:
+    """Returns the directory of the run that `path` names, and True if `path` names one of its checkpoints."""
+    is_step = path.name.isdecimal() and path.parent.name == "checkpoints"
+    return (path.parent.parent if is_step else path.parent if path.name == "checkpoints" else path), is_step
+
+
+def find_checkpoint(path: str | Path, name: str) -> SavedCheckpoint:
+    """Returns the checkpoint at `path`, or the newest one of the run directory `path`.
+
+    Raises ValueError, with a fix, if it does not exist. `name` is the option that gives the path.
+    """
+    given = Path(path).expanduser()
+    directory, is_step = locate(given)
+    if not (directory / "config.json").is_file():
+        found = sorted(file.parent for file in directory.parent.glob("*/config.json"))
+        runs = [str(run) for run in found if saved_steps(run / "checkpoints")]
+        fix = f"use one of {', '.join(runs)}" if runs else "train one with scripts/train.py"
+        raise ValueError(f"{name}: {directory} is not a run directory: config.json is missing; {fix}")
+    run = config.load(directory / "config.json")
+    steps = saved_steps(directory / "checkpoints")
+    if not steps:
+        fix = f"train it with python scripts/train.py --config {directory}/config.json"
+        raise ValueError(f"{name}: {directory} has no checkpoint; {fix}")
+    step = int(given.name) if is_step else steps[0]
+    if step not in steps:
+        raise ValueError(f"{name}: {directory} has no checkpoint {step}; use one of {', '.join(map(str, steps))}")
+    return SavedCheckpoint(directory, run, step, is_step)
 
 
 def write_description(
@@ -118,12 +163,8 @@ def _check_fixed(previous: config.Config, c: config.Config, stage: int, director
         name = changed[0]
         flags = {config.flag(each.stages, stage, name) for each in (previous, c)}
         flag = (flags - {name} or flags).pop()  # the stage's field, if either config overrides it there
-        fix = f"use --{flag} {_as_option(old[name])}, or start a new run with another --name"
+        fix = f"use --{flag} {config.as_option(old[name])}, or start a new run with another --name"
         raise ValueError(f"{flag}={new[name]!r}, but the run in {directory} has {old[name]!r}; {fix}")
-
-
-def _as_option(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _check_steps(previous: config.Config, c: config.Config, stage: int, step: int, directory: Path) -> None:

@@ -3,12 +3,16 @@
 import io
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+
+from ringattn.runs.signals import before_ending
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -76,3 +80,26 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise cannot_write(path, error.strerror or str(error)) from None
+
+
+@contextmanager
+def complete_directory(directory: Path, fix: str) -> Iterator[Path]:
+    """Yields a temporary directory, which becomes `directory` at the end of the context.
+
+    If the context raises an exception or a signal ends the script, nothing remains. `directory` must not exist or be
+    empty. An OSError in the context becomes a ValueError with `fix`.
+    """
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))
+    except OSError as error:
+        raise ValueError(f"cannot write to {directory} ({error.strerror}); {fix}") from error
+    try:
+        with before_ending(lambda: shutil.rmtree(temporary, ignore_errors=True)):
+            temporary.chmod(0o755)
+            yield temporary
+            os.rename(temporary, directory)
+    except OSError as error:
+        raise ValueError(f"cannot write to {directory} ({error.strerror}); {fix}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

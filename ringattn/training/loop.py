@@ -8,12 +8,12 @@ from pathlib import Path
 
 import jax
 
-from ringattn import config
+from ringattn import config, weights
 from ringattn.cost.flops import peak_flops, step_flops
 from ringattn.cost.minimum import check_free_memory
 from ringattn.cost.step_statistics import describe_statistics
 from ringattn.data import Splits, VideoTokenizer, prefetch, read
-from ringattn.mesh.axes import context_shards
+from ringattn.mesh.axes import abstract, context_shards
 from ringattn.mesh.devices import build_mesh, check_divisible, start
 from ringattn.mesh.processes import check_same
 from ringattn.runs.checkpoint import Checkpoints, saved_steps
@@ -55,13 +55,14 @@ def _train_claimed(c: config.Config, directory: Path) -> int:
     current = _current_stage(c, directory)
     with config.stage_errors(c.stages, current):
         start(c.stage(current).mesh)
-    splits = _checked_data(c, current)
+    origin = _origin(c)
+    splits = _checked_data(c, current, origin)
     status = None
     while status is None:
         # Each stage starts from the newest checkpoint, like a resumed run.
         current = _current_stage(c, directory)
         with config.stage_errors(c.stages, current):
-            status = _train_stage(c, current, splits, directory, launch_step)
+            status = _train_stage(c, current, splits, directory, launch_step, origin)
     return status
 
 
@@ -70,7 +71,18 @@ def _current_stage(c: config.Config, directory: Path) -> int:
     return c.stage_after(newest_step(directory))
 
 
-def _checked_data(c: config.Config, current: int) -> Splits:
+def _origin(c: config.Config) -> weights.Origin | None:
+    """Returns the checkpoint that the run starts from; None if there is none, or if the run has its own checkpoints."""
+    if c.model.weights is None or saved_steps(c.run_directory / "checkpoints"):
+        return None
+    origin = weights.find_origin(c.model.weights)
+    origin.check(c.model)
+    if jax.process_count() > 1:
+        check_same("model.weights", origin.digest())
+    return origin
+
+
+def _checked_data(c: config.Config, current: int, origin: weights.Origin | None) -> Splits:
     """Reads the dataset once. Raises ValueError if a stage >= `current` does not fit the dataset or the devices."""
     splits, tokenizer_directory = None, c.run_directory if saved_steps(c.run_directory / "checkpoints") else None
     for number in range(current, len(c.stages) + 1):
@@ -78,7 +90,7 @@ def _checked_data(c: config.Config, current: int) -> Splits:
             stage = c.stage(number)
             check_free_memory(stage, _checked_mesh(stage))
             if splits is None:
-                splits = read(stage.data, tokenizer_directory)
+                splits = read(stage.data, tokenizer_directory, None if origin is None else origin.tokenizer(stage.data))
                 display = Display(None)
                 for line in splits.notes:
                     display.print(line)
@@ -93,7 +105,9 @@ def _checked_mesh(stage: config.Config) -> jax.sharding.Mesh:
     return mesh
 
 
-def _train_stage(c: config.Config, number: int, splits: Splits, directory: Path, launch_step: int) -> int | None:
+def _train_stage(
+    c: config.Config, number: int, splits: Splits, directory: Path, launch_step: int, origin: weights.Origin | None
+) -> int | None:
     """Trains stage `number`. Returns the exit status of the process, or None if another stage follows.
 
     `launch_step` is the step at which this launch, with all its stages, started.
@@ -103,7 +117,7 @@ def _train_stage(c: config.Config, number: int, splits: Splits, directory: Path,
     with jax.set_mesh(mesh):
         run = prepare_stage(c, mesh, number, splits)
         check_same("data", repr(run.fingerprints()))
-        state, damage = _initial_or_restored(run, directory)
+        state, damage = _initial_or_restored(run, directory, origin)
         done = int(state.step)
         display = Display(run.end_step, done)
         if done < run.start_step:  # the newest checkpoint was damaged, and the restored one is from an earlier stage
@@ -138,13 +152,17 @@ def _train_stage(c: config.Config, number: int, splits: Splits, directory: Path,
         return status
 
 
-def _initial_or_restored(run: Run, directory: Path) -> tuple[TrainState, list[str]]:
+def _initial_or_restored(run: Run, directory: Path, origin: weights.Origin | None) -> tuple[TrainState, list[str]]:
     """Returns the initial or restored state, and notes, such as one for each damaged checkpoint.
 
     Raises ValueError if the data has changed.
     """
     if not saved_steps(directory / "checkpoints"):
-        return run.initial_state(), []
+        if origin is None:
+            return run.initial_state(), []
+        like = abstract(jax.eval_shape(run.initial_state).params, run.mesh)
+        with Display(None).waiting(f"reading {origin.path}"):
+            return run.initial_state(origin.read(like)), []
     notes = check_data(directory, run.fingerprints(), run.config.data.path)
     with Checkpoints(directory / "checkpoints", run.config.checkpoint.keep) as checkpoints:
         state, damage = run.restore(checkpoints)

@@ -54,7 +54,8 @@ class Run:
     """Number of updates at the end of this stage."""
     earlier_tokens: int
     """Number of tokens in earlier stages."""
-    initial_state: Callable[[], TrainState]
+    initial_state: Callable[..., TrainState]
+    """initial_state(params=None): the state before the first update, with random parameters or `params`."""
     train_step: TrainStep
     scorer: Scorer
     next_logits: NextLogits

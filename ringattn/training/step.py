@@ -40,12 +40,15 @@ class Metrics(NamedTuple):
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
-def make_initial_state(make_model: MakeModel, optimizer: optax.GradientTransformation) -> Callable[[], TrainState]:
-    """Returns a jitted function that creates the initial state, sharded: no device ever holds a whole parameter."""
+def make_initial_state(make_model: MakeModel, optimizer: optax.GradientTransformation) -> Callable[..., TrainState]:
+    """Returns a jitted initial_state(params=None), sharded: no device ever holds a whole parameter.
 
-    @jax.jit
-    def initial_state() -> TrainState:
-        _, params = nnx.split(make_model())
+    With `params`, which are donated, the state starts from them; without, from random parameters.
+    """
+
+    @partial(jax.jit, donate_argnums=0)
+    def initial_state(params: Any = None) -> TrainState:
+        params = nnx.split(make_model())[1] if params is None else params
         return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
 
     return initial_state

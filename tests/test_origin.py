@@ -1,0 +1,154 @@
+"""Training from a checkpoint: its shape and tokenizer are adopted, its parameters are the initial ones."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from test_file_tokenizer import train as make_tokenizer
+
+from ringattn import config, evaluation, weights
+from ringattn.config import Checkpoint, Config, Data, Log, Mesh, Model, Optimizer, Train, Validation
+from ringattn.runs.metrics import read_rows
+from ringattn.training import train
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory) -> Path:
+    """A directory with a run, and with its model in the format of Hugging Face."""
+    directory = tmp_path_factory.mktemp("origin")
+    make_tokenizer(["<pad>", "<|endoftext|>"]).save(str(directory / "tokenizer.json"))
+    c = Config(
+        name="first",
+        model=Model(family="qwen3", layers=1, dim=32, heads=2, kv_heads=1, head_dim=8, feed_forward=32),
+        data=Data(path=str(ROOT / "ringattn" / "attn"), tokenizer=str(directory / "tokenizer.json"), seq_len=64),
+        mesh=Mesh(context=2, data=-1),
+        optimizer=Optimizer(warmup_steps=1),
+        train=Train(steps=2),
+        validation=Validation(batches=1),
+        checkpoint=Checkpoint(every=1),
+        log=Log(every=1, directory=str(directory)),
+    )
+    assert train(c) == 0
+    weights.save(weights.load(directory / "first", c.mesh), directory / "hf")
+    return directory
+
+
+def tuned(directory: Path, name: str, path: str | Path, **model) -> Config:
+    """Returns a config with the data of the first run, which starts from the checkpoint at `path`."""
+    c = config.load(directory / "first" / "config.json")
+    return replace(
+        c, name=name, model=Model(weights=str(path), **model), data=replace(c.data, tokenizer="bytes"), resume="auto"
+    )
+
+
+def test_training_starts_from_the_parameters_and_resumes_without_the_checkpoint(directory):
+    copy = directory / "copy"
+    shutil.copytree(directory / "hf", copy)
+    given = tuned(directory, "tuned", copy, dtype="float32", remat="on")
+    c = weights.adopt(replace(given, optimizer=replace(given.optimizer, learning_rate=1e-30)))
+    assert train(c) == 0
+    before, after = (read_rows(directory / name / "metrics.jsonl") for name in ("first", "tuned"))
+    assert after[-1]["eval/loss"] == pytest.approx(before[-1]["eval/loss"], rel=1e-5)
+    assert (directory / "tuned" / "tokenizer.json").read_bytes() == (copy / "tokenizer.json").read_bytes()
+    shutil.rmtree(copy)
+    longer = replace(given, optimizer=c.optimizer, train=replace(c.train, steps=3))
+    assert weights.adopt(longer).model == c.model
+    assert train(weights.adopt(longer)) == 0
+    assert read_rows(directory / "tuned" / "metrics.jsonl")[-1]["step"] == 3
+
+
+@pytest.mark.parametrize("source", ["hf", "first"])
+def test_the_model_section_is_that_of_the_checkpoint(directory, source):
+    c = weights.adopt(tuned(directory, "new", directory / source, rope_scaling="yarn", rope_factor=4.0))
+    first = config.load(directory / "first" / "config.json").model
+    for name in ("family", "layers", "dim", "heads", "kv_heads", "head_dim", "feed_forward", "rope_theta", "tied"):
+        assert vars(c.model)[name] == vars(first)[name], name
+    assert (c.model.rope_scaling, c.model.rope_factor, c.model.rope_original) == ("yarn", 4.0, 64)
+    assert c.model.vocabulary == weights.load(directory / "hf", c.mesh).config.vocabulary
+    assert Path(c.data.tokenizer).is_file()
+
+
+@pytest.mark.parametrize(
+    ("explicit", "model", "message"),
+    [
+        ((), {"layers": 3}, r"model.layers=3, but model.weights='.*hf' has 1; use --model.layers 1, or leave out"),
+        (("model.dim",), {}, r"model.dim=256, but model.weights='.*hf' has 32; use --model.dim 32, or leave out"),
+        ((), {"family": "llama"}, None),
+        (("model.family",), {}, r"model.family='llama', but .* has 'qwen3'"),
+    ],
+)
+def test_a_contradiction_names_both_values(directory, explicit, model, message):
+    c = tuned(directory, "new", directory / "hf", **model)
+    if message is None:
+        assert weights.adopt(c, explicit).model.family == "qwen3"
+        return
+    with pytest.raises(ValueError, match=message):
+        weights.adopt(c, explicit)
+
+
+def test_another_tokenizer_is_a_contradiction(directory):
+    c = tuned(directory, "new", directory / "hf")
+    with pytest.raises(ValueError, match=r"data.tokenizer='dna', but model.weights='.*hf' has the tokenizer '.*json'"):
+        weights.adopt(replace(c, data=replace(c.data, tokenizer="dna")))
+
+
+def test_a_config_that_was_not_adopted_is_an_error(directory):
+    with pytest.raises(ValueError, match=r"model.weights='.*hf' has .*; pass adopt\(config\)"):
+        train(tuned(directory, "new", directory / "hf"))
+
+
+def test_a_missing_checkpoint_is_an_error(directory):
+    with pytest.raises(ValueError, match="nowhere does not exist; use a Hugging Face directory"):
+        weights.adopt(tuned(directory, "new", directory / "nowhere"))
+
+
+def test_weights_are_evaluated_as_the_run_that_they_come_from(directory, monkeypatch):
+    monkeypatch.chdir(directory)
+    options = {
+        "tasks": ("loss_by_kind",),
+        "lengths": (64,),
+        "samples": 4,
+        "batch_size": 4,
+        "mesh": Mesh(context=2, data=-1),
+    }
+    path = str(ROOT / "ringattn" / "attn")
+    given = config.Evaluation(model=Model(weights="hf"), path=path, **options)
+    losses = []
+    for c, where in (
+        (evaluation.adopt(given), "runs/hf"),
+        (config.Evaluation(runs=("first",), path=path, **options), "first"),
+    ):
+        assert evaluation.evaluate(c) == 0
+        rows = (directory / where / "evaluations" / "evaluation" / "cells.jsonl").read_text().splitlines()
+        losses.append([json.loads(row)["result"] for row in rows])
+    assert losses[0] == losses[1]
+
+
+def test_retrieval_uses_the_chat_template_of_the_checkpoint(directory, monkeypatch):
+    monkeypatch.chdir(directory)
+    given = config.Evaluation(
+        name="chat",
+        model=Model(weights="chat"),
+        tasks=("needle",),
+        lengths=(256,),
+        depths=(0.5,),
+        samples=4,
+        batch_size=4,
+        longer=True,
+        chat=True,
+        mesh=Mesh(context=2, data=-1),
+    )
+    shutil.copytree(directory / "hf", directory / "chat")
+    with pytest.raises(ValueError, match=r"chat=True requires .* with a chat_template.jinja.*, but chat has none; use"):
+        evaluation.evaluate(evaluation.adopt(given))
+    template = "{{ '<pad>user\n' + messages[0].content + '<pad>assistant\n' }}"
+    (directory / "chat" / "chat_template.jinja").write_text(template)
+    for c in (given, replace(given, chat=False)):
+        assert evaluation.evaluate(evaluation.adopt(c)) == 0
+    rows = (directory / "runs" / "chat" / "evaluations" / "chat" / "cells.jsonl").read_text().splitlines()
+    with_template, without = (json.loads(row)["result"] for row in rows)  # two cells, because their rows differ
+    assert with_template["nats"] != without["nats"]
