@@ -72,7 +72,6 @@ def clone(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("commands")
 @pytest.mark.parametrize("command", [words for words in COMMANDS if words[0] == "python"], ids=" ".join)
 def test_a_command_runs(command, clone):
     """Must run in order: some commands read the output of earlier ones."""

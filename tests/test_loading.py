@@ -118,11 +118,14 @@ def test_a_model_without_a_tokenizer_loads():
 
 
 LOAD = """
-import resource, sys
+import sys
+from pathlib import Path
 from ringattn import config, weights
 loaded = weights.load(sys.argv[1], config.Mesh(simulate=8))
 parameters = weights.count_parameters(loaded.params)
-print(parameters, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+# Not ru_maxrss, which counts the memory of the parent process at the fork.
+peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+print(parameters, 1024 * int(peak.split()[1]))
 """
 
 
