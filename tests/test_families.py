@@ -50,7 +50,7 @@ def gelu(x):
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the reference computes. Windows and RoPE bases: one per layer."""
+    """Settings of the reference. Windows and RoPE bases: one per layer."""
 
     windows: tuple[int | None, ...]
     thetas: tuple[float, ...]

@@ -132,7 +132,7 @@ print(parameters, 1024 * int(peak.split()[1]))
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_peak_memory_of_loading_2_gb(dtype, tmp_path):
-    """The process stays below the bytes of the parameters plus 0.5 GiB, of which JAX itself takes 0.3."""
+    """The process stays below the bytes of the parameters plus 0.5 GiB. JAX itself takes 0.3 of these."""
     c = config.Model(layers=12, dim=1536, heads=12, kv_heads=4, head_dim=128, feed_forward=6144, vocabulary=96_000)
     sizes, generator = letter_sizes(c), np.random.default_rng(0)
     shapes = {

@@ -90,7 +90,7 @@ def adopt(c: config.Evaluation, explicit: Collection[str] = ()) -> config.Evalua
 
 def find_subjects(c: config.Evaluation) -> list[Subject]:
     """Returns the checkpoints to evaluate. Raises ValueError if one does not exist, or if names are not distinct."""
-    subjects = [_run(path, c) for path in c.runs or ()]
+    subjects = [_run(run_origin(path, "runs"), c) for path in c.runs or ()]
     if c.model.weights is not None:
         subjects.append(_weights(c))
     if len({subject.name for subject in subjects}) < len(subjects):
@@ -98,9 +98,8 @@ def find_subjects(c: config.Evaluation) -> list[Subject]:
     return subjects
 
 
-def _run(path: str, c: config.Evaluation) -> Subject:
-    """Returns the checkpoint at `path`, or the newest one of the run directory `path`."""
-    origin = run_origin(path, "runs")
+def _run(origin: Origin, c: config.Evaluation) -> Subject:
+    """Returns the checkpoint of a run."""
     assert isinstance(origin.source, SavedCheckpoint)
     directory, stage = origin.source.directory, origin.source.stage()[0]
     attention = replace(stage.attention, layout=c.layout, strategy=c.strategy, kernel="auto")
@@ -114,7 +113,7 @@ def _weights(c: config.Evaluation) -> Subject:
     origin = find_origin(c.model.weights)
     origin.check(c.model)
     if isinstance(origin.source, SavedCheckpoint):
-        run = _run(c.model.weights, c)
+        run = _run(origin, c)
         return replace(run, stage=replace(run.stage, model=replace(c.model, weights=None)))
     if origin.tokenizer_name is None:
         raise ValueError(origin.no_tokenizer)

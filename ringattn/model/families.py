@@ -23,7 +23,7 @@ ACTIVATIONS: dict[str, Activation] = {"silu": jax.nn.silu, "gelu": partial(jax.n
 
 @dataclass(frozen=True)
 class Family:
-    """What a model family does differently from Llama, whose values are the defaults."""
+    """Differences of a model family from Llama. The defaults are those of Llama."""
 
     qkv_bias: bool = False
     """Queries, keys and values have a bias."""
