@@ -1,7 +1,7 @@
-"""Plans a training step: python scripts/plan.py --config configs/llama3_8b_1m.py --topology v5e:8x8 [--json FILE]
+"""Plans a step: python scripts/plan.py --config configs/llama3_8b_1m.py --topology v5e:8x8 [--json FILE]
 
-Compiles the step with the TPU compiler (pip install -e '.[tpu]'), without a TPU, and reports the memory required per
-device. The exit status is 1 if the step does not fit.
+Compiles a train step, or with --decode True a step of decoding, with the TPU compiler (pip install -e '.[tpu]'),
+without a TPU, and reports the memory required per device. The exit status is 1 if the step does not fit.
 """
 
 if __name__ == "__main__":  # first, because the imports below take seconds
@@ -10,6 +10,7 @@ if __name__ == "__main__":  # first, because the imports below take seconds
     signals.end_on_signals()
 
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -29,6 +30,8 @@ class Options(config.Options):
     """Also write the plan to this JSON file."""
     stage: int | None = None
     """Stage to plan, from 1. Required for a config with several stages."""
+    decode: bool | None = None
+    """Plan a step of decoding with a cache of data.seq_len tokens, instead of a train step. Default: False."""
 
 
 def main() -> int:
@@ -40,19 +43,17 @@ def main() -> int:
             check_writable(Path(options.json), "--json")
         if options.stage is not None and not 0 < options.stage <= len(run.stages):
             raise ValueError(f"--stage {options.stage} must be from 1 to {len(run.stages)}, the stages of {run.name}")
-        compiling = Display(None, every_process=True).waiting("compiling the train step")
-        if options.stage is None:
-            plan = planning.plan(run, options.topology, compiling)
-        else:
-            with config.stage_errors(run.stages, options.stage):
-                plan = planning.plan(run.stage(options.stage), options.topology, compiling)
+        compiling = Display(None, every_process=True).waiting("compiling the step")
+        with config.stage_errors(run.stages, options.stage) if options.stage else nullcontext():
+            c = run if options.stage is None else run.stage(options.stage)
+            plan = (planning.plan_decode if options.decode else planning.plan)(c, options.topology, compiling)
         print(*planning.report(plan), sep="\n")
         if options.json is not None:
             try:
                 write_json(Path(options.json), asdict(plan))
             except OSError as error:
                 raise ValueError(f"cannot write --json {options.json} ({error.strerror}); use another") from None
-    return int(plan.refusal is not None)
+    return int(not plan.fits)
 
 
 if __name__ == "__main__":

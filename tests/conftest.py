@@ -1,16 +1,26 @@
 """Eight simulated devices, strict promotion and type checks, all set before JAX and ringattn are imported."""
 
+import gc
 import math
 import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+gc.set_threshold(100_000, 20, 20)  # each collection visits all modules and calls back into XLA
 FORCED = "--xla_force_host_platform_device_count"
-if FORCED not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FORCED}=8".strip()
+# XLA:CPU compiles each fusion in an MLIR context of its own and generates code in parallel. For the small programs of
+# tests both take a third of the compile time. Its older emitters, which jax 0.12 no longer has, compile the same HLO.
+# Processes of tests get these flags too.
+FAST_COMPILATION = "--xla_cpu_parallel_codegen_split_count=1"
+if version("jaxlib").startswith("0.10."):
+    FAST_COMPILATION += " --xla_cpu_use_fusion_emitters=false"
+for flags in (f"{FORCED}=8", *FAST_COMPILATION.split()):
+    if flags.partition("=")[0] not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a background job of a shell, whose children inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -22,6 +32,7 @@ import hypothesis
 import jax
 import jaxtyping
 import pytest
+from compile_once import compiled_once
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -37,6 +48,19 @@ jaxtyping.install_import_hook(
 )
 
 from ringattn.mesh.topology import arrange_devices
+
+
+def pytest_collection_finish() -> None:
+    """Excludes all imported modules and collected tests from garbage collection."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def reused_programs() -> Iterator[None]:
+    """Compiles equal programs of a module's tests once."""
+    with compiled_once():
+        yield
 
 
 @pytest.fixture(scope="session")

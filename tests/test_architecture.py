@@ -35,13 +35,15 @@ ROOMS = {
     "cost": SHARED | {"attn", "data", "model"},
     "weights": SHARED | {"data", "model", "runs"},
     "training": SHARED | {"attn", "cost", "data", "model", "runs", "weights"},
-    "evaluation": SHARED | {"attn", "data", "model", "runs", "weights"},
-    "planning": SHARED | {"attn", "cost", "data", "model", "training"},
+    "generation": SHARED | {"attn", "data", "model", "runs", "weights"},
+    "evaluation": SHARED | {"attn", "data", "generation", "model", "runs", "weights"},
+    "planning": SHARED | {"attn", "cost", "data", "generation", "model", "training"},
     "benchmark": SHARED | {"attn", "cost", "data", "model", "planning", "runs"},
     "visualize": SHARED | {"attn", "cost"},
 }
 """The other rooms of ringattn/ that each room may import."""
 MANY_PARAMETERS = {"attention", "choose_strategy", "shard_attention", "flax_attention", "reference_attention"}
+MANY_PARAMETERS |= {"generate", "load", "of"}  # of Generator
 """Public functions whose options are keyword arguments."""
 FOREIGN = r"block_until_ready|block_count|set_blocking|BlockSpec|BlockSizes|block_(q|kv|k|size)\w*|(trim|lstrip)_blocks"
 """Names of other libraries that contain "block", which our own names avoid because it is ambiguous."""
@@ -162,7 +164,7 @@ def test_each_test_file_belongs_to_a_module():
         "notebooks",
         "architecture",
     }
-    across |= {"configs", "readme", "commands", "support"}
+    across |= {"configs", "readme", "commands", "support", "compile_once"}
     modules = {path.stem for path in SOURCES} | {room(path) for path in SOURCES}
     for path in (ROOT / "tests").glob("test_*.py"):
         assert path.stem.removeprefix("test_") in modules | across, name(path)

@@ -12,7 +12,7 @@ from ringattn import config
 from ringattn.data import chat, load_tokenizer
 from ringattn.data.chat import ChatTemplate, align, joined, split_special
 from ringattn.data.chat_render import render
-from ringattn.data.questions import INSTRUCTION, check_fits, question
+from ringattn.data.questions import INSTRUCTION, REQUEST, check_fits, question
 from ringattn.data.tasks import TASKS
 from ringattn.evaluation import retrieval
 from ringattn.model.scoring import Scores
@@ -204,7 +204,7 @@ def test_a_tokenizer_that_changes_text_next_to_special_tokens_is_refused(tmp_pat
         ChatTemplate(SMOLLM2, "t.jinja", {}).check(load_tokenizer("bytes"))
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", [task for task in TASKS if task != "mrcr"])
 def test_a_row_is_a_prompt_and_an_answer_of_the_requested_length(task, template, tokenizer):
     plain, row = (question(task, tokenizer, 2000, 0.3, "seed", each) for each in (None, template))
     assert row.tokens.shape == (2000,)
@@ -230,6 +230,21 @@ def test_the_prompt_of_a_row_is_that_of_its_message(template, tokenizer):
     turns, expected = (np.split(ids, np.flatnonzero(ids == 0)) for ids in (row.tokens, prompt))
     for index in (1, 3):  # of the system and of the assistant
         assert np.array_equal(turns[index][: expected[index].size], expected[index])
+
+
+@pytest.mark.parametrize("ending", ["", "<|im_end|>"])
+def test_the_assistant_answers_a_request_without_repeating_it(ending, tokenizer):
+    """Also if the prompt ends with a special token, so that the answer starts an encoded text."""
+    template = ChatTemplate(SMOLLM2 + ending, "chat_template.jinja", TOKENS)
+    row = question("mrcr", tokenizer, 2000, 0.0, "0", template)
+    prompt, answer = np.split(row.tokens, row.answer_bounds[:1])
+    assert tokenizer.decode(answer) == row.passage.answers[0]
+    before, message = tokenizer.decode(prompt).split(REQUEST, 1)
+    assert before.startswith("system\nBe helpful.\nuser\n")
+    assert message.endswith("Do not include any other text in your response.\nassistant\n")
+    assert prompt[-1] == TOKENS["<|im_end|>"] or not ending
+    expected = template.encode_prompt(tokenizer, REQUEST + message.removesuffix("\nassistant\n"))
+    assert np.array_equal(prompt[-60:], expected[-60:])
 
 
 def test_rows_that_are_too_short_for_the_prompt_are_refused(template, tokenizer):

@@ -15,14 +15,15 @@ ALL = sorted((ROOT / "configs").glob("*.py"))
 BENCHMARKS = [path for path in ALL if "scripts/benchmark.py" in path.read_text(encoding="utf-8")]
 PLANS = [path for path in ALL if "scripts/plan.py" in path.read_text(encoding="utf-8")]
 EVALUATIONS = [path for path in ALL if path.stem.startswith("eval_")]
-CONFIGS = [path for path in ALL if path not in BENCHMARKS + PLANS + EVALUATIONS]
+GENERATIONS = [path for path in ALL if "scripts/generate.py" in path.read_text(encoding="utf-8")]
+CONFIGS = [path for path in ALL if path not in BENCHMARKS + PLANS + EVALUATIONS + GENERATIONS]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_config_fits_its_mesh(path, make_mesh):
     c = config.read(path)
     for stage in map(c.stage, range(1, len(c.stages) + 1)):
-        check_divisible(stage, make_mesh(**resolve(stage.mesh, stage.mesh.simulate)))
+        check_divisible(stage, make_mesh(**resolve(stage.mesh, stage.mesh.simulate or 8)))
     assert c.name == path.stem, "configs with the same name would share a run directory"
     command = rf"\n    python scripts/train\.py --config configs/{re.escape(path.name)}( --data\.path \S+)?\n"
     assert re.search(command, path.read_text(encoding="utf-8"))
@@ -77,7 +78,7 @@ def test_an_evaluation_loads(path):
     c = config.read(path, config.Evaluation)
     assert c.name == path.stem, "configs with the same name would share a directory"
     assert f"\n    python scripts/eval.py --config configs/{path.name}\n" in path.read_text(encoding="utf-8")
-    assert {Path(run).parts[0] for run in c.runs or ()} == {"runs"}
+    assert {Path(run).parts[0] for run in c.runs or ()} <= {"runs"}
     assert {Path(run).name for run in c.runs or ()} <= {config_path.stem for config_path in CONFIGS}
 
 
@@ -95,3 +96,10 @@ def test_benchmarks_differ_in_every_field():
     subjects = [config.parse_subject(text) for c in configs for text in c.subjects]
     for field in fields(config.Subject):
         assert len({vars(subject)[field.name] for subject in subjects}) > 1, field.name
+
+
+@pytest.mark.parametrize("path", GENERATIONS, ids=lambda path: path.stem)
+def test_a_config_of_generation_has_its_command(path):
+    c = config.read(path, config.Generation)
+    assert c.run is not None
+    assert f"\n    python scripts/generate.py --config configs/{path.name} " in path.read_text(encoding="utf-8")

@@ -76,12 +76,12 @@ def test_grid(program):
     check(program, cases=5)
 
 
-SOME = frozenset({"segment_ids", "sinks"})
+SOME, POSITIONS = frozenset({"segment_ids", "sinks"}), frozenset({"positions"})
 PALLAS_GRID = [
     Program(ring=(4,), layout="zigzag", extras=SOME),
     Program(ring=(2,), layout="striped", mask=Mask(window=9), extras=ALL - {"positions", "sinks"}, soft_cap=3.0),
     Program(ring=(2,), length=62, batch=1, dims=(8, 12), mask=Mask(False, (20, 5)), others=(1, 2), explicit=False),
-    Program(strategy="gather", ring=(2,), heads=(12, 1), batch=1, layout="zigzag", extras=frozenset({"positions"})),
+    Program(strategy="gather", ring=(2,), length=32, heads=(12, 1), batch=1, layout="zigzag", extras=POSITIONS),
     Program(strategy="usp", ring=(1, 2), layout="zigzag", dims=(32, 32), dtype="bfloat16"),
 ]
 

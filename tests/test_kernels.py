@@ -153,9 +153,9 @@ def test_implied_positions(name, lengths, step, mask, capfd):
 
 def test_runs_that_a_tile_crosses_are_not_used():
     """A tile of 16 queries holds two runs of 8 that are far apart."""
-    positions = np.arange(48, dtype=np.int32).reshape(6, 8)[[0, 5, 1, 4, 2, 3]].reshape(1, -1)
-    case = *inputs(48, 48, tokens=Tokens(positions, runs=Runs(8, 1))), None
-    logit_spec = LogitSpec(Mask(window=30), 0.3)
+    positions = np.arange(32, dtype=np.int32).reshape(4, 8)[[0, 3, 1, 2]].reshape(1, -1)
+    case = *inputs(32, 32, tokens=Tokens(positions, runs=Runs(8, 1))), None
+    logit_spec = LogitSpec(Mask(window=20), 0.3)
     assert_close(run(kernel("pallas", (16, 16)), logit_spec, *case), exact(logit_spec, *case))
 
 
@@ -173,9 +173,8 @@ def test_many_heads_in_groups():
     )
     tokens = Tokens(jnp.arange(16, dtype=jnp.int32)[None])
     case = LogitSpec(Mask(), 0.3), Queries(query, tokens), KV(key, value, tokens), d_out, jnp.linspace(0, 0.2, 6)[None]
-    grouped, together = (PallasTpu((8, 8), 1, True, heads=heads) for heads in (2, 8))
+    grouped = PallasTpu((8, 8), 1, True, heads=2)
     assert_close(run(grouped, *case), [x.astype(np.float64) for x in run(Xla((8, 8)), *case)])
-    assert_close(run(together, *case), [x.astype(np.float64) for x in run(Xla((8, 8)), *case)])
 
 
 @pytest.mark.parametrize(

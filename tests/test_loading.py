@@ -32,7 +32,7 @@ def test_a_run_becomes_a_hugging_face_directory(tmp_path):
     model = config.Model(layers=2, dim=16, heads=2, kv_heads=1, head_dim=8, feed_forward=24, window=9)
     run = config.Config(
         name="small",
-        model=replace(model, weights="a model that is gone"),
+        model=replace(model, weights="a model that is gone", rope_original=64),
         data=config.Data(seq_len=96),
         log=config.Log(directory=str(tmp_path)),
     )
@@ -51,7 +51,7 @@ def test_a_run_becomes_a_hugging_face_directory(tmp_path):
         checkpoints.confirm(7)
     for path in (tmp_path / "small", tmp_path / "small" / "checkpoints" / "7"):
         found = weights.load(path, MESH)
-        assert found.config == replace(model, vocabulary=257)
+        assert found.config == replace(model, vocabulary=257, rope_original=64)
         jax.tree.map(np.testing.assert_array_equal, found.params, params)
     assert found.tokenizer.encode("\u00e9").tolist() == [0xC3, 0xA9]
     weights.save(found, tmp_path / "saved")
@@ -59,7 +59,7 @@ def test_a_run_becomes_a_hugging_face_directory(tmp_path):
     assert (written["vocab_size"], written["sliding_window"], written["max_position_embeddings"]) == (257, 10, 96)
     assert written["eos_token_id"] == 256
     again = weights.load(tmp_path / "saved", MESH)
-    assert again.config == replace(found.config, family="mistral", pattern=("window",))
+    assert again.config == replace(found.config, family="mistral", pattern=("window",), rope_original=8192)
     rows = {"embedding": 257}  # padding rows of the vocabulary are not stored
     for path, leaf in jax.tree_util.tree_leaves_with_path(jax.device_get(again.params)):
         name = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
@@ -84,9 +84,10 @@ def test_a_model_becomes_a_run(tmp_path):
     assert again.config == loaded.config
     jax.tree.map(np.testing.assert_array_equal, again.params, loaded.params)
     weights.save(again, tmp_path / "saved")
-    assert json.loads((tmp_path / "saved" / "config.json").read_text())["eos_token_id"] == 0
-    settings = json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())
-    assert (settings["tokenizer_class"], settings["eos_token"]) == ("PreTrainedTokenizerFast", "<|endoftext|>")
+    written = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert written["eos_token_id"] == loaded.details.token_ids["eos_token_id"] != subject.tokenizer.boundary
+    settings = (tmp_path / "saved" / "tokenizer_config.json").read_bytes()
+    assert settings == loaded.details.files["tokenizer_config.json"]
 
 
 def test_shards_of_other_processes_are_an_error(tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from conftest import FAST_COMPILATION
 
 from ringattn import config
 from ringattn.mesh.axes import AXES, TOKENS, place
@@ -27,7 +28,7 @@ with config.reported_errors():
 def start_in_process(section: str, setup: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
     """Runs `setup` and then `start` in a new process without the XLA_FLAGS of this one."""
     environ = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_PLATFORMS")}
-    environ |= {"PYTHONPATH": str(ROOT), **variables}
+    environ |= {"PYTHONPATH": str(ROOT), "XLA_FLAGS": FAST_COMPILATION, **variables}
     command = [sys.executable, "-c", setup + START.format(section)]
     return subprocess.run(command, capture_output=True, text=True, env=environ, timeout=120)
 

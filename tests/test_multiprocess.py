@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import FAST_COMPILATION
 
 from ringattn.runs.lock import locked
 
@@ -26,7 +27,7 @@ def command(directory, *flags):
 
 def environ():
     kept = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_PLATFORMS")}
-    return kept | {"PYTHONPATH": str(ROOT)}
+    return kept | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": FAST_COMPILATION}
 
 
 def run_processes(*commands, directories=(None, None)):

@@ -10,6 +10,7 @@ from types import ModuleType
 import nbclient
 import nbformat
 import pytest
+from conftest import FAST_COMPILATION
 from test_readme import READMES
 
 ROOT = Path(__file__).parents[1]
@@ -51,12 +52,14 @@ def kinds(cell: nbformat.NotebookNode) -> set[str]:
     "path", [pytest.param(path, marks=[pytest.mark.slow] * (path.stem in LONG), id=path.stem) for path in NOTEBOOKS]
 )
 def test_notebook_runs(path, tmp_path, monkeypatch):
-    """In a separate process, without environment variables for JAX."""
+    """In a separate process, without environment variables for JAX but those that shorten compilation."""
     notebook = read(path)
     for cell in code(notebook):
         cell.outputs = []
     for name in ("XLA_FLAGS", "JAX_PLATFORMS", *["JAX_DISABLE_MOST_OPTIMIZATIONS"] * (path.stem in LONG)):
         monkeypatch.delenv(name, raising=False)
+    if path.stem not in LONG:
+        monkeypatch.setenv("XLA_FLAGS", FAST_COMPILATION)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
     where = {"metadata": {"path": str(tmp_path)}}

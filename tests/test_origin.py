@@ -152,3 +152,71 @@ def test_retrieval_uses_the_chat_template_of_the_checkpoint(directory, monkeypat
     rows = (directory / "runs" / "chat" / "evaluations" / "chat" / "cells.jsonl").read_text().splitlines()
     with_template, without = (json.loads(row)["result"] for row in rows)  # two cells, because their rows differ
     assert with_template["nats"] != without["nats"]
+
+
+def test_a_run_stores_the_chat_template_that_it_starts_with(directory, monkeypatch):
+    monkeypatch.chdir(directory)
+    instruct = directory / "instruct"
+    shutil.copytree(directory / "hf", instruct)
+    template = "{{ bos_token }}{{ '<pad>user\n' + messages[0].content + '<pad>assistant\n' }}"
+    settings = json.dumps({"bos_token": "<pad>", "eos_token": "<pad>", "chat_template": "of another file"}).encode()
+    stored = {
+        "chat_template.jinja": template.encode(),
+        "tokenizer_config.json": settings,
+        "generation_config.json": b'{"eos_token_id": [0, 1]}',
+    }
+    for name, content in stored.items():
+        (instruct / name).write_bytes(content)
+    expected = weights.find_origin("instruct").chat_template
+    assert expected is not None
+    assert train(weights.adopt(tuned(directory, "from_instruct", "instruct"))) == 0
+    c = tuned(directory, "from_run", "from_instruct")
+    assert train(weights.adopt(replace(c, data=replace(c.data, seq_len=32)))) == 0
+    # Training in shorter rows does not shorten the context.
+    assert weights.find_origin("from_run").context == 64
+    weights.save_run(weights.load("instruct", Mesh(context=2, data=-1)), "converted")
+    shutil.rmtree(instruct)
+    for run in ("from_instruct", "from_run", "converted"):
+        found = weights.find_origin(run).chat_template
+        assert found == replace(expected, source=str(Path(run) / "chat_template.jinja")), run
+        weights.save(weights.load(run, Mesh(context=2, data=-1)), f"hf_{run}")
+        assert {name: (directory / f"hf_{run}" / name).read_bytes() for name in stored} == stored, run
+        content = json.loads((directory / f"hf_{run}" / "config.json").read_bytes())
+        assert (content["bos_token_id"], content["eos_token_id"], content["max_position_embeddings"]) == (0, 0, 64), run
+    c = config.Evaluation(
+        runs=("from_run",),
+        tasks=("needle",),
+        lengths=(256,),
+        depths=(0.5,),
+        samples=4,
+        batch_size=4,
+        longer=True,
+        chat=True,
+        mesh=Mesh(context=2, data=-1),
+    )
+    assert evaluation.evaluate(c) == 0
+
+
+def test_weights_are_compared_with_a_run_on_its_held_out_text(directory, monkeypatch):
+    monkeypatch.chdir(directory)
+    c = config.Evaluation(
+        name="both",
+        runs=("first",),
+        model=Model(weights="hf"),
+        tasks=("loss_by_position",),
+        lengths=(64,),
+        samples=4,
+        batch_size=4,
+        mesh=Mesh(context=2, data=-1),
+    )
+    assert evaluation.evaluate(evaluation.adopt(c, ("runs",))) == 0
+    run, checkpoint = json.loads((directory / "first/evaluations/both/comparison/results.json").read_bytes())["results"]
+    assert run | {"run": ""} == checkpoint | {"run": ""}
+    path = directory / "other"
+    shutil.copytree(directory / "hf", path)
+    content = json.loads((path / "tokenizer.json").read_bytes())
+    (path / "tokenizer.json").write_text(json.dumps(content | {"truncation": None}, indent=1))
+    with pytest.raises(
+        ValueError, match=r"other has another tokenizer than first, so .*; choose a text .* with --path"
+    ):
+        evaluation.evaluate(evaluation.adopt(replace(c, model=Model(weights="other")), ("runs",)))

@@ -61,6 +61,22 @@ def test_memory_with_a_large_vocabulary_and_a_long_row():
         assert minimum_memory(c, ring_mesh(1).shape).total < memory.total
 
 
+def test_a_plan_of_decoding_counts_cache_and_parameters():
+    mesh, train = config.Mesh(data=2, context=4), config.Train(batch_size=2)
+    c = replace(SMALL, mesh=mesh, train=train, data=config.Data(seq_len=4096))
+    plan = planning.plan_decode(c, "cpu:8")
+    layers, kv_heads, head_dim = c.model.layers, c.model.kv_heads, c.model.head_dim
+    keys_and_values = 2 * 2 * layers * kv_heads * head_dim * 4096 // 4  # bfloat16; one row per data shard
+    assert plan.cache_bytes == keys_and_values + 2 * 4  # the length of the row, and the offset
+    assert plan.parameter_bytes == planning.plan(c, "cpu:8").gradient_bytes
+    assert set(plan.sent) <= {"all-reduce", "all-gather"}
+    text = "\n".join(planning.report(plan))
+    assert "a step of decoding with a cache of 4,096 tokens" in text
+    assert text.endswith("it fits")
+    with pytest.raises(ValueError, match="vocabulary=None must be"):
+        planning.plan_decode(replace(c, model=replace(c.model, vocabulary=None)), "cpu:8")
+
+
 def test_a_plan_counts_what_each_device_holds():
     c = replace(SMALL, mesh=config.Mesh(data=2, context=4), train=config.Train(batch_size=2))
     plan = planning.plan(c, "cpu:8")

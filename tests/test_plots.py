@@ -5,7 +5,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from ringattn import palette
-from ringattn.evaluation.plots import by_kind, exact_match
+from ringattn.evaluation.plots import by_kind, by_position, exact_match
 from ringattn.training.plots import plot_loss, running_mean
 
 
@@ -140,3 +140,16 @@ def test_plots_of_evaluations_have_a_title_a_grid_and_the_names_of_runs(plot, ti
     assert all(line.get_visible() for line in two.get_ygridlines())
     colours = [to_hex(part.get_facecolor()) for part in two.patches] or [two.lines[0].get_color()]
     assert set(colours) <= {colour.lower() for colour in palette.COLOURS} | set(palette.COLOURS)
+
+
+def test_two_runs_of_one_length_have_colours_of_their_own_and_the_first_tokens_do_not_scale_the_axis():
+    ranges = [(0, 127, 20.0), (128, 511, 2.0), (512, 1023, 1.0)]
+    parts = [{"first": first, "last": last, "loss": loss, "error": 0.1} for first, last, loss in ranges]
+    result = {"task": "loss_by_position", "depth": None, "length": 1024, "loss": 1.0, "by_position": parts}
+    (axes,) = by_position({"before": [result], "after": [result]}).axes
+    assert [line.get_color() for line in axes.lines] == list(palette.COLOURS[:2])
+    assert axes.get_ylim() == (0, pytest.approx(2.6))
+    (axes,) = by_position({"before": [result, result | {"length": 2048}]}).axes
+    assert [line.get_color() for line in axes.lines] == list(palette.COLOURS[:2])
+    (axes,) = by_position({"short": [result | {"length": 128, "by_position": parts[:1]}]}).axes
+    assert axes.get_ylim()[1] > 20

@@ -10,12 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import FAST_COMPILATION
 
 from ringattn import config
 
 ROOT = Path(__file__).parents[1]
 FRONT, CONTRIBUTING = ROOT / "README.md", ROOT / "CONTRIBUTING.md"
-ROOMS = ("training", "data", "evaluation", "weights", "planning", "benchmark", "visualize", "attn")
+ROOMS = ("training", "data", "evaluation", "weights", "generation", "planning", "benchmark", "visualize", "attn")
 """In the order in which their commands must run: evaluation reads the runs of training and data."""
 READMES = [FRONT, *(ROOT / "ringattn" / room / "README.md" for room in ROOMS)]
 FRONT_LINES = 220
@@ -73,8 +74,7 @@ def parse_as(script: str, flags: list[str]) -> None:
 
 def run_python(code: str, directory: Path) -> str:
     """Runs code in a separate process with warnings as errors; returns its output."""
-    environ = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    environ |= {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    environ = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": FAST_COMPILATION}
     command = [sys.executable, "-W", "error", "-c", code]
     done = subprocess.run(command, env=environ, cwd=directory, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import FAST_COMPILATION
 
 from ringattn.runs.metrics import read_rows
 
@@ -51,7 +52,7 @@ def start(tmp_path):
     """start(name): a process of scripts/train.py."""
     for name, text in (("tiny", CONFIG), ("staged", STAGED)):
         (tmp_path / f"{name}.py").write_text(text.format(text=str(ROOT / "ringattn"), runs=str(tmp_path / "runs")))
-    environ = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {"PYTHONPATH": str(ROOT)}
+    environ = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": FAST_COMPILATION}
 
     def start(name: str) -> subprocess.Popen[str]:
         path = tmp_path / "staged.py"

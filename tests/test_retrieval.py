@@ -5,6 +5,7 @@ import pytest
 
 from ringattn import config
 from ringattn.data import Question, load_tokenizer, question
+from ringattn.data.tasks import Passage
 from ringattn.data.text_bytes import NO_CORRECTIONS
 from ringattn.evaluation import retrieval
 from ringattn.model.scoring import Scores
@@ -53,7 +54,7 @@ def test_exact_match_needs_every_token_of_the_answer():
 )
 def test_wilson_interval(right, count, low, high, monkeypatch):
     """Values of Wilson 1927 (doi:10.2307/2276774)."""
-    sample = Question(np.arange(4, dtype=np.int32), (2, 4), NO_CORRECTIONS)
+    sample = Question(np.arange(4, dtype=np.int32), (2, 4), NO_CORRECTIONS, Passage("", "", ("",)))
     monkeypatch.setattr(retrieval, "question", lambda *_: sample)
     remaining = iter([True] * right + [False] * (count - right))
 

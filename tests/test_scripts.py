@@ -1,5 +1,6 @@
 """Runs the scripts as a user does. Invalid input gives a one-line error message with a fix."""
 
+import importlib.util
 import json
 import os
 import re
@@ -11,27 +12,51 @@ from dataclasses import is_dataclass
 from pathlib import Path
 
 import pytest
+from conftest import FAST_COMPILATION
 from gguf_models import write_gguf
 
-from ringattn.config import Benchmark, Config, Evaluation
+from ringattn.config import Benchmark, Config, Evaluation, Generation
 
 ROOT = Path(__file__).parents[1]
 
 
 def run(*words: str, script: str = "train.py") -> subprocess.CompletedProcess[str]:
-    environ = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {"PYTHONPATH": str(ROOT)}
+    environ = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": FAST_COMPILATION}
     command = [sys.executable, str(ROOT / "scripts" / script), *words]
     return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120)
 
 
 def error_of(*words: str, script: str = "train.py") -> str:
+    """Returns the error message of a script, after the checks of `error_in`."""
+    return error_in(run(*words, script=script))
+
+
+def error_in(done: subprocess.CompletedProcess[str]) -> str:
     """Returns the error message, after checking that it is one line without traceback, with status 2."""
-    done = run(*words, script=script)
     assert done.returncode == 2, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     assert done.stderr.startswith("error: ")
     assert len(done.stderr.strip().splitlines()) == 1
     return done.stderr
+
+
+@pytest.fixture
+def run_here(monkeypatch, capsys):
+    """run_here(script, *words): status and output of a script's main in this process, which saves the imports."""
+
+    def run(script: str, *words: str) -> subprocess.CompletedProcess[str]:
+        spec = importlib.util.spec_from_file_location(script.removesuffix(".py"), ROOT / "scripts" / script)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, spec.name, module)
+        monkeypatch.setattr(sys, "argv", [script, *words])
+        spec.loader.exec_module(module)
+        with pytest.raises(SystemExit) as end:
+            module.main()
+        return subprocess.CompletedProcess(words, int(end.value.code or 0), *capsys.readouterr())
+
+    return run
 
 
 QUICKSTART = ("--config", str(ROOT / "configs" / "quickstart.py"))
@@ -75,7 +100,8 @@ SCRIPT_OPTIONS = {
     "train.py": {"--config"},
     "eval.py": {"--config"},
     "benchmark.py": {"--config"},
-    "plan.py": {"--config", "--topology", "--json", "--stage"},
+    "generate.py": {"--config", "--json"},
+    "plan.py": {"--config", "--topology", "--json", "--stage", "--decode"},
     "prepare.py": {"--config", "--output"},
     "convert.py": {"--to"},
 }
@@ -103,7 +129,9 @@ def options_of(values: object, prefix: str = "--") -> set[str]:
 def test_help_lists_the_options_of_the_script_and_no_others(script):
     done = run("--help", script=script)
     assert done.returncode == 0
-    expected = options_of({"eval.py": Evaluation, "benchmark.py": Benchmark}.get(script, Config)())
+    expected = options_of(
+        {"eval.py": Evaluation, "benchmark.py": Benchmark, "generate.py": Generation}.get(script, Config)()
+    )
     if script in SECTIONS:
         expected = {option for option in expected if option.split(".")[0].removeprefix("--") in SECTIONS[script]}
     listed = re.findall(r"^[│|] (?:-h, )?(--\S+)", done.stdout, re.M)
@@ -124,8 +152,8 @@ def test_help_lists_the_options_of_the_script_and_no_others(script):
         ("train.py", ("--topology", "v5e:8x8"), "unknown '--topology'"),
     ],
 )
-def test_options_of_other_scripts_are_errors(script, words, message):
-    assert message in error_of(*QUICKSTART, *words, script=script)
+def test_options_of_other_scripts_are_errors(run_here, script, words, message):
+    assert message in error_in(run_here(script, *QUICKSTART, *words))
 
 
 @pytest.mark.parametrize(

@@ -10,14 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from conftest import FAST_COMPILATION
 
 from ringattn.runs import signals
 from ringattn.runs.signals import before_ending, stopped_by_signal
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "scripts"
-ENVIRON = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "PYTHONUNBUFFERED")}
-ENVIRON |= {"PYTHONPATH": str(ROOT)}
+ENVIRON = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+ENVIRON |= {"PYTHONPATH": str(ROOT), "XLA_FLAGS": FAST_COMPILATION}
 SCRIPT = f"""
 import gc, hashlib, os, signal, sys, threading
 sys.path.insert(0, {str(SCRIPTS)!r})

@@ -51,7 +51,7 @@ def test_a_row_has_its_length_with_any_tokenizer(task, length, tokenizer):
 
 
 def test_the_answer_occurs_in_the_text_with_any_tokenizer(tokenizer):
-    for task in TASKS:
+    for task in set(TASKS) - {"mrcr"}:  # whose answer has a prefix
         row = question(task, tokenizer, 2000, 0.3, "seed")
         answer = tokenizer.decode(row.tokens[row.answer_bounds[0] :])
         text = tokenizer.decode(row.tokens)
@@ -129,6 +129,17 @@ def test_lines_contain_each_register_once():
     registers = re.findall(r"line ([\w-]+): REGISTER_CONTENT is (<\d+>)", text)
     assert len(dict(registers)) == len(registers) > 40
     assert dict(registers)[asked] == answer
+
+
+@pytest.mark.parametrize("seed", "01234567")
+def test_mrcr_asks_for_one_of_four_equal_requests(seed):
+    text, (answer,) = text_and_answers("mrcr", seed=seed)
+    (asked,) = re.findall(r"User: Prepend (.*)\nAssistant:$", text)
+    ((prefix, number, request),) = re.findall(r"^(\w{10}) to the (\d)\w\w \(1 indexed\) (.*)\. Do not", asked)
+    turns = re.findall(r"User: Write a (.*)\.\nAssistant: (.*)", text)
+    responses = [response for each, response in turns if each == request]
+    assert len(responses) == 4 < len(turns)
+    assert answer == prefix + responses[int(number) - 1]
 
 
 @pytest.mark.parametrize("seed", "01234567")

@@ -257,7 +257,7 @@ def test_a_rematerialized_layer_saves_only_its_input_and_the_result_of_attention
     [
         (12, {"dtype": "float32"}),
         (12, {"dtype": "bfloat16"}),
-        (13, {"window": 3, "pattern": ("window", "window", "full")}),
+        (13, {"window": 3, "pattern": ("window", "full")}),
         pytest.param(25, {"window": 3, "pattern": ("window", "window", "full")}, marks=pytest.mark.slow),
     ],
     ids=str,

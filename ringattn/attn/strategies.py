@@ -3,10 +3,11 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any, TypeVar
 
 import jax
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from ringattn.attn.auto import strategy_for
 from ringattn.attn.gather import Gather
@@ -18,8 +19,9 @@ from ringattn.attn.ring import Ring
 from ringattn.attn.settings import Axis, Settings
 from ringattn.attn.ulysses import exchange
 
-Attend = Callable[[Inputs], Float[Array, "B L H Dv"]]
-AttendWith = Callable[[Kernel, Inputs], Float[Array, "B L H Dv"]]
+Result = TypeVar("Result")
+Attend = Callable[[Inputs], Result]
+AttendWith = Callable[[Kernel, Inputs], Result]
 """Attention by a kernel, or by a strategy that is one."""
 
 
@@ -37,29 +39,32 @@ class Strategies:
     axis: Axis
     implied: ImpliedPositions | None
 
-    def choose(self, attend: AttendWith, inputs: Inputs) -> Attend:
+    def choose(self, attend: AttendWith[Result], inputs: Inputs) -> Attend[Result]:
         """Returns `attend` with the strategy and the kernel that the settings name, or that "auto" picks."""
-        device_kind = (jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]).device_kind
-        strategy, kernel = self.settings.strategy, self.settings.kernel
+        strategy = self.settings.strategy
         if strategy == "auto":
-            strategy = self._auto(inputs, device_kind)
+            strategy = self._auto(inputs, device_kind())
+        return self._strategy(strategy, self.kernel(inputs), attend)
+
+    def kernel(self, inputs: Inputs) -> Kernel:
+        """Returns the kernel that the settings name, or that "auto" picks."""
         (*_, heads, _), (*_, kv_heads, head_dim) = inputs.query.shape, inputs.key.shape
         head_dim = max(head_dim, inputs.value.shape[3])
         shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "dtype": inputs.query.dtype}
-        return self._strategy(strategy, choose_kernel(kernel, **shape, device_kind=device_kind).kernel, attend)
+        return choose_kernel(self.settings.kernel, **shape, device_kind=device_kind()).kernel
 
-    def _auto(self, inputs: Inputs, device_kind: str) -> str:
+    def _auto(self, inputs: Inputs, device: str) -> str:
         mask, axis = self.settings.mask, self.axis
         mask = replace(mask, causal=mask.causal and inputs.q_tokens.spans is None)  # a span can reach later keys
         layout = None if self.implied is None else self.settings.layout
         sizes = lax.axis_size(axis) if isinstance(axis, str) else (lax.axis_size(axis[0]), lax.axis_size(axis[1]))
-        return strategy_for(inputs.query, inputs.key, mask, layout, sizes, device_kind)
+        return strategy_for(inputs.query, inputs.key, mask, layout, sizes, device)
 
-    def _strategy(self, strategy: str, kernel: Kernel, attend: AttendWith) -> Attend:
+    def _strategy(self, strategy: str, kernel: Kernel, attend: AttendWith[Any]) -> Attend[Any]:
         """Returns attention by `strategy` ("auto" resolved)."""
         axis, implied, reduce_dtype = self.axis, self.implied, self.settings.reduce_dtype
 
-        def exchange_over(exchange_axis: Axis, first_shard: int | Int[Array, ""], local_kernel: Kernel) -> Attend:
+        def exchange_over(exchange_axis: Axis, first_shard: int | Int[Array, ""], local_kernel: Kernel) -> Attend[Any]:
             count, tokens = lax.axis_size(exchange_axis), None
             if implied is not None:
                 tokens = implied.local_tokens(first_shard, count)
@@ -80,6 +85,11 @@ class Strategies:
         # A shard on the inner ring can come from any member of the outer ring, so its positions must be sent.
         inner_ring = Ring(inner, kernel, None, reduce_dtype=reduce_dtype)
         return partial(attend, Ring(outer, inner_ring, implied, inner, reduce_dtype))
+
+
+def device_kind() -> str:
+    """Returns the kind of the devices of the mesh."""
+    return (jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]).device_kind
 
 
 def drop_unit_axes(axes: tuple[str, ...]) -> Axis:

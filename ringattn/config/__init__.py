@@ -5,6 +5,7 @@ from ringattn.config.checks import as_option, nearest_multiples, option
 from ringattn.config.command_line import Options, parse, parse_with, parse_words, reported_errors
 from ringattn.config.evaluation import Evaluation
 from ringattn.config.files import load, read, summary, to_json
+from ringattn.config.generation import Generation
 from ringattn.config.sections import (
     Attention,
     Checkpoint,
@@ -18,9 +19,10 @@ from ringattn.config.sections import (
     Validation,
 )
 from ringattn.config.stages import Stage, flag, stage_errors
-from ringattn.config.tasks import LOSSES, RETRIEVAL, TASK
+from ringattn.config.tasks import GENERATED, LOSSES, RETRIEVAL, TASK
 
 __all__ = [
+    "GENERATED",
     "LOSSES",
     "RETRIEVAL",
     "TASK",
@@ -30,6 +32,7 @@ __all__ = [
     "Config",
     "Data",
     "Evaluation",
+    "Generation",
     "Log",
     "Mesh",
     "Model",

@@ -11,5 +11,17 @@ RopeScaling = Literal["none", "linear", "ntk", "yarn", "llama3"]
 Dtype = Literal["float32", "bfloat16"]
 Remat = Literal["off", "on", "offload"]
 Resume = Literal["never", "auto", "must"]
+Scoring = Literal["logits", "generation"]
 
-__all__ = ["Dtype", "FamilyName", "KernelName", "LayerKind", "Layout", "Remat", "Resume", "RopeScaling", "Strategy"]
+__all__ = [
+    "Dtype",
+    "FamilyName",
+    "KernelName",
+    "LayerKind",
+    "Layout",
+    "Remat",
+    "Resume",
+    "RopeScaling",
+    "Scoring",
+    "Strategy",
+]

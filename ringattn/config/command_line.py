@@ -81,12 +81,16 @@ def parse_with(
     kind: type[Kind] = Config,
     sections: Collection[str] | None = None,
     adopt: Adopt[Kind] = lambda c, given: c,
+    required: bool = True,
 ) -> tuple[ScriptOptions, Kind]:
-    """Returns the script options and the config; see `parse`. Only `sections` of the config become options."""
+    """Returns the script options and the config; see `parse`. Only `sections` of the config become options.
+
+    Unless `required`, a command line without --config starts from the default config.
+    """
     with reported_errors():
         values, rest = _Parser(Options()).parse(argv, add_help=False)
         path = values.get("config")
-        if path is None and not {"-h", "--help"} & set(argv):
+        if path is None and required and not {"-h", "--help"} & set(argv):
             misspelt = [word for word in rest if difflib.get_close_matches(word.partition("=")[0], ["--config"])]
             if misspelt:
                 raise ValueError(unknown(misspelt[0].partition("=")[0], ["--config"]))

@@ -11,10 +11,10 @@ from ringattn.config.checks import (
     section,
     unknown,
 )
-from ringattn.config.choices import Layout, Strategy
+from ringattn.config.choices import Layout, Scoring, Strategy
 from ringattn.config.model import Model
 from ringattn.config.sections import Mesh
-from ringattn.config.tasks import LOSSES, RETRIEVAL
+from ringattn.config.tasks import GENERATED, LOSSES, RETRIEVAL
 
 
 @section()
@@ -27,7 +27,7 @@ class Evaluation:
     tasks: tuple[str, ...] = ("loss_by_position", "loss_by_context")
     """Tasks to run. loss_by_position: loss by position in the row; loss_by_context: loss of the same tokens by context
     length; loss_by_kind: loss by kind of document, such as .py. Retrieval tasks: passkey, needle, multi_key,
-    multi_value, multi_query, variables, common_words, frequent_words, lines, where_person, where_thing."""
+    multi_value, multi_query, variables, common_words, frequent_words, lines, where_person, where_thing, mrcr."""
     lengths: tuple[int, ...] = (256, 512, 1024, 2048)
     """Row lengths in tokens. Each task runs at each length."""
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -36,6 +36,10 @@ class Evaluation:
     """Number of rows per task, length and depth; fewer if the text is too short."""
     batch_size: int = 8
     """Global batch size: rows per batch."""
+    scoring: Scoring = "logits"
+    """Scoring of retrieval tasks. logits: exact match, if each token of the answer is the most likely one; generation:
+    the model generates its answer, which is scored as published by RULER or MRCR. Layout and strategy have no effect on
+    generation. mrcr requires generation."""
     chat: bool = False
     """Ask retrieval tasks as a user, in the chat template of an instruct model. Losses do not use the template."""
     longer: bool = False
@@ -61,6 +65,7 @@ class Evaluation:
                 valid = ", ".join(LOSSES + RETRIEVAL)
                 raise ValueError(f"tasks: {unknown(task, LOSSES + RETRIEVAL)} (valid: {valid})")
         check_distinct(self, "tasks", "lengths", "depths")
+        self._check_scoring()
         if self.runs is not None:
             check_distinct(self, "runs")
         if self.model.weights is None:
@@ -74,3 +79,12 @@ class Evaluation:
         at_least(1, self, "samples", "batch_size", at_most=10**6)  # a list of all samples is kept in memory
         at_least(0, self, "seed")
         require(self.path != "", self, "path", "a file, a directory, a glob or 'stdlib', or None")
+
+    def _check_scoring(self) -> None:
+        """Raises ValueError if `scoring` does not fit the tasks."""
+        generated = [task for task in self.tasks if task in GENERATED]
+        if self.scoring == "logits" and generated:
+            raise ValueError(f"tasks: {generated[0]} is scored on generated answers; use --scoring generation")
+        if self.scoring == "generation" and not set(self.tasks) & set(RETRIEVAL):
+            rule = "requires a retrieval task, such as needle, because losses are computed from logits"
+            raise ValueError(f"scoring='generation' {rule}; add one to --tasks, or use --scoring logits")

@@ -12,14 +12,16 @@ from typing import Any, TypeVar
 from ringattn.config.benchmark import Benchmark
 from ringattn.config.checks import renamed, unknown
 from ringattn.config.evaluation import Evaluation
+from ringattn.config.generation import Generation
 from ringattn.config.sections import Config
 from ringattn.config.stages import Stage
 
-Kind = TypeVar("Kind", Config, Benchmark, Evaluation)
+Kind = TypeVar("Kind", Config, Benchmark, Evaluation, Generation)
 SCRIPTS: dict[type, tuple[str, str]] = {
     Config: ("scripts/train.py", "configs/quickstart.py"),
     Benchmark: ("scripts/benchmark.py", "configs/benchmark.py"),
     Evaluation: ("scripts/eval.py", "configs/eval_needle.py"),
+    Generation: ("scripts/generate.py", "configs/generate.py"),
 }
 """For each kind of config, a script that takes it and an example file."""
 

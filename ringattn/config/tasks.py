@@ -16,7 +16,10 @@ RETRIEVAL = (
     "lines",
     "where_person",
     "where_thing",
+    "mrcr",
 )
+GENERATED = ("mrcr",)
+"""Retrieval tasks that are scored on generated answers only: their score is not exact match."""
 TASK = "task:"
 """Prefix of a data.path that names a retrieval task instead of a file."""
 

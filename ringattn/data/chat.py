@@ -26,6 +26,8 @@ MAX_PROMPT = 2**16
 CPU_SECONDS, MEMORY, WALL_SECONDS = 5, 2**30, 120
 """Limits of the process that renders a template. Time on the clock is generous for busy machines."""
 _MESSAGE = "0b6e1f3d9a27-the-message-of-the-user-4c85d2e7a910"
+_ANSWER = "5d20c7e4b1f8-the-answer-of-the-model-93e1a6f07c2b"
+_FIRST = "e8f19b3c6a04-an-earlier-message-7b52d0c9e1f6"
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,17 @@ class ChatTemplate:
         """Returns the ids [tokens] of the prompt. It has no other BOS than the template's own. Raises ValueError."""
         return align(tokenizer, self.around(message)).ids
 
+    def encode_turn(self, tokenizer: Tokenizer, message: str, last: int) -> np.ndarray:
+        """Returns the ids [tokens] of a later turn: what follows an answer, `message`, and the next answer's beginning.
+
+        `last` is the last token of the answer. If it is the token with which the template ends a turn, that is not
+        repeated. Raises ValueError: see `frame`.
+        """
+        self.frame(message)
+        between, after = self._turn_frame
+        parts = joined([*between, message, *after])
+        return align(tokenizer, parts[1:] if parts[0] == last else parts).ids
+
     def check(self, tokenizer: Tokenizer) -> None:
         """Raises ValueError if the template cannot be used, or if `encode_prompt` differs from transformers."""
         sample = "What is the answer to 1 + 1?"
@@ -85,15 +98,29 @@ class ChatTemplate:
     @cached_property
     def _frame(self) -> tuple[list[Part], list[Part]]:
         """The parts before and after the message."""
-        text = self._render()
-        pieces = text.split(_MESSAGE)
-        if len(pieces) != 2:
-            problem = f"contains the message of the user {len(pieces) - 1} times, not once"
-            raise self._error(problem)
+        before, after = self._pieces([_MESSAGE])
+        return before, after
+
+    @cached_property
+    def _turn_frame(self) -> tuple[list[Part], list[Part]]:
+        """The parts between an answer and the next message, and after that."""
+        _, _, between, after = self._pieces([_FIRST, _ANSWER, _MESSAGE])
+        return between, after
+
+    def _pieces(self, contents: Sequence[str]) -> list[list[Part]]:
+        """Returns the parts around the contents of a conversation, which the user begins."""
+        text = rest = self._render(contents)
+        found = []
+        for content in contents:
+            if text.count(content) != 1:
+                raise self._error(f"contains the message of the user {text.count(content)} times, not once")
+            if content not in rest:
+                raise self._error("changes the order of the messages")
+            piece, rest = rest.split(content)
+            found.append(piece)
         if len(text) > MAX_PROMPT:
             raise self._error(f"adds {len(text):,} characters to the message, more than {MAX_PROMPT:,}")
-        before, after = (split_special(piece, self.tokens) for piece in pieces)
-        return before, after
+        return [split_special(piece, self.tokens) for piece in (*found, rest)]
 
     @cached_property
     def _turns(self) -> list[str]:
@@ -101,11 +128,13 @@ class ChatTemplate:
         texts = [part for parts in self._frame for part in parts if isinstance(part, str)]
         return [name for name in self.plain_tokens if any(name in text for text in texts)]
 
-    def _render(self) -> str:
-        """Returns the prompt for the message _MESSAGE, rendered in a process of its own."""
+    def _render(self, contents: Sequence[str]) -> str:
+        """Returns the prompt for a conversation, rendered in a process of its own."""
         # Without thinking, the answer follows the prompt directly.
         variables = {"add_generation_prompt": True, "tools": None, "documents": None, "enable_thinking": False}
-        variables |= {"messages": [{"role": "user", "content": _MESSAGE}], **(self.variables or {})}
+        roles = ("user", "assistant")
+        messages = [{"role": roles[turn % 2], "content": content} for turn, content in enumerate(contents)]
+        variables |= {"messages": messages, **(self.variables or {})}
         request = {"template": self.template, "variables": variables, "limits": [CPU_SECONDS, MEMORY]}
         program = [sys.executable, "-P", str(Path(__file__).with_name("chat_render.py"))]
         try:

@@ -20,6 +20,8 @@ INSTRUCTION = "Read the following text, then complete its last sentence.\n\n"
 The assistant's turn repeats the sentence: models that are asked for a number begin with other words, such as "The",
 which exact match would count as wrong.
 """
+REQUEST = "Read the following conversation, then answer its last request.\n\n"
+"""Begins the user's message if the question is a request. The assistant's turn is then the answer alone."""
 
 
 class Question(NamedTuple):
@@ -30,6 +32,7 @@ class Question(NamedTuple):
     answer_bounds: tuple[int, ...]
     """Answer i is tokens[answer_bounds[i] : answer_bounds[i + 1]]."""
     corrections: Corrections
+    passage: Passage
 
 
 class _Row(NamedTuple):
@@ -56,7 +59,8 @@ def question(
     """Returns a row of `length` tokens with as much haystack as fits. Deterministic for a given `seed`.
 
     With a chat template, the message of the user is INSTRUCTION, text and question, and the turn of the assistant is
-    question and answers: as in RULER, the answer is the next word of a turn that has begun. The remaining tokens, less
+    question and answers: as in RULER, the answer is the next word of a turn that has begun. See `Passage.lead` for
+    questions that are requests. The remaining tokens, less
     than one unit or at most 2% of the row, are filled with prose before the text. Raises ValueError if the task does
     not fit even without a haystack.
     """
@@ -81,19 +85,24 @@ def question(
     before, start = row.head.size + filler_size, length - row.encoded.ids.size
     corrections = concatenate([row.message.corrections.shift(before), row.encoded.corrections.shift(start)])
     bounds = tuple(start + bound for bound in _answer_bounds(task, tokenizer, row))
-    return Question(np.concatenate([row.head, filler, row.message.ids, row.encoded.ids]), bounds, corrections)
+    return Question(
+        np.concatenate([row.head, filler, row.message.ids, row.encoded.ids]), bounds, corrections, row.passage
+    )
 
 
 def _attempt(task: str, tokenizer: Tokenizer, units: int, depth: float, seed: str, chat: ChatTemplate | None) -> _Row:
     """Returns a row with `units` units of haystack."""
     passage = TASKS[task](Random(f"{task} {seed}"), units, depth)
-    answers = "".join(passage.answers)
     if chat is None:
-        before, parts = [tokenizer.start], [passage.text + passage.question + answers]
+        before, parts = [tokenizer.start], ["".join(passage[:2]) + passage.lead + "".join(passage.answers)]
     else:
         before, after = chat.frame(passage.text)
-        before = joined([*before, INSTRUCTION])
-        parts = joined([passage.text + passage.question, *after, passage.question.lstrip() + answers])
+        if passage.lead:
+            first, *rest = passage.answers
+            passage = passage._replace(answers=(first.lstrip(), *rest))
+        before = joined([*before, REQUEST if passage.lead else INSTRUCTION])
+        turn = ("" if passage.lead else passage.question.lstrip()) + "".join(passage.answers)
+        parts = joined([passage.text + passage.question, *after, turn])
     last = str(parts[-1])
     message = align(tokenizer, parts[:-1])
     return _Row(passage, align(tokenizer, before).ids, message, last, tokenizer.align(last.encode()))
@@ -105,7 +114,7 @@ def _answer_bounds(task: str, tokenizer: Tokenizer, row: _Row) -> list[int]:
     context = row.last.removesuffix("".join(answers))
     prefixes = [context + "".join(answers[:index]) for index in range(len(answers))]
     bounds = [common_prefix(tokenizer.encode(prefix.encode()), tokens) for prefix in prefixes] + [tokens.size]
-    if bounds != sorted(set(bounds)) or not bounds[0]:
+    if bounds != sorted(set(bounds)) or (context and not bounds[0]):
         raise ValueError(
             f"the task {task} does not work with this tokenizer, which merges question and answer into one token; "
             "use data.tokenizer=bytes"
@@ -135,7 +144,7 @@ def questions(task: str, tokenizer: Tokenizer, length: int, count: int) -> Itera
         seed = f"train {index}"
         # Draw from a wider range and clip, so that the start and the end are as frequent as other depths.
         depth = min(max(1.1 * Random(seed).random() - 0.05, 0.0), 1.0)
-        tokens, bounds, corrections = question(task, tokenizer, length, depth, seed)
+        tokens, bounds, corrections, _ = question(task, tokenizer, length, depth, seed)
         digest = hashlib.sha256(tokens.tobytes()).digest()
         yield EncodedDocument(tokens, bounds[0] - 1, digest, 0, task, f"{task} {index}", corrections)
 

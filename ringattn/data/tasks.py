@@ -1,12 +1,14 @@
 """Retrieval tasks: a long text (the haystack) with inserted facts (the needles), a question about them, and the answer.
 
 Needles and questions follow the published definitions. The wording is shorter, so that a task fits in few byte tokens,
-and the haystack is text that ships with Python. The answer is scored with teacher forcing, not sampled. If a
-definition asks for a set, the question therefore states an order.
+and the haystack is text that ships with Python. The answer can be scored with teacher forcing. If a definition asks for
+a set, the question therefore states an order.
 """
 
 from collections.abc import Callable
+from itertools import product
 from random import Random
+from string import ascii_letters, digits
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +22,9 @@ class Passage(NamedTuple):
     """Appended to the text; ends where the first answer starts."""
     answers: tuple[str, ...]
     """Appended to the question, one after another."""
+    lead: str = ""
+    """Text between question and answers. Without it, the question is a sentence that the answers complete; with it, the
+    question is a request, and in a chat template the turn of the assistant begins with the answers."""
 
 
 Make = Callable[[Random, int, float], Passage]
@@ -189,6 +194,39 @@ def where_thing(random: Random, units: int, depth: float) -> Passage:
     return Passage(text, f"\nWhere is the {thing}? In the", (f" {dict(moves)[person]}",))
 
 
+FORMS = ("letter", "poem", "report", "song", "speech", "story")
+TOPICS = ("bridges", "clouds", "harvests", "islands", "markets", "rivers", "trains", "winters")
+REQUESTS, RESPONSE_WORDS = 4, 12
+"""Number of equal requests of mrcr, and of words in each response."""
+PREFIX = 10
+"""Number of characters that the answer of mrcr begins with."""
+
+
+def _turns(random: Random, form: str, topic: str) -> str:
+    """Returns a request, and a response that is any words of prose, so that a response does not show its request."""
+    return f"User: Write a {form} about {topic}.\nAssistant: {' '.join(prose(random, RESPONSE_WORDS))}"
+
+
+def mrcr(random: Random, units: int, depth: float) -> Passage:
+    """The response to the n-th of four equal requests in a long conversation, after a random prefix.
+
+    A variant of OpenAI's MRCR (huggingface.co/datasets/openai/mrcr, after arXiv 2409.12640): there, a language model
+    wrote the responses, which are longer. Other requests ask for another form or topic.
+    """
+    asked = random.choice(FORMS), random.choice(TOPICS)
+    needles = [_turns(random, *asked) for _ in range(REQUESTS)]
+    number, depths = random.randrange(REQUESTS), _depths(random, REQUESTS)
+    prefix = "".join(random.choices(ascii_letters + digits, k=PREFIX))
+    others = [pair for pair in product(FORMS, TOPICS) if pair != asked]
+    turns = [_turns(random, *random.choice(others)) for _ in range(units)]
+    text = _hide(turns, list(zip(depths, needles, strict=True)), join="\n")
+    ordinal = ("1st", "2nd", "3rd", "4th")[number]
+    request = f"Prepend {prefix} to the {ordinal} (1 indexed) {asked[0]} about {asked[1]}."
+    question = f"\nUser: {request} Do not include any other text in your response."
+    response = needles[number].split("Assistant: ")[1]
+    return Passage(text, question, (f" {prefix}{response}",), "\nAssistant:")
+
+
 TASKS: dict[str, Make] = {
     make.__name__: make
     for make in (
@@ -203,6 +241,7 @@ TASKS: dict[str, Make] = {
         lines,
         where_person,
         where_thing,
+        mrcr,
     )
 }
 DEPTH_TASKS = ("passkey", "needle", "multi_key", "lines")

@@ -2,12 +2,13 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from ringattn import config
 from ringattn.config import LOSSES
@@ -22,11 +23,10 @@ from ringattn.data import (
     read,
     read_all,
 )
-from ringattn.evaluation import losses, retrieval
-from ringattn.evaluation.batches import ScoreFn
+from ringattn.evaluation import generated, losses, retrieval
 from ringattn.evaluation.report import describe, write_report
 from ringattn.evaluation.results import Result, ResultFile
-from ringattn.evaluation.subject import Subject, find_subjects
+from ringattn.evaluation.subject import LoadedModel, Subject, find_subjects
 from ringattn.mesh.devices import start
 from ringattn.mesh.processes import check_same
 from ringattn.model.scoring import Scores
@@ -69,7 +69,7 @@ def _evaluate_claimed(c: config.Evaluation, subjects: list[Subject]) -> int:
     try:
         mesh = start(c.mesh)
         check_same("config", repr(c))
-        texts = [_check(subject, c, mesh) for subject in subjects]
+        texts = [_check(subject, subjects[0], c, mesh) for subject in subjects]
         runs: dict[str, list[Result]] = {subject.name: [] for subject in subjects}
         total, done = len(subjects) * len(list(cells(c))), 0
         with jax.set_mesh(mesh), Display(total, label="cells") as display:
@@ -121,8 +121,8 @@ def _comparison_note(subjects: list[Subject], texts: list[losses.Text | None]) -
     return "Each run was scored on its own held-out text, so losses are not comparable; choose one text with --path."
 
 
-def _check(subject: Subject, c: config.Evaluation, mesh: jax.sharding.Mesh) -> losses.Text | None:
-    """Returns the text of the loss tasks, or None if none.
+def _check(subject: Subject, first: Subject, c: config.Evaluation, mesh: jax.sharding.Mesh) -> losses.Text | None:
+    """Returns the text of the loss tasks, or None if none. `first` is the first subject.
 
     Raises ValueError for every error that would otherwise stop the evaluation later, except running out of memory.
     """
@@ -137,7 +137,7 @@ def _check(subject: Subject, c: config.Evaluation, mesh: jax.sharding.Mesh) -> l
             check_fits(task, subject.tokenizer, length, retrieval.sample_seeds(c), chat)
     if not set(c.tasks) & set(LOSSES):
         return None
-    text = _read_text(subject, c)
+    text = _read_text(subject, first, c)
     check_same("text", text.fingerprint)
     if set(c.tasks) & set(LOSSES[:2]):
         text.windows(max(c.lengths), 1, 0)
@@ -155,13 +155,21 @@ def _chat_template(subject: Subject, c: config.Evaluation) -> ChatTemplate | Non
     return template
 
 
-def _read_text(subject: Subject, c: config.Evaluation) -> losses.Text:
-    """Returns the text at `c.path`, or the run's held-out text. Raises ValueError if the latter has changed."""
-    data = subject.stage.data
+def _read_text(subject: Subject, first: Subject, c: config.Evaluation) -> losses.Text:
+    """Returns the text at `c.path`, or the run's held-out text. Raises ValueError if the latter has changed.
+
+    `model.weights` has no held-out text. It is compared with runs on the text that the `first` one held out.
+    """
     if c.path is not None:
-        return losses.Text(*read_all(replace(data, path=c.path, mixture=None), subject.tokenizer))
-    if subject.step is None:
-        raise ValueError(f"{subject.name} has no held-out text; choose a text for the losses with --path")
+        return losses.Text(*read_all(replace(subject.stage.data, path=c.path, mixture=None), subject.tokenizer))
+    fix = "choose a text for the losses with --path"
+    if subject.step is None and first.step is None:
+        raise ValueError(f"{subject.name} has no held-out text; {fix}")
+    if subject.step is None and subject.tokenizer.fingerprint != first.tokenizer.fingerprint:
+        problem = f"{subject.name} has another tokenizer than {first.name}, so it has no held-out text"
+        raise ValueError(f"{problem}; {fix}")
+    subject = first if subject.step is None else subject
+    data = subject.stage.data
     splits, stored = read(data, tokenizer=subject.tokenizer), stored_fingerprints(subject.directory)
     fingerprints = {
         name: fingerprint([corpus.fingerprint for corpus in corpora], data.mixture)
@@ -179,16 +187,16 @@ def _results(
     """Yields each cell's result, computed or stored, and a note for the display. Loads the model only if needed."""
     stored = ResultFile(output_directory(subject, c) / "cells.jsonl")
     check_same("list of finished cells", repr(sorted(stored.results)))
-    load, compiled = cache(lambda: subject.load(mesh)), set[int]()
+    load, compiled = cache(lambda: subject.load(c, mesh)), set[int]()
     for cell in cells(c):
         key = _cell_key(cell, subject, text, c, mesh)
         result = stored.results.get(key)
         if result is not None:
             yield result, " (stored)"
             continue
-        score, name = load(), f"{subject.name}: {cell.task}, {cell.length:,} tokens"
+        model, name = load(), f"{subject.name}: {cell.task}, {cell.length:,} tokens"
         with display.subtask(name, c.samples, compiles=cell.length not in compiled) as advance:
-            result = asdict(cell) | _measure(_counted(score, advance), subject, c, cell, text)
+            result = asdict(cell) | _measure(_counted(model, advance), subject, c, cell, text)
         compiled.add(cell.length)
         stored.add(key, result)
         yield result, ""
@@ -208,28 +216,40 @@ def _cell_key(
     content += [dict(mesh.shape), c.layout, c.strategy, c.samples, c.seed, FORMAT]
     if cell.task in LOSSES:
         assert text is not None
-        content += [text.fingerprint, c.lengths if cell.task == "loss_by_context" else None]
+        content += [text.fingerprint, losses.MAX_RANGES, c.lengths if cell.task == "loss_by_context" else None]
     else:  # the tokens of one sample change with the haystack (the Python version) and with the wording of the task
         seed, chat = retrieval.sample_seeds(c)[0], _chat_template(subject, c)
         sample = question(cell.task, subject.tokenizer, cell.length, cell.depth or 0.0, seed, chat)
         content.append(sample.tokens.tolist())
+        if c.scoring == "generation":
+            content.append([c.scoring, generated.answer_tokens(cell.task, subject.tokenizer)])
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
-def _measure(score: ScoreFn, subject: Subject, c: config.Evaluation, cell: Cell, text: losses.Text | None) -> Result:
+def _measure(
+    model: LoadedModel, subject: Subject, c: config.Evaluation, cell: Cell, text: losses.Text | None
+) -> Result:
     if cell.task in LOSSES:
         assert text is not None
-        return MEASURES[cell.task](score, c, text, cell.length)
+        return MEASURES[cell.task](model.score, c, text, cell.length)
     chat = _chat_template(subject, c)
-    return retrieval.measure(score, subject.tokenizer, c, cell.task, cell.length, cell.depth or 0.0, chat)
+    row = subject.tokenizer, c, cell.task, cell.length, cell.depth or 0.0, chat
+    if c.scoring == "generation":
+        return generated.measure(model.generate, *row)
+    return retrieval.measure(model.score, *row)
 
 
-def _counted(score: ScoreFn, advance: Callable[[int], None]) -> ScoreFn:
-    """Makes `score` also call `advance` with the number of rows in each batch."""
+def _counted(model: LoadedModel, advance: Callable[[int], None]) -> LoadedModel:
+    """Makes the functions of `model` also call `advance` with the number of rows in each batch."""
 
-    def counted(batches: Iterable[Batch]) -> Iterator[Scores]:
-        for scores in score(batches):
+    def score(batches: Iterable[Batch]) -> Iterator[Scores]:
+        for scores in model.score(batches):
             advance(len(scores.nats))
             yield scores
 
-    return counted
+    def generate(prompts: list[np.ndarray], max_tokens: int, stop: Sequence[str]) -> list[str]:
+        answers = model.generate(prompts, max_tokens, stop)
+        advance(len(answers))
+        return answers
+
+    return LoadedModel(score, generate)

@@ -16,7 +16,7 @@ from ringattn.evaluation.batches import ScoreFn, as_batch, score_in_batches
 from ringattn.evaluation.results import Result
 from ringattn.model.scoring import Scores
 
-MAX_RANGES = 24
+MAX_RANGES = 48
 """Largest number of position ranges. Their lengths grow, so that they are evenly spaced on a logarithmic axis."""
 
 

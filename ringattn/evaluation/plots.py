@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from ringattn.config import LOSSES
 from ringattn.evaluation.losses import changes
-from ringattn.evaluation.results import Result
+from ringattn.evaluation.results import Result, score_name
 from ringattn.palette import COLOURS, MARKERS
 from ringattn.runs.files import write_figure
 
@@ -18,6 +18,8 @@ Runs = dict[str, list[Result]]
 LINES = ("-", "--", ":", "-.")
 LENGTH_LABEL = "tokens per row"
 LOSS_LABEL = "loss (nats per token)"
+FIRST_TOKENS = 128
+"""Number of tokens at the start of a row that do not scale the axis of losses."""
 
 
 def write_plots(runs: Runs, directory: Path) -> None:
@@ -41,7 +43,7 @@ def _of_task(results: list[Result], task: str) -> list[Result]:
 
 
 def heat_maps(runs: Runs, task: str) -> Figure:
-    """Exact match by length (x) and depth (y), one map per run, with the number in each cell."""
+    """Exact match or score by length (x) and depth (y), one map per run, with the number in each cell."""
     first_run = _of_task(next(iter(runs.values())), task)
     lengths, depths = (list(dict.fromkeys(result[name] for result in first_run)) for name in ("length", "depth"))
     width, height = 1.6 + 0.9 * len(lengths), 1.8 + 0.45 * len(depths)
@@ -60,7 +62,7 @@ def heat_maps(runs: Runs, task: str) -> Figure:
         axes.set(xlabel=LENGTH_LABEL, title=f"task {task}, run {run}")
     maps[0].set_ylabel("depth (100%: just before the question)")
     assert image is not None
-    figure.colorbar(image, ax=list(maps), label="exact match")
+    figure.colorbar(image, ax=list(maps), label=score_name(first_run[0]))
     return figure
 
 
@@ -96,8 +98,9 @@ def _legend(axes: Axes) -> None:
 
 
 def exact_match(runs: Runs, tasks: list[str]) -> Figure:
-    """Exact match by length, with 95 % intervals: one colour and marker per task, one line style per run."""
-    figure, axes = _line_plot(runs, "Exact match by length", "exact match (bars: 95% interval)")
+    """Exact match or score by length, with 95 % intervals: one colour and marker per task, one line style per run."""
+    name = score_name(_of_task(next(iter(runs.values())), tasks[0])[0])
+    figure, axes = _line_plot(runs, f"{name.capitalize()} by length", f"{name} (bars: 95% interval)")
     all_lengths: set[int] = set()
     for number, (run, results) in enumerate(runs.items()):
         for task_number, task in enumerate(tasks):
@@ -114,19 +117,26 @@ def exact_match(runs: Runs, tasks: list[str]) -> Figure:
 
 
 def by_position(runs: Runs) -> Figure:
-    """Loss by position in the row: one colour and marker per length, one line style per run."""
+    """Loss by position in the row: one colour and marker per length, or per run if there is one length.
+
+    Each run has a line style. The loss of the first tokens, which is large and noisy, may exceed the axis.
+    """
     figure, axes = _line_plot(runs, "Loss by position in the row", LOSS_LABEL)
-    ticks = set()
+    ticks, highest = set(), []
+    one_length = len({result["length"] for results in runs.values() for result in _of_task(results, LOSSES[0])}) == 1
     for number, (run, results) in enumerate(runs.items()):
         for length_number, result in enumerate(_of_task(results, LOSSES[0])):
             ranges = result["by_position"]
             centres = [np.sqrt((part["first"] + 1) * (part["last"] + 1)) for part in ranges]
             loss, error = (np.array([part[name] for part in ranges], float) for name in ("loss", "error"))
             label = f"{run}, " * (len(runs) > 1) + f"{result['length']:,} tokens per row"
-            line = _line_style(length_number, number)
+            line = _line_style(number if one_length else length_number, number)
             axes.plot(centres, loss, label=label, **line)
             axes.fill_between(centres, loss - error, loss + error, alpha=0.2, color=line["color"], linewidth=0)
             ticks |= {2**power for power in range(result["length"].bit_length())}
+            highest += [part["loss"] for part in ranges if part["first"] >= FIRST_TOKENS]
+    if highest:
+        axes.set_ylim(0, 1.3 * max(highest))
     _log_ticks(axes, sorted(ticks)[::2], "position in the row, from 1 (shaded: standard error over documents)")
     _legend(axes)
     return figure

@@ -1,5 +1,6 @@
 """The report of an evaluation of one or several runs: results.json, Markdown tables, plots."""
 
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +11,7 @@ from ringattn.config import LOSSES
 from ringattn.environment import environment
 from ringattn.evaluation import plots
 from ringattn.evaluation.losses import changes
-from ringattn.evaluation.results import Result
+from ringattn.evaluation.results import Result, score_name
 from ringattn.runs.files import write_json, write_text
 
 COLUMNS = ("bits per byte", "accuracy", "tokens", "rows", "documents")
@@ -20,10 +21,13 @@ COLUMNS = ("bits per byte", "accuracy", "tokens", "rows", "documents")
 def write_report(runs: dict[str, list[Result]], c: config.Evaluation, directory: Path, facts: dict[str, Any]) -> None:
     """Writes config.json, results.json, table.md and plots/ for the results of `runs`. Replaces existing files.
 
+    Generated answers are in answers.jsonl, one object per sample.
+
     `facts` are added to results.json. If they contain a `note`, it also precedes the table. Raises ValueError if a file
     cannot be written.
     """
     results = [{"run": run} | result for run, run_results in runs.items() for result in run_results]
+    answers = [_cell(result) | row for result in results for row in result.pop("generated", ())]
     content = facts | {"config": asdict(c), "environment": environment(), "results": results}
     paragraphs = [*([facts["note"]] if facts.get("note") else []), *tables(runs)]
     try:
@@ -31,16 +35,26 @@ def write_report(runs: dict[str, list[Result]], c: config.Evaluation, directory:
         write_text(directory / "config.json", config.to_json(c))
         write_json(directory / "results.json", content)
         write_text(directory / "table.md", "\n\n".join(paragraphs) + "\n")
+        if answers:
+            write_text(directory / "answers.jsonl", "".join(json.dumps(row) + "\n" for row in answers))
+        else:  # those of other results
+            (directory / "answers.jsonl").unlink(missing_ok=True)
         plots.write_plots(runs, directory / "plots")
     except OSError as error:
         fix = "fix the cause and run the same command again; it keeps finished results"
         raise ValueError(f"cannot write to {directory} ({error.strerror}); {fix}") from error
 
 
+def _cell(result: Result) -> Result:
+    return {name: result[name] for name in ("run", "task", "length", "depth")}
+
+
 def describe(result: Result) -> str:
     """One line for the display."""
     depth = "" if result["depth"] is None else f", depth {result['depth']:.0%}"
     cell = f"{result['task']}, {result['length']:,} tokens{depth}: "
+    if "generated" in result:
+        return cell + f"{result['right']} of {result['samples']} answers correct, score {result['rate']:.3f}"
     if "rate" in result:
         return cell + f"{result['right']} of {result['samples']} correct, {result['nats']:.3f} nats per answer"
     if "kinds" in result:
@@ -56,7 +70,8 @@ def tables(runs: dict[str, list[Result]]) -> Iterator[str]:
             of_task = [result for result in results if result["task"] == task]
             title = f"## {task}" + f" of {run}" * (len(runs) > 1)
             if of_task[0]["depth"] is not None:
-                yield f"{title}: exact match by length and depth (95 % interval)\n\n{_depth_table(of_task)}"
+                title = f"{title}: {score_name(of_task[0])} by length and depth (95 % interval)"
+                yield f"{title}\n\n{_depth_table(of_task)}"
             elif "rate" in of_task[0]:
                 yield f"{title}\n\n{_retrieval_table(of_task)}"
             else:
@@ -82,6 +97,11 @@ def _depth_table(results: list[Result]) -> str:
 
 
 def _retrieval_table(results: list[Result]) -> str:
+    if "generated" in results[0]:
+        header = ["tokens", f"{score_name(results[0])} (95 % interval)", "correct answers"]
+        return _table(
+            header, ([f"{x['length']:,}", _exact_match(x), f"{x['right']} of {x['samples']}"] for x in results)
+        )
     header = ["tokens", "exact match (95 % interval)", "accuracy of single answers", "nats per answer"]
     rows = ([f"{x['length']:,}", _exact_match(x), f"{x['answers']:.3f}", f"{x['nats']:.3f}"] for x in results)
     return _table(header, rows)

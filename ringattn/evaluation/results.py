@@ -11,6 +11,11 @@ Result = dict[str, Any]
 """Result of one cell: an object of cells.jsonl and results.json. Its names depend on the task."""
 
 
+def score_name(result: Result) -> str:
+    """Returns the name of the score of a retrieval task, its `rate`."""
+    return "score of generated answers" if "generated" in result else "exact match"
+
+
 class ResultFile:
     """cells.jsonl: one line per finished cell, with a key that identifies everything it depends on. Append-only."""
 

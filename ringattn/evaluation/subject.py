@@ -1,23 +1,38 @@
 """A model to evaluate on any mesh, layout and strategy: the checkpoint of a run, or `model.weights`."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from ringattn import config
 from ringattn.data import Tokenizer
 from ringattn.evaluation.batches import ScoreFn
+from ringattn.evaluation.generated import GenerateFn, answer_tokens
+from ringattn.generation import Generator
+from ringattn.generation.prompts import Texts
 from ringattn.layout import check_length
 from ringattn.mesh.axes import DATA, abstract, context_shards
 from ringattn.mesh.devices import check_divisible
 from ringattn.model.build import model_factory
+from ringattn.model.parallel import Params
 from ringattn.model.scoring import make_scorer
 from ringattn.runs.directory import SavedCheckpoint
+from ringattn.weights.loading import run_details
 from ringattn.weights.origin import Origin, find_origin, merged, run_origin
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A subject whose parameters are on the devices."""
+
+    score: ScoreFn
+    generate: GenerateFn
 
 
 @dataclass(frozen=True)
@@ -67,12 +82,36 @@ class Subject:
             fix = "choose another --mesh.context, --mesh.data, --mesh.tensor or --strategy"
             raise ValueError(f"{self.name} cannot be evaluated on this mesh ({error}); {fix}") from error
 
-    def load(self, mesh: jax.sharding.Mesh) -> ScoreFn:
+    def load(self, c: config.Evaluation, mesh: jax.sharding.Mesh) -> LoadedModel:
         """Reads the parameters onto `mesh`. Call it under `jax.set_mesh(mesh)`. Raises ValueError on failure."""
         make_model = model_factory(self.stage, self.tokenizer.size)
         like = abstract(jax.eval_shape(jax.jit(lambda: nnx.split(make_model())[1])), mesh)
         scorer = make_scorer(make_model, self.tokenizer.size, mesh, self.stage.attention.layout)
-        return partial(scorer, self.origin.read(like))
+        params = self.origin.read(like)
+
+        @cache
+        def generator() -> Generator:
+            # A generator in bfloat16 uses up the parameters, which losses need.
+            copies = bool(set(c.tasks) & set(config.LOSSES)) and self.stage.model.dtype == "bfloat16"
+            return self._generator(jax.tree.map(jnp.copy, params) if copies else params, c, mesh)
+
+        def generate(prompts: list[np.ndarray], max_tokens: int, stop: Sequence[str]) -> list[str]:
+            return [result.text for result in generator().generate(prompts, max_tokens=max_tokens, stop=stop)]
+
+        return LoadedModel(partial(scorer, params), generate)
+
+    def _generator(self, params: Params, c: config.Evaluation, mesh: jax.sharding.Mesh) -> Generator:
+        """Returns the generator of the answers, which computes and caches in the compute dtype of the model."""
+        tokenizer, source, dtype = self.tokenizer, self.origin.source, self.stage.model.dtype
+        model = replace(self.stage.model, vocabulary=self.stage.model.vocabulary or tokenizer.size)
+        is_run = isinstance(source, SavedCheckpoint)
+        if isinstance(source, SavedCheckpoint):
+            details = run_details(source.directory, tokenizer, self.origin.context)
+        else:
+            details = source.details
+        texts = Texts.of_tokenizer(tokenizer, model.vocabulary or 0, details.end_ids(), is_run)
+        tokens = max(c.lengths) + max(answer_tokens(task, tokenizer) for task in c.tasks if task in config.RETRIEVAL)
+        return Generator.of(model, params, mesh, texts, cache_tokens=tokens, cache_dtype=dtype, dtype=dtype)
 
 
 def adopt(c: config.Evaluation, explicit: Collection[str] = ()) -> config.Evaluation:

@@ -7,6 +7,7 @@ A family fixes the parts of a model that no config field describes, and the defa
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import TypedDict
 
 import jax
 from jaxtyping import Array, Float
@@ -19,6 +20,14 @@ Activation = Callable[[Float[Array, "*dims"]], Float[Array, "*dims"]]
 
 ACTIVATIONS: dict[str, Activation] = {"silu": jax.nn.silu, "gelu": partial(jax.nn.gelu, approximate=True)}
 """Activations of the feed-forward network. gelu is the tanh approximation, as in Gemma."""
+
+
+class LogitOptions(TypedDict):
+    """Arguments of `ringattn.attention`."""
+
+    mask: Mask
+    scale: float | None
+    soft_cap: float | None
 
 
 @dataclass(frozen=True)
@@ -79,6 +88,11 @@ def layer_mask(c: config.Model, kind: LayerKind) -> Mask:
 def attention_soft_cap(c: config.Model) -> float | None:
     """Returns the soft cap of the attention logits; None: no cap."""
     return (FAMILIES[c.family].soft_cap if c.soft_cap is None else c.soft_cap) or None
+
+
+def logit_options(c: config.Model, kind: LayerKind) -> LogitOptions:
+    """Returns the arguments mask, scale and soft_cap of attention in the layers of a kind."""
+    return {"mask": layer_mask(c, kind), "scale": c.query_scale, "soft_cap": attention_soft_cap(c)}
 
 
 def output_soft_cap(c: config.Model) -> float | None:

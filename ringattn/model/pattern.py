@@ -12,7 +12,7 @@ be copies, and so would the concatenation of their gradients.
 
 from collections.abc import Callable
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,16 @@ from ringattn.model.parallel import Params
 
 LayerFunction = Callable[[Float[Array, "B L E"], Params], tuple[Float[Array, "B L E"], None]]
 """Applies one layer with its parameters: the body of a scan."""
+
+Carry = TypeVar("Carry")
+
+
+class Place(NamedTuple):
+    """Where a layer is: its kind, its index in the model, and its rank among the layers of its kind."""
+
+    kind: LayerKind
+    index: Int[Array, ""]
+    rank: Int[Array, ""]
 
 
 def scan_layers(
@@ -65,6 +75,27 @@ def scan_layers(
         starts = len(pattern) * jnp.arange(repetitions)
         carry, _ = lax.scan(lambda carry, start: (apply_run(carry, start, pattern), None), carry, starts)
     return apply_run(carry, first, kinds[first:])[0]
+
+
+def fold_layers(layer: Callable[[Carry, Place], Carry], carry: Carry, layers: int, pattern: tuple[LayerKind, ...]):
+    """Returns `carry` after layer(carry, place) for all layers, without gradients. Scans the repetitions of a pattern.
+
+    `layer` reads the parameters of its layer by index.
+    """
+    counts = {kind: pattern.count(kind) for kind in pattern}
+    ranks = [pattern[:position].count(kind) for position, kind in enumerate(pattern)]
+
+    def repetition(carry: Carry, number: Int[Array, ""], kinds: tuple[LayerKind, ...]) -> Carry:
+        for position, kind in enumerate(kinds):
+            index, rank = number * len(pattern) + position, number * counts[kind] + ranks[position]
+            carry = layer(carry, Place(kind, index, rank))
+        return carry
+
+    repetitions = layers // len(pattern)
+    if repetitions:
+        numbers = jnp.arange(repetitions, dtype=jnp.int32)
+        carry, _ = lax.scan(lambda carry, number: (repetition(carry, number, pattern), None), carry, numbers)
+    return repetition(carry, jnp.int32(repetitions), pattern[: layers % len(pattern)])
 
 
 def _read_forward(gradients: Params, stacks: Params, index: Int[Array, ""]) -> tuple[tuple[Any, Params], Array]:

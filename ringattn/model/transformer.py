@@ -24,10 +24,9 @@ from ringattn.mesh.axes import FSDP, TENSOR, TOKENS, VOCABULARY_MULTIPLE
 from ringattn.model.families import (
     ACTIVATIONS,
     FAMILIES,
-    attention_soft_cap,
     layer_kinds,
-    layer_mask,
     layer_pattern,
+    logit_options,
     output_soft_cap,
 )
 from ringattn.model.parallel import (
@@ -88,18 +87,20 @@ class Attention(nnx.Module):
         if family.post_norms:
             self.post_norm = RMSNorm(c, c.layers, c.dim)
 
-    def __call__(
-        self, x: Float[Array, "B L E"], angles: tuple[Array, Array], segment_ids: Int[Array, "B L"], kind: LayerKind
-    ) -> Float[Array, "B L E"]:
-        c, family = self.config, FAMILIES[self.config.family]
+    def project(
+        self, x: Float[Array, "B L E"], angles: tuple[Array, Array]
+    ) -> tuple[Float[Array, "B L H D"], Float[Array, "B L G D"], Float[Array, "B L G D"]]:
+        """Returns queries, keys and values of norm(x)."""
+        family = FAMILIES[self.config.family]
         norms = Norms(self.norm, *((self.query_norm, self.key_norm) if family.qk_norm else (None, None)))
         weights = self.query[...], self.key[...], self.value[...]
         biases = (self.query_bias[...], self.key_bias[...], self.value_bias[...]) if family.qkv_bias else None
-        query, key, value = qkv_projection(x, norms, weights, biases, angles, c.dtype)
-        options = {"mask": layer_mask(c, kind), "scale": c.query_scale, "soft_cap": attention_soft_cap(c)}
-        heads = self.attend(query, key, value, segment_ids=segment_ids, **options)
-        x = output_projection(heads, self.output[...], c.dtype)
-        return self.post_norm(x) if family.post_norms else x
+        return qkv_projection(x, norms, weights, biases, angles, self.config.dtype)
+
+    def finish(self, heads: Float[Array, "B L H D"]) -> Float[Array, "B L E"]:
+        """Projects the output of all heads to E."""
+        x = output_projection(heads, self.output[...], self.config.dtype)
+        return self.post_norm(x) if FAMILIES[self.config.family].post_norms else x
 
 
 def _init_bias(*shape: int) -> nnx.Param:
@@ -137,7 +138,13 @@ class Layer(nnx.Module):
     def __call__(
         self, x: Float[Array, "B L E"], angles: tuple[Array, Array], segment_ids: Int[Array, "B L"], kind: LayerKind
     ) -> Float[Array, "B L E"]:
-        x = x + self.attention(x, angles, segment_ids, kind)
+        options = logit_options(self.attention.config, kind)
+        query, key, value = self.attention.project(x, angles)
+        return self.finish(x, self.attention.attend(query, key, value, segment_ids=segment_ids, **options))
+
+    def finish(self, x: Float[Array, "B L E"], heads: Float[Array, "B L H D"]) -> Float[Array, "B L E"]:
+        """Returns the output of the layer for its input `x` and the attention output of all heads."""
+        x = x + self.attention.finish(heads)
         # Chunks include the norms and the residual sum; otherwise these would be stored for all tokens.
         return token_wise(lambda ff, x: x + ff(x), self.feed_forward, x, self.dtype, self.in_chunks)
 
@@ -188,8 +195,7 @@ class Transformer(nnx.Module):
         segment.
         """
         tokens, positions, segment_ids = (jax.reshard(x, TOKENS) for x in (tokens, positions, segment_ids))
-        c = self.config
-        angles = {kind: rotations(positions, local_rope(c) if kind == "window" else c) for kind in layer_kinds(c)}
+        c, angles = self.config, layer_rotations(self.config, positions)
         graphdef, params = nnx.split(self.layers)
 
         def layer(kind: LayerKind):
@@ -199,11 +205,16 @@ class Transformer(nnx.Module):
 
             return apply
 
-        x = embed(tokens, self.embedding[...], c.dtype)
-        if FAMILIES[c.family].scaled_embedding:
-            x = x * jnp.asarray(c.dim**0.5, x.dtype)  # rounded to the compute dtype, as Gemma was trained
+        x = self.scaled(embed(tokens, self.embedding[...], c.dtype))
         remat = partial(jax.checkpoint, policy=REMAT_POLICIES[c.remat], prevent_cse=False)
         return self.norm(scan_layers(layer, x, params, layer_pattern(c), remat))
+
+    def scaled(self, embeddings: Float[Array, "B L E"]) -> Float[Array, "B L E"]:
+        """Returns the input of the first layer."""
+        c = self.config
+        if not FAMILIES[c.family].scaled_embedding:
+            return embeddings
+        return embeddings * jnp.asarray(c.dim**0.5, c.dtype)  # rounded to the compute dtype, as Gemma was trained
 
     def logits(
         self, tokens: Int[Array, "B L"], positions: Int[Array, "B L"], segment_ids: Int[Array, "B L"]
@@ -215,6 +226,11 @@ class Transformer(nnx.Module):
     def output_table(self) -> Float[Array, "V E"]:
         """Returns the output projection, float32 and sharded; rows >= `vocabulary` are padding."""
         return (self.embedding if self.config.tied else self.unembedding)[...]
+
+
+def layer_rotations(c: config.Model, positions: Int[Array, "B L"]) -> dict[LayerKind, tuple[Array, Array]]:
+    """Returns `rope.rotations` for each kind of layer."""
+    return {kind: rotations(positions, local_rope(c) if kind == "window" else c) for kind in layer_kinds(c)}
 
 
 def count_parameters(params: Params) -> int:

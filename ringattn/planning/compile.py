@@ -57,6 +57,11 @@ class Plan:
     refusal: str | None
     """The reason why the step does not fit, such as the compiler's error; None if it fits."""
 
+    @property
+    def fits(self) -> bool:
+        """True if the step fits the memory of the devices."""
+        return self.refusal is None
+
 
 def plan(c: config.Config, topology: str, compiling: AbstractContextManager[Any] | None = None) -> Plan:
     """Compiles one update of `c` for a topology such as 'v5e:8x8', 'v5p:4x4x4' or 'cpu:8'; allocates nothing on it.
@@ -93,9 +98,9 @@ def plan(c: config.Config, topology: str, compiling: AbstractContextManager[Any]
         mesh=dict(mesh.shape),
         parameters=count_parameters(state.params),
         tokens=c.data.seq_len,
-        state_bytes=_shard_bytes(state),
-        gradient_bytes=_shard_bytes(state.params),
-        argument_bytes=_shard_bytes(state) + _shard_bytes(batch),
+        state_bytes=shard_bytes(state),
+        gradient_bytes=shard_bytes(state.params),
+        argument_bytes=shard_bytes(state) + shard_bytes(batch),
         temporary_bytes=None if memory is None else memory.temporaries,
         host_bytes=None if memory is None else memory.host,
         memory_bytes=limit,
@@ -136,13 +141,13 @@ def _abstract_batch(c: config.Config, mesh: jax.sharding.Mesh) -> Batch:
     return Batch(**arrays)
 
 
-def _shard_bytes(tree: Any) -> int:
+def shard_bytes(tree: Any) -> int:
     """Bytes per device of a tree of abstract arrays."""
     leaves = jax.tree.leaves(tree)
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
-def report(plan: Plan) -> Iterator[str]:
+def report_step(plan: Plan) -> Iterator[str]:
     """Yields the lines of a plan's report."""
     yield f"{plan.topology}, {math.prod(plan.mesh.values())} of {plan.device_kind}, mesh {describe_sizes(plan.mesh)}"
     yield f"{plan.parameters:,} parameters, rows of {plan.tokens:,} tokens"

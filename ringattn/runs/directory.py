@@ -31,9 +31,14 @@ class SavedCheckpoint(NamedTuple):
     """True if the path specified the step."""
 
     def stage(self) -> tuple[config.Config, int]:
-        """Returns the config of the checkpoint's stage, and the maximum number of tokens per row up to it."""
+        """Returns the config of the checkpoint's stage, and the number of tokens that the model was trained for.
+
+        It is the length of the longest rows up to that stage, also of those before `model.weights`.
+        """
         number = self.run.stage_after(self.step - 1)
-        return self.run.stage(number), max(self.run.stage(n).data.seq_len for n in range(1, number + 1))
+        stage = self.run.stage(number)
+        earlier = stage.model.rope_original if stage.model.weights is not None else 0
+        return stage, max(earlier, *(self.run.stage(n).data.seq_len for n in range(1, number + 1)))
 
 
 def locate(path: Path) -> tuple[Path, bool]:
@@ -65,10 +70,8 @@ def find_checkpoint(path: str | Path, name: str) -> SavedCheckpoint:
     return SavedCheckpoint(directory, run, step, is_step)
 
 
-def write_description(
-    directory: Path, c: config.Config, fingerprints: dict[str, str], tokenizer_files: dict[str, bytes]
-) -> None:
-    """Writes config.json, environment.json, data.json and the tokenizer files, from process 0 only.
+def write_description(directory: Path, c: config.Config, fingerprints: dict[str, str], files: dict[str, bytes]) -> None:
+    """Writes config.json, environment.json, data.json and `files`, contents by name, from process 0 only.
 
     Raises ValueError if the directory cannot be written.
     """
@@ -80,7 +83,7 @@ def write_description(
         write_text(directory / "config.json", config.to_json(replace(c, resume="auto", profile=None)))
         for name, content in {"environment.json": environment(), "data.json": fingerprints}.items():
             write_text(directory / name, json.dumps(content, indent=2) + "\n")
-        for name, content in tokenizer_files.items():
+        for name, content in files.items():
             write_bytes(directory / name, content)
 
 

@@ -52,13 +52,14 @@ class Display:
         *,
         in_bytes: bool = False,
         every_process: bool = False,
+        on_stderr: bool = False,
     ):
-        """Counts from `done` to `total`, None if unknown. `in_bytes`: counts are bytes.
+        """Counts from `done` to `total`, None if unknown. `in_bytes`: counts are bytes. `on_stderr`: print there.
 
         `every_process`: print from every process, without initializing JAX, which would claim the accelerator.
         """
         quiet = not every_process and jax.process_index() != 0
-        self._console = Console(quiet=quiet, highlight=False, soft_wrap=True)
+        self._console = Console(quiet=quiet, highlight=False, soft_wrap=True, stderr=on_stderr)
         count = DownloadColumn() if in_bytes else MofNCompleteColumn()
         columns = (BarColumn(), count, TextColumn("{task.description}"), _Remaining())
         self._live = Progress(*columns, console=self._console, disable=not self._console.is_terminal)

@@ -134,7 +134,7 @@ def _train_stage(
             return 0
         if done:
             display.print(f"resuming from step {done} of {directory}")
-        write_description(directory, c, run.fingerprints(), run.tokenizer.files)
+        write_description(directory, c, run.fingerprints(), run.tokenizer.files | (origin.chat_files if origin else {}))
         with (
             stopped_by_signal(display.print) as stop,  # outermost: exiting Checkpoints waits for the last write
             MetricsFile(directory / "metrics.jsonl", after=done) as file,

@@ -33,6 +33,14 @@ def read_chat_template(files: Mapping[str, bytes], path: Path) -> ChatTemplate |
     return ChatTemplate(template, source, special, plain, _variables(settings))
 
 
+def read_token_ids(files: Mapping[str, bytes], path: Path) -> dict[str, int]:
+    """Returns the ids of config.json, such as eos_token_id, that tokenizer_config.json names. Raises ValueError."""
+    special, _ = _added_tokens(_object(files, TOKENIZER, path), path)
+    names = _variables(_object(files, SETTINGS, path))
+    fields = ("bos_token", "eos_token", "pad_token")
+    return {f"{field}_id": special[names[field]] for field in fields if names.get(field) in special}
+
+
 def _object(files: Mapping[str, bytes], name: str, path: Path) -> dict[str, Any]:
     try:
         return parse_object(files.get(name, b"{}"))

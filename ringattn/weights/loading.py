@@ -9,16 +9,25 @@ import jax
 from flax import nnx
 
 from ringattn import config
-from ringattn.data import find_tokenizer
+from ringattn.data import Tokenizer, find_tokenizer
 from ringattn.mesh.axes import DATA, abstract, context_shards
 from ringattn.mesh.devices import check_divisible, start
 from ringattn.model.parallel import Params
 from ringattn.runs.checkpoint import read_params
 from ringattn.runs.directory import find_checkpoint, locate
+from ringattn.weights.chat_template import read_token_ids
 from ringattn.weights.loaded import Loaded, make_model
 from ringattn.weights.names import letter_sizes
 from ringattn.weights.placement import by_path, place_parameter
-from ringattn.weights.source import Details, Source, is_gguf, open_gguf_file, open_huggingface
+from ringattn.weights.source import (
+    Details,
+    Source,
+    chat_files,
+    is_gguf,
+    open_gguf_file,
+    open_huggingface,
+    read_files,
+)
 from ringattn.weights.tokenizers import run_files
 from ringattn.weights.untrusted import file_inside, read_object
 
@@ -120,6 +129,12 @@ def _load_run(path: Path, section: config.Mesh) -> Loaded:
     model = replace(stage.model, vocabulary=vocabulary, weights=None)
     mesh = _start(section, model, path)
     params = read_params(checkpoint.directory / "checkpoints", checkpoint.step, _abstract_params(model, mesh))
+    return Loaded(path, model, mesh, params, run_details(checkpoint.directory, tokenizer, trained_length), tokenizer)
+
+
+def run_details(directory: Path, tokenizer: Tokenizer, context: int) -> Details:
+    """Returns the files of the run in `directory`, and its token ids: those of the checkpoint that it started from."""
+    files = run_files(tokenizer)
+    files |= chat_files(read_files(directory)) if files else {}
     token_ids = {"bos_token_id": tokenizer.start, "eos_token_id": tokenizer.boundary}
-    details = Details(trained_length, token_ids=token_ids, files=run_files(tokenizer))
-    return Loaded(path, model, mesh, params, details, tokenizer)
+    return Details(context, token_ids=token_ids | read_token_ids(files, directory), files=files)

@@ -16,7 +16,7 @@ from ringattn.runs.checkpoint import params_digest, read_params, saved_steps
 from ringattn.runs.directory import SavedCheckpoint, find_checkpoint
 from ringattn.weights.chat_template import read_chat_template
 from ringattn.weights.loading import Advance, is_run, open_source, read_source
-from ringattn.weights.source import Source
+from ringattn.weights.source import Source, chat_files, read_files
 
 ROPE = ("rope_theta", "rope_local_theta", "rope_scaling", "rope_factor", "rope_original")
 """Fields that may differ from the checkpoint, to extend its context."""
@@ -59,12 +59,29 @@ class Origin:
         """Reason why `tokenizer_name` is None."""
         return "" if isinstance(self.source, SavedCheckpoint) else self.source.details.no_tokenizer
 
-    @cached_property
-    def chat_template(self) -> ChatTemplate | None:
-        """The chat template; None if there is none. Runs store none. Raises ValueError if a file is damaged."""
+    def begin_id(self) -> int | None:
+        """Returns the begin-of-text token that a checkpoint names; None if it names none, and for runs."""
         if isinstance(self.source, SavedCheckpoint):
             return None
-        return read_chat_template(self.source.details.files, self.path)
+        return self.source.details.token_ids.get("bos_token_id")
+
+    @cached_property
+    def chat_template(self) -> ChatTemplate | None:
+        """The chat template; None if there is none. Raises ValueError if a file is damaged."""
+        path = self.source.directory if isinstance(self.source, SavedCheckpoint) else self.path
+        return read_chat_template(self._files, path)
+
+    @property
+    def chat_files(self) -> dict[str, bytes]:
+        """Contents of the chat template and of the settings of the tokenizer by name, which a run stores."""
+        return chat_files(self._files) if "tokenizer.json" in self._files else {}
+
+    @cached_property
+    def _files(self) -> dict[str, bytes]:
+        """Contents of the files of the tokenizer, by name."""
+        if isinstance(self.source, SavedCheckpoint):
+            return read_files(self.source.directory)
+        return self.source.details.files
 
     def digest(self) -> str:
         """Returns a hexadecimal digest of the parameters, from all bytes of the files. Raises ValueError."""

@@ -9,15 +9,16 @@ from ringattn.runs.checkpoint import Checkpoints
 from ringattn.runs.files import complete_directory
 from ringattn.weights.loaded import Loaded
 from ringattn.weights.saving import check_target
+from ringattn.weights.source import chat_files
 
 STEP = 1
 """Step of the checkpoint, the first one that a run can have."""
 
 
 def save_run(loaded: Loaded, path: str | Path) -> None:
-    """Writes config.json, tokenizer.json and a checkpoint without optimizer state to `path`, once all are complete.
+    """Writes config.json, the tokenizer, the chat template and a checkpoint without optimizer state to `path`.
 
-    The run can be evaluated, and loaded again, but not resumed: it has no optimizer state.
+    `path` appears once it is complete. The run can be evaluated, and loaded again, but not resumed.
 
     Raises ValueError, with a fix, if `path` is not empty or cannot be written, or if the model has no tokenizer.json,
     which a run needs.
@@ -36,7 +37,8 @@ def save_run(loaded: Loaded, path: str | Path) -> None:
     c = config.Config(name=directory.resolve().name, model=loaded.config, data=data, log=log, train=train)
     with complete_directory(directory, "free disk space, or use another directory") as temporary:
         (temporary / "config.json").write_text(config.to_json(c), encoding="utf-8")
-        (temporary / "tokenizer.json").write_bytes(tokenizer.files["tokenizer.json"])
+        for name, content in (chat_files(loaded.details.files) | tokenizer.files).items():
+            (temporary / name).write_bytes(content)
         with jax.set_mesh(loaded.mesh), Checkpoints(temporary / "checkpoints", keep=1) as checkpoints:
             checkpoints.save(STEP, {"params": loaded.params})
             checkpoints.confirm(STEP)

@@ -1,6 +1,8 @@
 """Opens a Hugging Face directory or a GGUF file: config, names and shapes are checked before any tensor is read."""
 
 import hashlib
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,8 @@ GENERATION = "generation_config.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 TOKENIZER_FILES += ("vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json")
 """Files of a Hugging Face directory that are copied when the model is saved, besides generation_config.json."""
+CHAT_FILES = ("tokenizer_config.json", "chat_template.jinja", GENERATION)
+"""Files that a run stores besides tokenizer.json, if the checkpoint that it starts from has them."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,12 @@ class Details:
     """Contents of generation_config.json and of the files of the tokenizer, by name."""
     no_tokenizer: str = ""
     """Reason why `files` has no tokenizer.json."""
+
+    def end_ids(self) -> frozenset[int]:
+        """Returns the ids that end an answer, as transformers does: those of generation_config.json come first."""
+        content = json.loads(self.files.get(GENERATION, b"{}"))
+        found = content.get("eos_token_id", self.token_ids.get("eos_token_id"))
+        return frozenset(number for number in (found if isinstance(found, list) else [found]) if type(number) is int)
 
 
 @dataclass(frozen=True)
@@ -80,7 +90,7 @@ def open_huggingface(directory: Path) -> Source:
     content = read_object(path)
     model, context = read_config(content, str(path))
     tensors = open_directory(directory)
-    files = _read_files(directory)
+    files = read_files(directory)
     details = Details(
         context,
         _common_dtype(tensors),
@@ -112,6 +122,11 @@ def open_gguf_file(path: Path) -> Source:
     return source
 
 
+def chat_files(files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """Returns those of `files`, contents by name, that a run stores besides tokenizer.json."""
+    return {name: files[name] for name in CHAT_FILES if name in files}
+
+
 def _common_dtype(tensors: dict[str, Tensor]) -> str:
     """Returns the dtype of all tensors; float32, which holds every value, if they differ."""
     dtypes = {tensor.dtype for tensor in tensors.values()}
@@ -127,7 +142,8 @@ def _read_token_ids(content: dict[str, Any], source: str) -> dict[str, Any]:
     return found
 
 
-def _read_files(directory: Path) -> dict[str, bytes]:
+def read_files(directory: Path) -> dict[str, bytes]:
+    """Returns the contents of generation_config.json and of the files of the tokenizer, by name. Raises ValueError."""
     files = {}
     for name in (GENERATION, *TOKENIZER_FILES):
         path = file_inside(directory, name)

@@ -35,7 +35,7 @@ class TextTokenizer:
 
 
 def run_files(tokenizer: Tokenizer) -> dict[str, bytes]:
-    """Returns tokenizer.json and tokenizer_config.json of the tokenizer of a run; {} if it has no tokenizer.json.
+    """Returns tokenizer.json and a tokenizer_config.json for the tokenizer of a run; {} if it has no tokenizer.json.
 
     The boundary, which separates documents, becomes the end-of-text token.
     """

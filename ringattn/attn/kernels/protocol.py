@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int, Num
 
 from ringattn.attn.mask import Mask, Tokens
 from ringattn.attn.softmax import Partial, varying_like
@@ -59,6 +59,34 @@ class KV(NamedTuple):
         length = self.key.shape[2]
         middle = (length + 1) // 2  # with an odd length, the first half gets the extra key
         return [self.part(0, middle), self.part(middle, length)] if length > 1 else [self]
+
+
+class CachedKV(NamedTuple):
+    """One layer of one device's part of a cache, in the stack of all layers. `rows` is B, or 1: shared by all rows.
+
+    With int8, the values are key * key_scale.
+    """
+
+    key: Num[Array, "layers rows G S D"]
+    value: Num[Array, "layers rows G S D"]
+    key_scale: Float[Array, "layers rows G S"] | None
+    value_scale: Float[Array, "layers rows G S"] | None
+    positions: Int[Array, "rows S"]
+    slots_in_use: Int[Array, " rows"]
+    """Number of slots, from the first on, that may hold a key."""
+    layer: Int[Array, ""]
+
+    def sliced(self) -> "CachedKV":
+        """Returns the layer as a stack of one."""
+
+        def slice_of(x: Array | None) -> Array | None:
+            return None if x is None else lax.dynamic_slice_in_dim(x, self.layer, 1)
+
+        key, value = (lax.dynamic_slice_in_dim(x, self.layer, 1) for x in (self.key, self.value))
+        scales = slice_of(self.key_scale), slice_of(self.value_scale)
+        return self._replace(
+            key=key, value=value, key_scale=scales[0], value_scale=scales[1], layer=jnp.zeros_like(self.layer)
+        )
 
 
 class Residuals(NamedTuple):
