@@ -252,16 +252,17 @@ def test_eight_billion_parameters_train_on_ten_million_tokens():
     assert plan.argument_bytes + plan.temporary_bytes < 95.7 * 2**30
 
 
-@pytest.mark.slow
 def test_a_step_of_decoding_reads_the_cache_in_place():
     """Law 7: a new token moves no K/V, and nothing of the size of the cache is copied. Two layers of an 8B model."""
     model = replace(config.read(CONFIGS / "llama3_8b_1m.py").model, layers=2)
     found = []
     for tokens in (2**20, 2**23):
-        with jax.set_mesh(mesh := tpu_ring("v5e:2x4")):
+        chips = tpu_ring("v5e:2x4").devices.flatten().tolist()
+        mesh = arrange_devices({"data": 1, "context_outer": 1, "context": len(chips), "tensor": 1}, chips)
+        with jax.set_mesh(mesh):
             lowered, sizes = lower_decode(model, mesh, tokens)
             compiled = lowered.compile()
-        assert sizes.cache == 2 * 2 * G * D * 2 * tokens // 8
+        assert sizes.cache == 2 * 2 * G * D * 2 * tokens // 8 + 2 * 4  # with the length of the row, and the offset
         assert compiled.memory_analysis().temp_size_in_bytes < sizes.cache / 30
         text = compiled.as_text()
         assert not re.search(r"(all-gather|all-to-all|collective-permute|reduce-scatter)(-start)?\(", text)
