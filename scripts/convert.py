@@ -11,13 +11,11 @@ if __name__ == "__main__":  # first, because the imports below take seconds
     signals.end_on_signals("run the same command again to start over")
 
 import sys
-from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Literal
 
 from ringattn import config, weights
-from ringattn.runs.progress import Display
+from ringattn.runs.progress import progress_bar
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,29 +24,17 @@ class Options:
     """Kind of TARGET. Default: huggingface."""
 
 
-def bar(label: str, stack: ExitStack) -> Callable[[int, int], None]:
-    """Returns a function that shows a progress bar of bytes, from its first call."""
-    shown: list[Display] = []
-
-    def advance(done: int, total: int) -> None:
-        if not shown:
-            shown.append(stack.enter_context(Display(total, label=label, in_bytes=True, every_process=True)))
-        shown[0].update(done)
-
-    return advance
-
-
 def main() -> None:
     options, (source, target) = config.parse_words(Options, ("SOURCE", "TARGET"), sys.argv[1:], __doc__ or "")
     with config.reported_errors():
         weights.check_target(target)
-        with ExitStack() as stack:
-            loaded = weights.load(source, config.Mesh(simulate=1), bar("loading", stack))
-        with ExitStack() as stack:
+        with progress_bar("loading", in_bytes=True, every_process=True) as advance:
+            loaded = weights.load(source, config.Mesh(simulate=1), advance)
+        with progress_bar("writing", in_bytes=True, every_process=True) as advance:
             if options.to == "run":
                 weights.save_run(loaded, target)
             else:
-                weights.save(loaded, target, bar("writing", stack))
+                weights.save(loaded, target, advance)
     print(f"{target}: {loaded.config.family} model of {weights.count_parameters(loaded.params):,} parameters")
 
 

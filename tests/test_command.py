@@ -21,7 +21,7 @@ def run(tmp_path_factory) -> str:
 
 
 def generate(capsys, path: str, as_json: bool = False, **options) -> tuple[str, str]:
-    """What the command prints to standard output and to standard error."""
+    """Runs the command. Returns its standard output and its standard error."""
     command.run(config.Generation(**{"run": path, "max_tokens": 12, "chunk": 32, **options}), as_json=as_json)
     return capsys.readouterr()
 

@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from test_file_tokenizer import train as make_tokenizer
@@ -128,11 +129,9 @@ def test_weights_are_evaluated_as_the_run_that_they_come_from(directory, monkeyp
     assert losses[0] == losses[1]
 
 
-def test_retrieval_uses_the_chat_template_of_the_checkpoint(directory, monkeypatch):
-    monkeypatch.chdir(directory)
-    given = config.Evaluation(
-        name="chat",
-        model=Model(weights="chat"),
+def needles_in_a_chat(**subject: Any) -> config.Evaluation:
+    """An evaluation of four rows in the chat template."""
+    return config.Evaluation(
         tasks=("needle",),
         lengths=(256,),
         depths=(0.5,),
@@ -141,7 +140,13 @@ def test_retrieval_uses_the_chat_template_of_the_checkpoint(directory, monkeypat
         longer=True,
         chat=True,
         mesh=Mesh(context=2, data=-1),
+        **subject,
     )
+
+
+def test_retrieval_uses_the_chat_template_of_the_checkpoint(directory, monkeypatch):
+    monkeypatch.chdir(directory)
+    given = needles_in_a_chat(name="chat", model=Model(weights="chat"))
     shutil.copytree(directory / "hf", directory / "chat")
     with pytest.raises(ValueError, match=r"chat=True requires .* with a chat_template.jinja.*, but chat has none; use"):
         evaluation.evaluate(evaluation.adopt(given))
@@ -183,17 +188,7 @@ def test_a_run_stores_the_chat_template_that_it_starts_with(directory, monkeypat
         assert {name: (directory / f"hf_{run}" / name).read_bytes() for name in stored} == stored, run
         content = json.loads((directory / f"hf_{run}" / "config.json").read_bytes())
         assert (content["bos_token_id"], content["eos_token_id"], content["max_position_embeddings"]) == (0, 0, 64), run
-    c = config.Evaluation(
-        runs=("from_run",),
-        tasks=("needle",),
-        lengths=(256,),
-        depths=(0.5,),
-        samples=4,
-        batch_size=4,
-        longer=True,
-        chat=True,
-        mesh=Mesh(context=2, data=-1),
-    )
+    c = needles_in_a_chat(runs=("from_run",))
     assert evaluation.evaluate(c) == 0
 
 

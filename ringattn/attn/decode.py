@@ -8,7 +8,7 @@ Positions are given for every query and key. A key that no query sees, such as a
 position UNUSED; a query that sees no key has a negative one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +55,7 @@ def decode_attention(
         new = jax.tree.map(lambda x: _unfold(x, query.shape[0]), new)
         found = new if found is None else merge(found, new)
     assert found is not None
-    out, _ = _merge_devices(found, axes)
+    out = _merge_devices(found, axes, lambda x: lax.psum(x, axes))
     return rearrange(out, "B G R D -> B (G R) D").astype(query.dtype)
 
 
@@ -93,13 +93,11 @@ def _unfold(x: Array, batch: int) -> Array:
     return x if x.shape[0] == batch else rearrange(x, "1 G (B R) ... -> B G R ...", B=batch)
 
 
-def _merge_devices(part: Partial, axes: tuple[str, ...]) -> Partial:
-    """Merges attention over the keys of each device of `axes`."""
-    row_max = lax.pmax(part.lse, axes)
-    weight = shifted_exp(part.lse, row_max)
-    weighted = jnp.concatenate([part.out * weight[..., None], weight[..., None]], axis=-1)
-    total = lax.psum(weighted, axes)
-    return normalize(total[..., :-1], total[..., -1], row_max)
+def _merge_devices(part: Partial, axes: tuple[str, ...], total: Callable[[Array], Array]) -> Array:
+    """Returns the output of attention to the keys of all devices of `axes`; `total` sums an array over them."""
+    weight = shifted_exp(part.lse, lax.pmax(part.lse, axes))
+    weighted = total(jnp.concatenate([part.out * weight[..., None], weight[..., None]], axis=-1))
+    return normalize(weighted[..., :-1], weighted[..., -1], jnp.zeros_like(weighted[..., -1])).out
 
 
 def chunk_attention(
@@ -134,11 +132,7 @@ def chunk_attention(
     assert found is not None
     if not queries_move:
         return ungroup_heads(found.out).astype(query.dtype)
-    row_max = lax.pmax(found.lse, axes)
-    weight = shifted_exp(found.lse, row_max)
-    weighted = jnp.concatenate([found.out * weight[..., None], weight[..., None]], axis=-1)
-    total = lax.psum_scatter(weighted, axes, scatter_dimension=3, tiled=True)
-    out, _ = normalize(total[..., :-1], total[..., -1], jnp.zeros_like(total[..., -1]))
+    out = _merge_devices(found, axes, lambda x: lax.psum_scatter(x, axes, scatter_dimension=3, tiled=True))
     return ungroup_heads(out).astype(query.dtype)
 
 

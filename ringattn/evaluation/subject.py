@@ -6,7 +6,6 @@ from functools import cache, cached_property, partial
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -91,9 +90,7 @@ class Subject:
 
         @cache
         def generator() -> Generator:
-            # A generator in bfloat16 uses up the parameters, which losses need.
-            copies = bool(set(c.tasks) & set(config.LOSSES)) and self.stage.model.dtype == "bfloat16"
-            return self._generator(jax.tree.map(jnp.copy, params) if copies else params, c, mesh)
+            return self._generator(params, c, mesh)
 
         def generate(prompts: list[np.ndarray], max_tokens: int, stop: Sequence[str]) -> list[str]:
             return [result.text for result in generator().generate(prompts, max_tokens=max_tokens, stop=stop)]

@@ -31,7 +31,7 @@ SLOT_UNIT = 8 * UNIT
 STORED = P(None, DATA, TENSOR, SEQUENCE, None)
 """Spec of the keys and values of rows [layers, B, G, S, D]."""
 SHARED = P(None, None, TENSOR, SEQUENCE, None)
-"""The same for one row that all rows share."""
+"""Spec of the keys and values of one row that all rows share."""
 
 
 class Store(NamedTuple):
@@ -50,11 +50,6 @@ class Cache(NamedTuple):
     lengths: Int[Array, " B"]
     offset: Int[Array, ""]
     """Number of tokens that precede all rows, in a cache that they share."""
-
-    @property
-    def rows(self) -> int:
-        """Number of rows."""
-        return self.lengths.shape[0]
 
 
 def capacity(tokens: int, most: int) -> int:
@@ -155,7 +150,7 @@ def stored_numbers(slots: int, lengths: Int[Array, " rows"]) -> Int[Array, "rows
 
 
 def read(cache: Cache, place: Place, lengths: Int[Array, " rows"]) -> CachedKV:
-    """Returns the local keys and values of one layer, for rows of which `lengths` tokens are written."""
+    """Returns the local keys and values of one layer; `lengths` is the number of tokens of each row."""
     key, value, key_scale, value_scale = cache.stores[place.kind]
     slots = key.shape[3]
     numbers = stored_numbers(slots, lengths)

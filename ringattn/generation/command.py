@@ -3,8 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from ringattn.generation.conversation import Conversation
 from ringattn.generation.generator import Generator
 from ringattn.generation.prompts import Prompt
 from ringattn.generation.sampling import Sampling
-from ringattn.runs.progress import Display
+from ringattn.runs.progress import progress_bar
 from ringattn.units import bytes_in_words
 from ringattn.weights import check_target
 
@@ -76,7 +75,7 @@ def run(c: config.Generation, *, as_json: bool) -> None:
     assert text is not None
     prompt: Prompt = generator.served.texts.chat_ids(text) if c.chat else text
     if c.save_cache is not None:
-        with _progress("prefill") as advance:
+        with progress_bar("prefill", on_stderr=True) as advance:
             cache = generator.prefill(prompt, advance=advance)
         cache.save(c.save_cache)
         size = bytes_in_words(cache.bytes_per_device)
@@ -117,7 +116,7 @@ def _prompt(c: config.Generation) -> str:
 def _load(c: config.Generation) -> Generator:
     path = c.run if c.weights is None else c.weights
     assert path is not None
-    with _progress("loading", in_bytes=True) as advance:
+    with progress_bar("loading", in_bytes=True, every_process=True, on_stderr=True) as advance:
         return Generator.load(
             path,
             c.mesh,
@@ -127,24 +126,6 @@ def _load(c: config.Generation) -> Generator:
             chunk=c.chunk,
             advance=advance,
         )
-
-
-@contextmanager
-def _progress(label: str, *, in_bytes: bool = False) -> Iterator[Callable[[int, int], None]]:
-    """Yields a function that shows a progress bar on standard error, from its first call."""
-    shown: list[Display] = []
-
-    def advance(done: int, total: int) -> None:
-        if not shown:
-            shown.append(Display(total, label=label, in_bytes=in_bytes, every_process=in_bytes, on_stderr=True))
-            shown[0].__enter__()
-        shown[0].update(done)
-
-    try:
-        yield advance
-    finally:
-        for display in shown:
-            display.__exit__()
 
 
 def _answer(generator: Generator, c: config.Generation, sampling: Sampling, prompt: Prompt, as_json: bool) -> None:
@@ -169,7 +150,7 @@ def _stream(conversation: Conversation, prompt: Prompt, tokens: int, options: di
     """Prints an answer while it is generated, and its speed."""
     before = conversation.tokens.size
     options = {name: value for name, value in options.items() if name != "cache"}
-    with _progress("prefill") as advance:
+    with progress_bar("prefill", on_stderr=True) as advance:
         pieces = conversation.answer(prompt, advance=advance, **options)
         first = next(pieces, "")
     speed.prefilled(tokens)

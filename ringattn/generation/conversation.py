@@ -24,7 +24,7 @@ class Conversation:
         """All ids of the row so far, without those of the shared cache."""
         self._batch: Rows | None = None
         self._base: PromptCache | None = None
-        """What precedes the row: the shared cache, without its last token if the first prompt was empty."""
+        """The cache before the row: the shared one, without its last token if the first prompt was empty."""
         self._turns = self._sampled = 0
 
     @property

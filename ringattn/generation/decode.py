@@ -19,6 +19,7 @@ from ringattn.generation.cache import SHARED, STORED, Cache, append, encode, rea
 from ringattn.generation.prefill import logit_spec, output_logits, product
 from ringattn.mesh.axes import DATA, FSDP, SEQUENCE, TENSOR
 from ringattn.model.families import ACTIVATIONS, FAMILIES, layer_pattern
+from ringattn.model.parallel import Params
 from ringattn.model.pattern import Place, fold_layers
 from ringattn.model.rope import rotate
 from ringattn.model.transformer import Attention, FeedForward, Layer, Transformer, layer_rotations
@@ -40,9 +41,8 @@ def decode(
     positions = cache.offset + jax.reshard(cache.lengths, P(None))
     angles = layer_rotations(c, positions[:, None])
 
-    def layer(carry: tuple[Array, Cache], place: Place) -> tuple[Array, Cache]:
+    def layer(carry: tuple[Array, Cache], values: Params, place: Place) -> tuple[Array, Cache]:
         x, cache = carry
-        values = jax.tree.map(lambda stack: lax.dynamic_index_in_dim(stack, place.index, keepdims=False), params)
         module: Layer = nnx.merge(graphdef, values)
         query, key, value = _project(module.attention, x, angles[place.kind])
         heads, cache = _attend(model, [query, key, value], cache, base, place)
@@ -50,7 +50,7 @@ def decode(
         return x + _feed_forward(module.feed_forward, x), cache
 
     x = model.scaled(_embed(tokens, model.embedding[...], c.dtype))
-    x, cache = fold_layers(layer, (x, cache), c.layers, layer_pattern(c))
+    x, cache = fold_layers(layer, (x, cache), params, layer_pattern(c))
     logits = output_logits(model, model.norm(x)[:, 0])
     return cache._replace(lengths=cache.lengths + 1), logits
 

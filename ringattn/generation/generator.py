@@ -106,8 +106,10 @@ class Generator:
         loaded = weights.load(path, mesh, advance)
         if dtype is None:
             dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-        with jax.set_mesh(loaded.mesh):
-            key = model_key(loaded.config, loaded.params)
+        key = None
+        if dtype != "float32":  # otherwise it is computed when a cache needs it
+            with jax.set_mesh(loaded.mesh):
+                key = model_key(loaded.config, loaded.params)
         return cls.of(
             loaded.config,
             loaded.params,

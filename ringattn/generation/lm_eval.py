@@ -52,8 +52,8 @@ class RingModel(TemplateLM):
           generator: its cache holds at least max_length + 1 tokens.
           batch_size: number of rows that are computed together.
           max_length: maximum number of tokens that the model reads. Default: one less than the cache holds.
-          add_bos_token: True: contexts begin with `prefix_token_id`; False: not; None: with what a text of the model
-            begins with. A rolling log-likelihood always reads it, and never predicts it.
+          add_bos_token: True: contexts begin with `prefix_token_id`. False: they do not. None: they begin as a text of
+            the model does. A rolling log-likelihood always reads `prefix_token_id`, and never predicts it.
           prefix_token_id: context of a text without context. Default: what a text of the model begins with, or else its
             end-of-text token.
 

@@ -18,7 +18,7 @@ from ringattn.attn.kernels.protocol import CachedKV, LogitSpec, matmul_precision
 from ringattn.generation.cache import SHARED, STORED, Cache, encode, read, specs, spread, write
 from ringattn.mesh.axes import DATA, FSDP, HEADS, SEQUENCE, TENSOR, TOKENS
 from ringattn.model.families import layer_pattern, logit_options, output_soft_cap
-from ringattn.model.parallel import embed, soft_capped
+from ringattn.model.parallel import Params, embed, soft_capped
 from ringattn.model.pattern import Place, fold_layers
 from ringattn.model.transformer import Layer, Transformer, layer_rotations
 
@@ -61,17 +61,15 @@ def prefill(model: Transformer, cache: Cache, base: Cache | None, chunk: Chunk) 
 
     `base` is a cache that all rows share and that precedes them. Call it inside jax.jit, under the mesh.
     """
-    c, graphdef = model.config, nnx.graphdef(model.layers)
-    params = nnx.state(model.layers)
+    c, (graphdef, params) = model.config, nnx.split(model.layers)
     length = chunk.tokens.shape[1]
     shards = length // jax.typeof(chunk.tokens).sharding.shard_shape(chunk.tokens.shape)[1]
     order = jnp.arange(length, dtype=jnp.int32).reshape(-1, shards).T.reshape(1, -1)
     numbers = jax.reshard(chunk.first, P(DATA))[:, None] + jax.reshard(order, P(None, SEQUENCE))
     angles = layer_rotations(c, cache.offset + numbers)
 
-    def layer(carry: tuple[Array, Cache], place: Place) -> tuple[Array, Cache]:
+    def layer(carry: tuple[Array, Cache], values: Params, place: Place) -> tuple[Array, Cache]:
         x, cache = carry
-        values = jax.tree.map(lambda stack: lax.dynamic_index_in_dim(stack, place.index, keepdims=False), params)
         module: Layer = nnx.merge(graphdef, values)
         query, key, value = module.attention.project(x, angles[place.kind])
         spec = logit_spec(model, place)
@@ -79,7 +77,7 @@ def prefill(model: Transformer, cache: Cache, base: Cache | None, chunk: Chunk) 
         return module.finish(x, heads), cache
 
     x = model.scaled(embed(chunk.tokens, model.embedding[...], c.dtype))
-    x, cache = fold_layers(layer, (x, cache), c.layers, layer_pattern(c))
+    x, cache = fold_layers(layer, (x, cache), params, layer_pattern(c))
     lengths = jnp.maximum(cache.lengths, chunk.end)
     return cache._replace(lengths=lengths), model.norm(x)
 

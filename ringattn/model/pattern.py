@@ -29,10 +29,9 @@ Carry = TypeVar("Carry")
 
 
 class Place(NamedTuple):
-    """Where a layer is: its kind, its index in the model, and its rank among the layers of its kind."""
+    """The kind of a layer, and its rank among the layers of its kind."""
 
     kind: LayerKind
-    index: Int[Array, ""]
     rank: Int[Array, ""]
 
 
@@ -77,18 +76,21 @@ def scan_layers(
     return apply_run(carry, first, kinds[first:])[0]
 
 
-def fold_layers(layer: Callable[[Carry, Place], Carry], carry: Carry, layers: int, pattern: tuple[LayerKind, ...]):
-    """Returns `carry` after layer(carry, place) for all layers, without gradients. Scans the repetitions of a pattern.
+def fold_layers(
+    layer: Callable[[Carry, Params, Place], Carry], carry: Carry, params: Params, pattern: tuple[LayerKind, ...]
+) -> Carry:
+    """Returns `carry` after layer(carry, params of the layer, place) for all layers, without gradients.
 
-    `layer` reads the parameters of its layer by index.
+    `params` and `pattern` are those of `scan_layers`. Scans the repetitions of the pattern.
     """
+    layers = jax.tree.leaves(params)[0].shape[0]
     counts = {kind: pattern.count(kind) for kind in pattern}
     ranks = [pattern[:position].count(kind) for position, kind in enumerate(pattern)]
 
     def repetition(carry: Carry, number: Int[Array, ""], kinds: tuple[LayerKind, ...]) -> Carry:
         for position, kind in enumerate(kinds):
             index, rank = number * len(pattern) + position, number * counts[kind] + ranks[position]
-            carry = layer(carry, Place(kind, index, rank))
+            carry = layer(carry, _row(params, index), Place(kind, rank))
         return carry
 
     repetitions = layers // len(pattern)
@@ -98,9 +100,13 @@ def fold_layers(layer: Callable[[Carry, Place], Carry], carry: Carry, layers: in
     return repetition(carry, jnp.int32(repetitions), pattern[: layers % len(pattern)])
 
 
+def _row(stacks: Params, index: Int[Array, ""]) -> Params:
+    """Returns the parameters of layer `index`."""
+    return jax.tree.map(lambda stack: lax.dynamic_index_in_dim(stack, index, keepdims=False), stacks)
+
+
 def _read_forward(gradients: Params, stacks: Params, index: Int[Array, ""]) -> tuple[tuple[Any, Params], Array]:
-    values = jax.tree.map(lambda stack: lax.dynamic_index_in_dim(stack, index, keepdims=False), stacks)
-    return (values, gradients), index
+    return (_row(stacks, index), gradients), index
 
 
 @jax.custom_vjp

@@ -111,14 +111,19 @@ def plan(c: config.Config, topology: str, compiling: AbstractContextManager[Any]
 
 def abstract_step(c: config.Config, mesh: jax.sharding.Mesh) -> tuple[TrainState, Batch, TrainStep]:
     """Abstract state and batch, sharded over the mesh, and the jitted train step that takes them."""
-    vocabulary = c.model.vocabulary
-    if vocabulary is None:
-        rule = "must be the number of token ids, because a plan reads no tokenizer"
-        raise ValueError(f"model.vocabulary=None {rule}; use --model.vocabulary 32000 or another number")
+    vocabulary = required_vocabulary(c.model)
     make_model = model_factory(c, vocabulary)
     update, schedule = optimizer(c.optimizer), learning_rate(c.optimizer, c.train.steps)
     state = abstract(jax.eval_shape(make_initial_state(make_model, update)), mesh)
     return state, _abstract_batch(c, mesh), make_train_step(make_model, vocabulary, update, schedule)
+
+
+def required_vocabulary(c: config.Model) -> int:
+    """Returns the vocabulary size. Raises ValueError if it is None."""
+    if c.vocabulary is None:
+        rule = "must be the number of token ids, because a plan reads no tokenizer"
+        raise ValueError(f"model.vocabulary=None {rule}; use --model.vocabulary 32000 or another number")
+    return c.vocabulary
 
 
 def _memory(devices: Sequence[Any]) -> int | None:

@@ -25,7 +25,7 @@ from ringattn.mesh.axes import DATA, FSDP, abstract, describe_sizes
 from ringattn.mesh.devices import check_divisible, resolve
 from ringattn.mesh.topology import arrange_devices
 from ringattn.model.build import model_factory
-from ringattn.planning.compile import shard_bytes
+from ringattn.planning.compile import required_vocabulary, shard_bytes
 from ringattn.planning.devices import devices_of
 from ringattn.units import bytes_in_words
 
@@ -44,8 +44,7 @@ def lower_decode(
 
     Parameters and compute are in model.dtype. The vocabulary must be set. Call it under `jax.set_mesh(mesh)`.
     """
-    vocabulary, c, rows = c.vocabulary, generation_model(c, c.dtype), mesh.shape[DATA]
-    assert vocabulary is not None
+    vocabulary, c, rows = required_vocabulary(c), generation_model(c, c.dtype), mesh.shape[DATA]
     make_model = model_factory(config.Config(model=c), vocabulary)
     params = abstract(jax.eval_shape(jax.jit(lambda: nnx.split(make_model())[1])), mesh)
 
@@ -101,9 +100,7 @@ def plan_decode(c: config.Config, topology: str, compiling: AbstractContextManag
     devices = devices_of(topology)
     mesh = arrange_devices(resolve(c.mesh, len(devices)), devices)
     check_divisible(replace(c, train=replace(c.train, batch_size=mesh.shape[DATA], accumulate=1)), mesh)
-    if c.model.vocabulary is None:
-        rule = "must be the number of token ids, because a plan reads no tokenizer"
-        raise ValueError(f"model.vocabulary=None {rule}; use --model.vocabulary 32000 or another number")
+    required_vocabulary(c.model)
     began = time.monotonic()
     with jax.set_mesh(mesh), compiling or nullcontext():
         lowered, sizes = lower_decode(c.model, mesh, c.data.seq_len)
@@ -111,7 +108,9 @@ def plan_decode(c: config.Config, topology: str, compiling: AbstractContextManag
     kind, memory, text = devices[0].device_kind, program_memory(compiled), compiled.as_text() or ""
     assert memory is not None
     chip, per_cycle = CHIPS.get(kind), CYCLE_FLOPS.get(kind)
-    collectives = Counter(re.findall(r" (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)\b", text))
+    collectives = Counter(
+        re.findall(r" (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(", text)
+    )
     return DecodePlan(
         topology=topology,
         device_kind=kind,

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import jax
 from rich.console import Console
@@ -116,3 +116,17 @@ class Display:
             yield lambda count: self._live.advance(task, count)
         finally:
             self._live.remove_task(task)
+
+
+@contextmanager
+def progress_bar(label: str, **options: bool) -> Iterator[Callable[[int, int], None]]:
+    """Yields advance(done, total), which shows a progress bar from its first call. `options` are those of `Display`."""
+    with ExitStack() as stack:
+        shown: list[Display] = []
+
+        def advance(done: int, total: int) -> None:
+            if not shown:
+                shown.append(stack.enter_context(Display(total, label=label, **options)))
+            shown[0].update(done)
+
+        yield advance
