@@ -34,7 +34,7 @@ ROOMS = {
     "model": SHARED | {"attn", "data"},
     "cost": SHARED | {"attn", "data", "model"},
     "weights": SHARED | {"data", "model", "runs"},
-    "training": SHARED | {"attn", "cost", "data", "model", "runs", "weights"},
+    "training": SHARED | {"attn", "cost", "data", "generation", "model", "runs", "weights"},
     "generation": SHARED | {"attn", "data", "model", "runs", "weights"},
     "evaluation": SHARED | {"attn", "data", "generation", "model", "runs", "weights"},
     "planning": SHARED | {"attn", "cost", "data", "generation", "model", "training"},

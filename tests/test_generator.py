@@ -12,12 +12,16 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from jax import P
 
 from ringattn import config
+from ringattn.data.placement import permute_and_place
 from ringattn.data.tokenizer import ByteTokenizer
 from ringattn.generation import Conversation, Generator, decode, prefill
+from ringattn.generation import cache as caches
 from ringattn.generation.prompts import Texts
 from ringattn.generation.served import Served
+from ringattn.mesh.axes import DATA, place
 from ringattn.planning.decoding import lower_decode
 from ringattn.weights.loaded import Loaded, make_model
 from ringattn.weights.source import Details
@@ -104,6 +108,28 @@ def test_few_programs_serve_all_lengths(make_mesh, monkeypatch):
     generator = make_generator(make_mesh(), replace(SMALL, head_dim=4), chunk=64)
     for length in (1, 5, 17, 40, 64, 100, 180, 250):  # 250 + 10 tokens: the cache grows from 256 to 512
         generator.generate([list(range(length))], max_tokens=10)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_float32_products_have_the_highest_precision(make_mesh, dtype):
+    """By default TPUs round float32 operands to bfloat16, and GPUs to TF32."""
+    with jax.set_mesh(mesh := make_mesh(context=2)):
+        engine = make_generator(mesh, dtype=dtype, cache_dtype=dtype).served.engine
+        cache = caches.empty(engine.config, 1, 64, dtype, mesh)
+        bounds = [place(np.full(1, end, np.int32), mesh, P(DATA)) for end in (0, 0, 16)]
+        chunk = prefill.Chunk(*permute_and_place([np.zeros((1, 16), np.int32)], mesh, "striped"), *bounds)
+        programs = [
+            engine.programs.extend.lower(engine.params, cache, None, chunk),
+            lower_decode(replace(SMALL, dtype=dtype), mesh, 64, dtype)[0],
+        ]
+    for program in programs:
+        products = re.findall(r"stablehlo.dot_general.*", program.as_text())
+        assert len(products) >= 8
+        highest = [product for product in products if "precision = [HIGHEST, HIGHEST]" in product]
+        if dtype == "float32":
+            assert highest == products
+        else:
+            assert not [product for product in highest if "bf16" in product]
 
 
 def test_a_cache_is_saved_and_loaded_on_another_mesh(make_mesh, generator, tmp_path):

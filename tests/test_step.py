@@ -10,7 +10,6 @@ import pytest
 
 from ringattn import config
 from ringattn.data import Batch
-from ringattn.data.placement import permute_and_place
 from ringattn.mesh.axes import abstract
 from ringattn.model.loss import cross_entropy
 from ringattn.training import step as step_module
@@ -104,7 +103,7 @@ def test_weights_are_relative_to_their_sum_over_all_microbatches(run):
     ],
 )
 def test_float32_products_have_the_highest_precision(base, make_mesh, monkeypatch, dtype, strategy, remat):
-    """Training, scoring and sampling: by default TPUs round float32 operands to bfloat16, and GPUs to TF32."""
+    """Training and scoring: by default TPUs round float32 operands to bfloat16, and GPUs to TF32."""
     monkeypatch.setattr(step_module, "cross_entropy", cross_entropy)  # without the limit of `run`
     model = replace(base.model, dtype=dtype, remat=remat, heads=4, kv_heads=2)
     c = replace(base, model=model, attention=replace(base.attention, strategy=strategy))
@@ -112,13 +111,11 @@ def test_float32_products_have_the_highest_precision(base, make_mesh, monkeypatc
     with jax.set_mesh(mesh):
         run = prepare_stage(c, mesh)
         state, batch = abstract(jax.eval_shape(run.initial_state), mesh), run.training.batch(0)
-        rows = permute_and_place([batch.tokens, batch.positions, batch.segment_ids, batch.weights], mesh, "zigzag")
         programs = [
             run.train_step.lower(state, run.place(batch)),
             run.scorer.step.lower(state.params, run.place(batch)),
-            run.next_logits.lower(state.params, *rows),
         ]
-    for program, count in zip(programs, (20, 8, 8), strict=True):
+    for program, count in zip(programs, (20, 8), strict=True):
         products = re.findall(r"stablehlo.dot_general.*", program.as_text())
         assert len(products) >= count
         highest = [product for product in products if "precision = [HIGHEST, HIGHEST]" in product]

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 
 import jax
 import numpy as np
-from jax import Array
 
 from ringattn import config
 from ringattn.cost.flops import step_flops
 from ringattn.cost.step_statistics import Statistics, attention_statistics, memory_statistics
 from ringattn.data import Batch, Loader, Splits, Tokenizer, make_loaders, read
-from ringattn.data.placement import permute_and_place, place_batch
-from ringattn.mesh.axes import abstract, context_shards, describe_sizes
+from ringattn.data.placement import place_batch
+from ringattn.mesh.axes import abstract, describe_sizes
 from ringattn.model.build import model_factory
 from ringattn.model.parallel import Params
 from ringattn.model.scoring import Scorer, make_scorer
@@ -23,14 +22,7 @@ from ringattn.runs.checkpoint import Checkpoints
 from ringattn.runs.writers import check_packages
 from ringattn.training.by_context import context_ranges, named_losses, sums_by_context
 from ringattn.training.optimizer import learning_rate, optimizer
-from ringattn.training.samples import (
-    NEW_TOKENS,
-    PROMPT_TOKENS,
-    NextLogits,
-    as_text,
-    continue_rows,
-    make_next_logits,
-)
+from ringattn.training.samples import sample
 from ringattn.training.step import TrainState, TrainStep, make_initial_state, make_train_step
 
 
@@ -58,7 +50,6 @@ class Run:
     """initial_state(params=None): the state before the first update, with random parameters or `params`."""
     train_step: TrainStep
     scorer: Scorer
-    next_logits: NextLogits
 
     def place(self, batch: Batch) -> Batch:
         """Places a host batch [B, L] on the mesh, as [microbatches, B / microbatches, L] for the train step."""
@@ -97,17 +88,9 @@ class Run:
         return checkpoints.restore(abstract(jax.eval_shape(self.initial_state), self.mesh))
 
     def samples(self, params: Params) -> str:
-        """Returns prompts from a few held-out sequences as text, each with the model's continuation."""
-
-        def next_logits(rows: Batch, one_hot: np.ndarray) -> Array:
-            arrays = [rows.tokens, rows.positions, rows.segment_ids, one_hot]
-            return self.next_logits(params, *permute_and_place(arrays, self.mesh, self.config.attention.layout))
-
-        multiple = 2 * context_shards(self.mesh)  # of the length, valid for every layout
-        length = min(-(-(PROMPT_TOKENS + NEW_TOKENS) // multiple) * multiple, self.config.data.seq_len)
-        prompt = max(length * PROMPT_TOKENS // (PROMPT_TOKENS + NEW_TOKENS), 1)
-        rows = Batch(*(x[:, :length] for x in self.held_out.batch(0)))
-        return as_text(continue_rows(rows, prompt, self.config.train.seed, next_logits), prompt, self.tokenizer)
+        """Returns beginnings of a few held-out documents as text, each with the model's continuation."""
+        c = self.config
+        return sample(c.model, params, self.mesh, self.tokenizer, self.held_out.batch(0), c.train.seed)
 
 
 def tokens_per_step(c: config.Config) -> int:
@@ -160,7 +143,6 @@ def prepare_stage(
         initial_state=make_initial_state(make_model, update),
         train_step=make_train_step(make_model, vocabulary, update, schedule),
         scorer=make_scorer(make_model, vocabulary, mesh, c.attention.layout, c.train.accumulate),
-        next_logits=make_next_logits(make_model, vocabulary),
     )
 
 
