@@ -18,13 +18,14 @@ SEQ_LEN = 256
 def make_run(directory: Path, text: bytes, scale: float = 20.0) -> Path:
     """Creates the run `directory` of a model of bytes with one layer, and its text `text.txt` next to it.
 
-    The parameters are `scale` times those of the initialization, so that the most likely token is clear.
+    The parameters are `scale` times those of the initialization, so that the most likely token is clear. The model has
+    ids that its tokenizer lacks, which must never be generated.
     """
     path = directory.parent / "text.txt"
     path.write_bytes(text)
     c = config.Config(
         name=directory.name,
-        model=config.Model(layers=1, dim=16, heads=4, kv_heads=2, head_dim=8, feed_forward=32),
+        model=config.Model(layers=1, dim=16, heads=4, kv_heads=2, head_dim=8, feed_forward=32, vocabulary=400),
         data=config.Data(path=str(path), seq_len=SEQ_LEN, validation=0.4),
         mesh=config.Mesh(context=8),
         train=config.Train(steps=1),

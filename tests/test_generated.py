@@ -126,7 +126,7 @@ def greedy(path, prompts, tokens):
         row = list(prompt)
         while len(row) < len(prompt) + tokens and row[-1] != TOKENIZER.boundary:
             padded = np.pad(np.array(row, np.int32), (0, LENGTH + ANSWER_TOKENS - len(row)))
-            row.append(int(np.argmax(loaded.logits(padded[None])[0, len(row) - 1])))
+            row.append(int(np.argmax(loaded.logits(padded[None])[0, len(row) - 1, : TOKENIZER.size])))
         found.append(TOKENIZER.decode(row[len(prompt) :]))
     return found
 

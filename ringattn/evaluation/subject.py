@@ -100,13 +100,13 @@ class Subject:
     def _generator(self, params: Params, c: config.Evaluation, mesh: jax.sharding.Mesh) -> Generator:
         """Returns the generator of the answers, which computes and caches in the compute dtype of the model."""
         tokenizer, source, dtype = self.tokenizer, self.origin.source, self.stage.model.dtype
-        model = replace(self.stage.model, vocabulary=self.stage.model.vocabulary or tokenizer.size)
+        model = replace(self.stage.model, vocabulary=tokenizer.size)  # as for scoring
         is_run = isinstance(source, SavedCheckpoint)
         if isinstance(source, SavedCheckpoint):
             details = run_details(source.directory, tokenizer, self.origin.context)
         else:
             details = source.details
-        texts = Texts.of_tokenizer(tokenizer, model.vocabulary or 0, details.end_ids(), is_run)
+        texts = Texts.of_tokenizer(tokenizer, tokenizer.size, details.end_ids(), is_run)
         tokens = max(c.lengths) + max(answer_tokens(task, tokenizer) for task in c.tasks if task in config.RETRIEVAL)
         return Generator.of(model, params, mesh, texts, cache_tokens=tokens, cache_dtype=dtype, dtype=dtype)
 

@@ -1,7 +1,7 @@
 """Generates text: the cache of a prompt is sharded over the ring, and tokens are streamed out."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,15 +106,16 @@ class Generator:
         loaded = weights.load(path, mesh, advance)
         if dtype is None:
             dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-        key = None
+        texts, key = Texts.of(loaded), None
+        model = replace(loaded.config, vocabulary=texts.vocabulary)
         if dtype != "float32":  # otherwise it is computed when a cache needs it
             with jax.set_mesh(loaded.mesh):
-                key = model_key(loaded.config, loaded.params)
+                key = model_key(model, loaded.params)
         return cls.of(
-            loaded.config,
+            model,
             loaded.params,
             loaded.mesh,
-            Texts.of(loaded),
+            texts,
             cache_tokens=cache_tokens or loaded.details.context,
             cache_dtype=cache_dtype,
             dtype=dtype,

@@ -33,8 +33,11 @@ class Texts:
 
     @classmethod
     def of(cls, loaded: Loaded) -> "Texts":
-        """Returns the texts of a loaded model. Raises ValueError if its files contradict each other."""
-        vocabulary = loaded.config.vocabulary
+        """Returns the texts of a loaded model. Raises ValueError if its files contradict each other.
+
+        A run trains only the ids of its tokenizer, which can be fewer than the model has.
+        """
+        vocabulary = loaded.config.vocabulary if loaded.run_tokenizer is None else loaded.run_tokenizer.size
         assert vocabulary is not None
         try:
             tokenizer, problem = loaded.tokenizer.documents, ""
