@@ -9,6 +9,7 @@ position UNUSED; a query that sees no key has a negative one.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
@@ -45,24 +46,27 @@ def decode_attention(
 
     Returns the output in query's dtype, equal on all devices.
     """
-    kv_heads, found = parts[0].key.shape[2], None
-    grouped = rearrange(query, "B (G R) D -> B G R D", G=kv_heads)
+    grouped, found = rearrange(query, "B (G R) D -> B G R D", G=parts[0].key.shape[2]), []
     for part in parts:
         rows = part.key.shape[1]  # 1: the queries of all rows share the keys
         folded = rearrange(grouped, "(rows B) G R D -> rows G (B R) D", rows=rows)
-        q_positions = rearrange(jnp.repeat(positions, grouped.shape[2]), "(rows Q) -> rows Q", rows=rows)
-        new = _attend_once(spec, folded, q_positions, part, kernel)
-        new = jax.tree.map(lambda x: _unfold(x, query.shape[0]), new)
-        found = new if found is None else merge(found, new)
-    assert found is not None
-    out = _merge_devices(found, axes, lambda x: lax.psum(x, axes))
+        new = _attend_once(spec, folded, rearrange(positions, "(rows B) -> rows B", rows=rows), part, kernel)
+        found.append([_unfold(x, query.shape[0]) for x in new])
+    out, lse = found[0]
+    if len(found) > 1:
+        out, lse = reduce(merge, [Partial(out, lse[..., 0]) for out, lse in found])
+        lse = lse[..., None]
+    out = _merge_devices(out, lse, axes, lambda x: lax.psum(x, axes))
     return rearrange(out, "B G R D -> B (G R) D").astype(query.dtype)
 
 
 def _attend_once(
-    spec: LogitSpec, query: Float[Array, "rows G Q D"], positions: Int[Array, "rows Q"], part: CachedKV, kernel: str
-) -> Partial:
-    """Attends to all keys of one device at once: with the kernel for TPUs, or with two products of XLA."""
+    spec: LogitSpec, query: Float[Array, "rows G Q D"], positions: Int[Array, "rows B"], part: CachedKV, kernel: str
+) -> tuple[Float[Array, "rows G Q D"], Float[Array, "rows G Q copies"]]:
+    """Attends to all keys of one device at once: with the kernel for TPUs, or with two products of XLA.
+
+    Queries are ordered (B R), for the R query heads of a K/V head. Returns the output and copies of log-sum-exp.
+    """
     (_, kv_heads, shared, head_dim), slots = query.shape, part.key.shape[3]
     shape = {"heads": kv_heads * shared, "kv_heads": kv_heads, "head_dim": head_dim, "dtype": query.dtype}
     tile = tile_slots(slots, head_dim * part.key.dtype.itemsize)
@@ -77,6 +81,7 @@ def _attend_once(
         logits = logits * part.key_scale[0].astype(f32)[:, :, None]
     if spec.soft_cap is not None:
         logits = spec.soft_cap * jnp.tanh(logits / spec.soft_cap)
+    positions = jnp.repeat(positions, query.shape[2] // positions.shape[1], axis=1)
     seen = visible(spec.mask, Tokens(positions), Tokens(part.positions))
     logits = jnp.where(seen[:, None], logits, -jnp.inf)
     row_max = logits.max(-1)
@@ -85,7 +90,8 @@ def _attend_once(
     if part.value_scale is not None:
         weights = weights * part.value_scale[0].astype(f32)[:, :, None]
     acc = jnp.einsum("rgqs,rgsd->rgqd", weights.astype(query.dtype), part.value[0].astype(query.dtype), **options)
-    return normalize(acc, row_sum, row_max)
+    found = normalize(acc, row_sum, row_max)
+    return found.out, found.lse[..., None]
 
 
 def _unfold(x: Array, batch: int) -> Array:
@@ -93,11 +99,17 @@ def _unfold(x: Array, batch: int) -> Array:
     return x if x.shape[0] == batch else rearrange(x, "1 G (B R) ... -> B G R ...", B=batch)
 
 
-def _merge_devices(part: Partial, axes: tuple[str, ...], total: Callable[[Array], Array]) -> Array:
-    """Returns the output of attention to the keys of all devices of `axes`; `total` sums an array over them."""
-    weight = shifted_exp(part.lse, lax.pmax(part.lse, axes))
-    weighted = total(jnp.concatenate([part.out * weight[..., None], weight[..., None]], axis=-1))
-    return normalize(weighted[..., :-1], weighted[..., -1], jnp.zeros_like(weighted[..., -1])).out
+def _merge_devices(
+    out: Float[Array, "*dims D"], lse: Float[Array, "*dims copies"], axes: tuple[str, ...], total: Callable
+) -> Float[Array, "*dims D"]:
+    """Returns the output of attention to the keys of all devices of `axes`; `total` sums arrays over them.
+
+    With D copies of log-sum-exp all operations are elementwise, which takes a TPU half as many.
+    """
+    lse = lse if lse.shape == out.shape else lse[..., :1]
+    weight = shifted_exp(lse, lax.pmax(lse, axes))
+    weighted, weights = total([out * weight, weight])
+    return weighted / jnp.where(weights > 0, weights, 1.0)
 
 
 def chunk_attention(
@@ -132,7 +144,8 @@ def chunk_attention(
     assert found is not None
     if not queries_move:
         return ungroup_heads(found.out).astype(query.dtype)
-    out = _merge_devices(found, axes, lambda x: lax.psum_scatter(x, axes, scatter_dimension=3, tiled=True))
+    scatter = partial(lax.psum_scatter, axis_name=axes, scatter_dimension=3, tiled=True)
+    out = _merge_devices(found.out, found.lse[..., None], axes, partial(jax.tree.map, scatter))
     return ungroup_heads(out).astype(query.dtype)
 
 

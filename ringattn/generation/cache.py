@@ -149,14 +149,26 @@ def stored_numbers(slots: int, lengths: Int[Array, " rows"]) -> Int[Array, "rows
     return (last - (last - slot) % slots) * shards + shard
 
 
-def read(cache: Cache, place: Place, lengths: Int[Array, " rows"]) -> CachedKV:
-    """Returns the local keys and values of one layer; `lengths` is the number of tokens of each row."""
-    key, value, key_scale, value_scale = cache.stores[place.kind]
-    slots = key.shape[3]
+class Filled(NamedTuple):
+    """What the local slots of all layers of a kind hold."""
+
+    positions: Int[Array, "rows slots"]
+    """Positions of the keys; UNUSED for a slot without one."""
+    in_use: Int[Array, " rows"]
+    """See `CachedKV.slots_in_use`."""
+
+
+def filled(cache: Cache, kind: LayerKind, lengths: Int[Array, " rows"]) -> Filled:
+    """Returns what the slots of a layer hold; `lengths` is the number of tokens of each row."""
+    slots = cache.stores[kind].key.shape[3]
     numbers = stored_numbers(slots, lengths)
     positions = jnp.where(numbers >= 0, cache.offset + numbers, UNUSED)
-    in_use = jnp.minimum(-(-lengths // lax.axis_size(SEQUENCE)), slots)
-    return CachedKV(key, value, key_scale, value_scale, positions, in_use, place.rank)
+    return Filled(positions, jnp.minimum(-(-lengths // lax.axis_size(SEQUENCE)), slots))
+
+
+def read(cache: Cache, place: Place, filled: Filled) -> CachedKV:
+    """Returns the local keys and values of one layer."""
+    return CachedKV(*cache.stores[place.kind], *filled, place.rank)
 
 
 def spread(x: Float[Array, "B L heads D"]) -> Float[Array, "B L heads D"]:

@@ -10,19 +10,21 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax import P, lax
 from jaxtyping import Array, Float, Int
 
 from ringattn.attn.decode import decode_attention
-from ringattn.generation.cache import SHARED, STORED, Cache, append, encode, read, specs, spread
-from ringattn.generation.prefill import logit_spec, output_logits, product
+from ringattn.config.choices import LayerKind
+from ringattn.generation.cache import SHARED, STORED, Cache, Filled, append, encode, filled, read, specs, spread
+from ringattn.generation.prefill import logit_spec, output_logits, padded, product
 from ringattn.mesh.axes import DATA, FSDP, SEQUENCE, TENSOR
 from ringattn.model.families import ACTIVATIONS, FAMILIES, layer_pattern
 from ringattn.model.parallel import Params
 from ringattn.model.pattern import Place, fold_layers
 from ringattn.model.rope import rotate
-from ringattn.model.transformer import Attention, FeedForward, Layer, Transformer, layer_rotations
+from ringattn.model.transformer import Attention, FeedForward, Layer, RMSNorm, Transformer, layer_rotations
 
 RESIDUAL = P(None, None, FSDP)
 """Spec of the residual stream of new tokens [B, 1, E]: all rows on all devices."""
@@ -37,21 +39,26 @@ def decode(
 
     `tokens` are replicated. The cache must have room. Call it inside jax.jit, under the mesh.
     """
-    c, (graphdef, params) = model.config, nnx.split(model.layers)
+    c, layers, rows = model.config, nnx.merge(*nnx.split(model.layers)), tokens.size
+    for module in (layers.attention, layers.feed_forward):
+        module.norm.scale[...] = jax.reshard(module.norm.scale[...], P(None, FSDP))
+    graphdef, params = nnx.split(layers)
     positions = cache.offset + jax.reshard(cache.lengths, P(None))
     angles = layer_rotations(c, positions[:, None])
+    # Once per step: XLA would compute what it can in every layer, in many small operations.
+    angles, held = lax.optimization_barrier((angles, _held(cache, base)))
 
     def layer(carry: tuple[Array, Cache], values: Params, place: Place) -> tuple[Array, Cache]:
         x, cache = carry
         module: Layer = nnx.merge(graphdef, values)
-        query, key, value = _project(module.attention, x, angles[place.kind])
-        heads, cache = _attend(model, [query, key, value], cache, base, place)
+        query, key, value = _project(module.attention, x, rows, angles[place.kind])
+        heads, cache = _attend(model, [query, key, value], cache, base, held[place.kind], place)
         x = x + _finish(module.attention, heads)
-        return x + _feed_forward(module.feed_forward, x), cache
+        return x + _feed_forward(module.feed_forward, x, rows), cache
 
-    x = model.scaled(_embed(tokens, model.embedding[...], c.dtype))
+    x = padded(model.scaled(_embed(tokens, model.embedding[...], c.dtype)))
     x, cache = fold_layers(layer, (x, cache), params, layer_pattern(c))
-    logits = output_logits(model, model.norm(x)[:, 0])
+    logits = output_logits(model, model.norm(x[:rows])[:, 0])
     return cache._replace(lengths=cache.lengths + 1), logits
 
 
@@ -67,49 +74,95 @@ def _embed(tokens: Int[Array, " B"], table: Float[Array, "V E"], dtype: str) -> 
     return local(tokens, table)
 
 
+def _normed_products(
+    equation: str, norm: RMSNorm, x: Float[Array, "R 1 E"], rows: int, weights: Sequence[Array], specs: list[P]
+) -> list[Float[Array, "R 1 ..."]]:
+    """Returns the products of norm(x) and each matrix, in the dtype of x, on all devices of FSDP.
+
+    A norm divides all elements of a row by one number. Dividing the products instead takes one sum over the devices,
+    where the norm would need its own.
+    """
+    out_specs = [P(None, None, *spec[1:]) for spec in specs]
+
+    @partial(jax.shard_map, in_specs=(RESIDUAL, P(FSDP), specs), out_specs=out_specs)
+    def local(x, scale, weights):
+        x_f32 = x.astype(jnp.float32)
+        scaled = (x_f32 * scale[None, None]).astype(x.dtype)
+        products = [product(equation, scaled, weight) for weight in weights]
+        squares, *products = lax.psum([(x_f32 * x_f32).sum(-1), *products], FSDP)
+        products = [product.astype(x.dtype) for product in products]
+        factor = jnp.tile(lax.rsqrt(squares[:rows] / dim + norm.epsilon), (x.shape[0] // rows, 1))
+        return [(product * factor.reshape(-1, *[1] * (product.ndim - 1))).astype(x.dtype) for product in products]
+
+    dim = x.shape[-1]
+    return local(x, norm.factors(), list(weights))
+
+
 def _project(
-    attention: Attention, x: Float[Array, "B 1 E"], angles: tuple[Array, Array]
+    attention: Attention, x: Float[Array, "R 1 E"], rows: int, angles: tuple[Array, Array]
 ) -> tuple[Float[Array, "B 1 H D"], Float[Array, "B 1 G D"], Float[Array, "B 1 G D"]]:
     """Returns what `Attention.project` returns, for new tokens."""
-    family, dtype, x = FAMILIES[attention.config.family], x.dtype, attention.norm(x)
-    spec = P(None, None, TENSOR, None)
-    found = [product("ble,ehd->blhd", x, w[...], spec) for w in (attention.query, attention.key, attention.value)]
+    family = FAMILIES[attention.config.family]
+    weights = [w[...] for w in (attention.query, attention.key, attention.value)]
+    found = _normed_products("ble,ehd->blhd", attention.norm, x, rows, weights, [P(FSDP, TENSOR, None)] * 3)
     if family.qkv_bias:
         biases = attention.query_bias, attention.key_bias, attention.value_bias
-        found = [x + bias[...][None, None] for x, bias in zip(found, biases, strict=True)]
-    query, key, value = (x.astype(dtype) for x in found)
+        found = [(x + bias[...][None, None]).astype(x.dtype) for x, bias in zip(found, biases, strict=True)]
+    query, key, value = (x[:rows] for x in found)
     if family.qk_norm:
         query, key = attention.query_norm(query), attention.key_norm(key)
     return rotate(query, *angles), rotate(key, *angles), value
 
 
-def _finish(attention: Attention, heads: Float[Array, "B 1 H D"]) -> Float[Array, "B 1 E"]:
+def _finish(attention: Attention, heads: Float[Array, "B 1 H D"]) -> Float[Array, "R 1 E"]:
     """Returns what `Attention.finish` returns, for new tokens."""
     heads = jax.reshard(heads, P(None, None, TENSOR, None))
-    x = product("blhd,hde->ble", heads, attention.output[...], RESIDUAL).astype(heads.dtype)
+    x = product("blhd,hde->ble", padded(heads), attention.output[...], RESIDUAL).astype(heads.dtype)
     return attention.post_norm(x) if FAMILIES[attention.config.family].post_norms else x
 
 
-def _feed_forward(feed_forward: FeedForward, x: Float[Array, "B 1 E"]) -> Float[Array, "B 1 E"]:
+def _feed_forward(feed_forward: FeedForward, x: Float[Array, "R 1 E"], rows: int) -> Float[Array, "R 1 E"]:
     """Returns what `feed_forward` returns, for new tokens."""
-    family, dtype, x = FAMILIES[feed_forward.config.family], x.dtype, feed_forward.norm(x)
-    spec = P(None, None, TENSOR)
-    gate, up = (product("ble,ef->blf", x, w[...], spec).astype(dtype) for w in (feed_forward.gate, feed_forward.up))
+    family, weights = FAMILIES[feed_forward.config.family], [feed_forward.gate[...], feed_forward.up[...]]
+    gate, up = _normed_products("ble,ef->blf", feed_forward.norm, x, rows, weights, [P(FSDP, TENSOR)] * 2)
     hidden = ACTIVATIONS[family.activation](gate) * up
-    x = product("blf,fe->ble", hidden, feed_forward.down[...], RESIDUAL).astype(dtype)
+    x = product("blf,fe->ble", hidden, feed_forward.down[...], RESIDUAL).astype(x.dtype)
     return feed_forward.post_norm(x) if family.post_norms else x
 
 
+def _held(cache: Cache, base: Cache | None) -> dict[LayerKind, list[Filled]]:
+    """Returns what the slots of each kind of layers hold once the new token is in them: of the base, and of the rows."""
+    parts = [] if base is None else [(base, SHARED, 0)]
+    parts.append((cache, STORED, 1))
+
+    def of(cache: Cache, spec: P, added: int, kind: LayerKind) -> Filled:
+        rows, lengths = spec[1], cache.lengths + added
+
+        @partial(jax.shard_map, in_specs=(specs(cache, spec), P(rows)), out_specs=Filled(P(rows, SEQUENCE), P(rows)))
+        def local(cache, lengths):
+            return filled(cache, kind, lengths)
+
+        return local(cache, lengths)
+
+    return {kind: [of(*part, kind) for part in parts] for kind in cache.stores}
+
+
 def _attend(
-    model: Transformer, qkv: Sequence[Array], cache: Cache, base: Cache | None, place: Place
+    model: Transformer,
+    qkv: Sequence[Array],
+    cache: Cache,
+    base: Cache | None,
+    held: list[Filled],
+    place: Place,
 ) -> tuple[Float[Array, "B 1 H D"], Cache]:
     """Writes the key and value of one token per row, and attends to the cache with its query."""
     spec = logit_spec(model, place)
     base_specs: Any = None if base is None else specs(base, SHARED)
-    in_specs = [ROWS] * 3, specs(cache, STORED), base_specs, P()
+    held_specs = [Filled(P(rows, SEQUENCE), P(rows)) for rows in [SHARED[1]] * (base is not None) + [STORED[1]]]
+    in_specs = [ROWS] * 3, specs(cache, STORED), base_specs, held_specs, P()
 
     @partial(jax.shard_map, in_specs=in_specs, out_specs=(ROWS, specs(cache, STORED)))
-    def local(qkv, cache, base, rank):
+    def local(qkv, cache, base, held, rank):
         here, (query, key, value) = place._replace(rank=rank), qkv
         store = cache.stores[place.kind]
         if store.key_scale is not None:
@@ -117,9 +170,9 @@ def _attend(
         key, value = (encode(x, store.key.dtype) for x in (key, value))
         written = append(store, rank, key, value, cache.lengths)
         cache = cache._replace(stores=cache.stores | {place.kind: written})
-        parts = [] if base is None else [read(base, here, base.lengths)]
-        parts.append(read(cache, here, cache.lengths + 1))
+        caches = [cache] if base is None else [base, cache]
+        parts = [read(each, here, slots) for each, slots in zip(caches, held, strict=True)]
         heads = decode_attention(spec, query[:, 0], cache.offset + cache.lengths, parts, SEQUENCE)
         return heads[:, None], cache
 
-    return local([jax.reshard(x, ROWS) for x in qkv], cache, base, place.rank)
+    return local([jax.reshard(x, ROWS) for x in qkv], cache, base, held, place.rank)

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ringattn.attn.decode import UNUSED, chunk_attention
 from ringattn.attn.kernels.protocol import CachedKV, LogitSpec, matmul_precision
-from ringattn.generation.cache import SHARED, STORED, Cache, encode, read, specs, spread, write
+from ringattn.generation.cache import SHARED, STORED, Cache, encode, filled, read, specs, spread, write
 from ringattn.mesh.axes import DATA, FSDP, HEADS, SEQUENCE, TENSOR, TOKENS
 from ringattn.model.families import layer_pattern, logit_options, output_soft_cap
 from ringattn.model.parallel import Params, embed, soft_capped
@@ -23,7 +23,7 @@ from ringattn.model.pattern import Place, fold_layers
 from ringattn.model.transformer import Layer, Transformer, layer_rotations
 
 MIN_ROWS = 8
-"""See `product`."""
+"""See `padded`."""
 
 
 class Chunk(NamedTuple):
@@ -111,7 +111,7 @@ def _attend(
         query, key, value = qkv
         if cache.stores[place.kind].key_scale is not None:
             query, key = spread(query), spread(key)
-        parts = [] if base is None else [read(base, here, base.lengths)]
+        parts = [] if base is None else [read(base, here, filled(base, here.kind, base.lengths))]
         cache, own = _store(cache, here, (key, value), tokens)
         positions = jnp.where(valid, cache.offset + numbers, -1)
         return chunk_attention(spec, query, positions, [*parts, *own], SEQUENCE), cache
@@ -130,7 +130,7 @@ def _store(cache: Cache, place: Place, kv: tuple[Array, Array], tokens: _Local) 
     written = write(store, place.rank, key, value, (tokens.first, tokens.begin, tokens.after))
     after = cache._replace(stores=cache.stores | {place.kind: written})
     if place.kind == "full":
-        return after, [read(after, place, tokens.after)]
+        return after, [read(after, place, filled(after, place.kind, tokens.after))]
     positions = jnp.where(tokens.valid, cache.offset + tokens.numbers, UNUSED)
     arrays = [None if x is None else jnp.moveaxis(x, 1, 2) for x in (key[0], value[0], key[1], value[1])]
     key, value, *scales = (None if x is None else x[None] for x in arrays)
@@ -138,7 +138,7 @@ def _store(cache: Cache, place: Place, kv: tuple[Array, Array], tokens: _Local) 
     assert value is not None
     in_use = jnp.full_like(tokens.first, positions.shape[1])
     own = CachedKV(key, value, scales[0], scales[1], positions, in_use, jnp.zeros_like(place.rank))
-    return after, [read(cache, place, tokens.before), own]
+    return after, [read(cache, place, filled(cache, place.kind, tokens.before)), own]
 
 
 def logits_at(model: Transformer, hidden: Float[Array, "B L E"], index: Int[Array, " B"]) -> Float[Array, "B V"]:
@@ -153,19 +153,27 @@ def logits_at(model: Transformer, hidden: Float[Array, "B L E"], index: Int[Arra
 
 def output_logits(model: Transformer, state: Float[Array, "B E"]) -> Float[Array, "B V"]:
     """Returns the float32 logits, replicated, of final hidden states whose rows are on all devices."""
-    logits = product("be,ve->bv", jax.reshard(state, P(None, FSDP)), model.output_table(), P(None, TENSOR))
-    logits = jax.reshard(logits, P(None, None))[:, : model.vocabulary]
+    rows, state = state.shape[0], padded(jax.reshard(state, P(None, FSDP)))
+
+    @partial(jax.shard_map, in_specs=(P(None, FSDP), P(TENSOR, FSDP)), out_specs=P(None, TENSOR))
+    def local(state, table):
+        return lax.psum(product("be,ve->bv", state, table)[:rows], FSDP)
+
+    logits = jax.reshard(local(state, model.output_table()), P(None, None))[:, : model.vocabulary]
     return soft_capped(logits, output_soft_cap(model.config))
 
 
-def product(equation: str, x: Array, weight: Array, spec: jax.P) -> Array:
-    """Returns an einsum of few rows with a matrix, in float32 and summed over the devices.
-
-    Rows are padded to MIN_ROWS. The TPU compiler computes a product with one row without the matrix unit, which takes
-    four times as long as reading the matrix.
-    """
+def product(equation: str, x: Array, weight: Array, spec: jax.P | None = None) -> Array:
+    """Returns an einsum in the dtype of x, accumulated in float32, and sharded by `spec` on an explicit mesh."""
     options = {"precision": matmul_precision(x.dtype), "preferred_element_type": jnp.float32}
-    rows = x.shape[0]
-    if rows < MIN_ROWS:
-        x = lax.optimization_barrier(jnp.pad(x, [(0, MIN_ROWS - rows), *[(0, 0)] * (x.ndim - 1)]))
-    return jnp.einsum(equation, x, weight.astype(x.dtype), out_sharding=spec, **options)[:rows]
+    return jnp.einsum(equation, x, weight.astype(x.dtype), out_sharding=spec, **options)
+
+
+def padded(x: Float[Array, "B ..."]) -> Float[Array, "R ..."]:
+    """Returns copies of the rows of `x`, at least MIN_ROWS.
+
+    The TPU compiler computes a product with one row without the matrix unit, which takes four times as long as reading
+    the matrix. A copy, unlike a row of zeros, is computed with the operation that precedes it.
+    """
+    copies = -(-MIN_ROWS // x.shape[0])
+    return x if copies == 1 else lax.optimization_barrier(jnp.tile(x, (copies, *[1] * (x.ndim - 1))))

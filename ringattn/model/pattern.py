@@ -95,8 +95,7 @@ def fold_layers(
 
     repetitions = layers // len(pattern)
     if repetitions:
-        numbers = jnp.arange(repetitions, dtype=jnp.int32)
-        carry, _ = lax.scan(lambda carry, number: (repetition(carry, number, pattern), None), carry, numbers)
+        carry = lax.fori_loop(0, repetitions, lambda number, carry: repetition(carry, number, pattern), carry)
     return repetition(carry, jnp.int32(repetitions), pattern[: layers % len(pattern)])
 
 

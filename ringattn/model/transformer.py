@@ -62,8 +62,11 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: Float[Array, "... E"]) -> Float[Array, "... E"]:
         x_f32 = x.astype(jnp.float32)
         x_f32 = x_f32 * lax.rsqrt(jnp.mean(x_f32 * x_f32, axis=-1, keepdims=True) + self.epsilon)
-        scale = 1 + self.scale[...] if self.unit_offset else self.scale[...]
-        return (x_f32 * jnp.expand_dims(scale, range(x.ndim - 1))).astype(x.dtype)
+        return (x_f32 * jnp.expand_dims(self.factors(), range(x.ndim - 1))).astype(x.dtype)
+
+    def factors(self) -> Float[Array, " E"]:
+        """Returns the factors of x / rms(x)."""
+        return 1 + self.scale[...] if self.unit_offset else self.scale[...]
 
 
 class Attention(nnx.Module):
