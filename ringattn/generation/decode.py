@@ -41,7 +41,7 @@ def decode(
     """
     c, layers, rows = model.config, nnx.merge(*nnx.split(model.layers)), tokens.size
     for module in (layers.attention, layers.feed_forward):
-        module.norm.scale[...] = jax.reshard(module.norm.scale[...], P(None, FSDP))
+        module.norm.scale = nnx.Param(jax.reshard(module.norm.scale[...], P(None, FSDP))[:, None, None].repeat(8, 1))
     graphdef, params = nnx.split(layers)
     positions = cache.offset + jax.reshard(cache.lengths, P(None))
     angles = layer_rotations(c, positions[:, None])
@@ -84,10 +84,10 @@ def _normed_products(
     """
     out_specs = [P(None, None, *spec[1:]) for spec in specs]
 
-    @partial(jax.shard_map, in_specs=(RESIDUAL, P(FSDP), specs), out_specs=out_specs)
+    @partial(jax.shard_map, in_specs=(RESIDUAL, RESIDUAL, specs), out_specs=out_specs)
     def local(x, scale, weights):
         x_f32 = x.astype(jnp.float32)
-        scaled = (x_f32 * scale[None, None]).astype(x.dtype)
+        scaled = (x_f32 * scale).astype(x.dtype)
         products = [product(equation, scaled, weight) for weight in weights]
         squares, *products = lax.psum([(x_f32 * x_f32).sum(-1), *products], FSDP)
         products = [product.astype(x.dtype) for product in products]
