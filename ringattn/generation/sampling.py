@@ -1,6 +1,7 @@
 """Sampling of the next token, on the devices."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -87,18 +88,19 @@ def choose(
       keys: a key per row.
       values: see `Sampling`.
     """
-    log_probs = jax.nn.log_softmax(logits)
-    if seen is None:
-        tokens = jnp.argmax(logits, axis=-1)
-    else:
+    at = partial(jnp.take_along_axis, logits, axis=-1)
+    tokens = jnp.argmax(logits, axis=-1)
+    largest = at(tokens[:, None])  # spares a pass over the logits
+    total = largest + jnp.log(jnp.exp(logits - largest).sum(-1, keepdims=True))
+    if seen is not None:
         assert keys is not None
         penalized = jnp.where(logits > 0, logits / values.penalty, logits * values.penalty)
-        logits = jnp.where(seen, penalized, logits)
+        penalized = jnp.where(seen, penalized, logits)
         noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:], jnp.float32))(keys)
-        sampled = jnp.argmax(filtered(logits, values) + noise, axis=-1)
-        tokens = jnp.where(values.temperature > 0, sampled, jnp.argmax(logits, axis=-1))
+        sampled = jnp.argmax(filtered(penalized, values) + noise, axis=-1)
+        tokens = jnp.where(values.temperature > 0, sampled, jnp.argmax(penalized, axis=-1))
     tokens = tokens.astype(jnp.int32)
-    return tokens, jnp.take_along_axis(log_probs, tokens[:, None], axis=-1)[:, 0]
+    return tokens, (at(tokens[:, None]) - total)[:, 0]
 
 
 def filtered(logits: Float[Array, "B V"], values: Values) -> Float[Array, "B V"]:
