@@ -100,9 +100,9 @@ def _unfold(x: Array, batch: int) -> Array:
 
 
 def _merge_devices(
-    out: Float[Array, "*dims D"], lse: Float[Array, "*dims copies"], axes: tuple[str, ...], total: Callable
-) -> Float[Array, "*dims D"]:
-    """Returns the output of attention to the keys of all devices of `axes`; `total` sums arrays over them.
+    out: Float[Array, "B G R L"] | Float[Array, "B G R L D"], lse: Array, axes: tuple[str, ...], total: Callable
+) -> Array:
+    """Returns the output of attention to the keys of all devices of `axes`; `total` sums a list of arrays over them.
 
     With D copies of log-sum-exp all operations are elementwise, which takes a TPU half as many.
     """

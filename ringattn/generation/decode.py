@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from ringattn.attn.decode import decode_attention
 from ringattn.config.choices import LayerKind
 from ringattn.generation.cache import SHARED, STORED, Cache, Filled, append, encode, filled, read, specs, spread
-from ringattn.generation.prefill import logit_spec, output_logits, padded, product
+from ringattn.generation.prefill import logit_spec, output_logits, padded, padded_rows, product
 from ringattn.mesh.axes import DATA, FSDP, SEQUENCE, TENSOR
 from ringattn.model.families import ACTIVATIONS, FAMILIES, layer_pattern
 from ringattn.model.parallel import Params
@@ -39,27 +39,34 @@ def decode(
 
     `tokens` are replicated. The cache must have room. Call it inside jax.jit, under the mesh.
     """
-    c, layers, rows = model.config, nnx.merge(*nnx.split(model.layers)), tokens.size
-    for module in (layers.attention, layers.feed_forward):
-        module.norm.scale = nnx.Param(jax.reshard(module.norm.scale[...], P(None, FSDP))[:, None, None].repeat(8, 1))
-    graphdef, params = nnx.split(layers)
+    c, rows, (graphdef, params) = model.config, tokens.size, nnx.split(model.layers)
+    factors = [_for_rows(module.norm.factors(), rows) for module in (model.layers.attention, model.layers.feed_forward)]
     positions = cache.offset + jax.reshard(cache.lengths, P(None))
     angles = layer_rotations(c, positions[:, None])
     # Once per step: XLA would compute what it can in every layer, in many small operations.
     angles, held = lax.optimization_barrier((angles, _held(cache, base)))
 
-    def layer(carry: tuple[Array, Cache], values: Params, place: Place) -> tuple[Array, Cache]:
+    def layer(carry: tuple[Array, Cache], values: tuple[Params, list[Array]], place: Place) -> tuple[Array, Cache]:
         x, cache = carry
-        module: Layer = nnx.merge(graphdef, values)
-        query, key, value = _project(module.attention, x, rows, angles[place.kind])
+        module: Layer = nnx.merge(graphdef, values[0])
+        before_attention, before_feed_forward = values[1]
+        query, key, value = _project(module.attention, before_attention, x, rows, angles[place.kind])
         heads, cache = _attend(model, [query, key, value], cache, base, held[place.kind], place)
         x = x + _finish(module.attention, heads)
-        return x + _feed_forward(module.feed_forward, x, rows), cache
+        return x + _feed_forward(module.feed_forward, before_feed_forward, x, rows), cache
 
     x = padded(model.scaled(_embed(tokens, model.embedding[...], c.dtype)))
-    x, cache = fold_layers(layer, (x, cache), params, layer_pattern(c))
+    x, cache = fold_layers(layer, (x, cache), (params, factors), layer_pattern(c))
     logits = output_logits(model, model.norm(x[:rows])[:, 0])
     return cache._replace(lengths=cache.lengths + 1), logits
+
+
+def _for_rows(factors: Float[Array, "N E"], rows: int) -> Float[Array, "N R 1 E"]:
+    """Returns the factors of a norm for each row of `padded`, sharded like the residual stream.
+
+    Selecting a layer of these takes a TPU no operation of its own.
+    """
+    return jnp.repeat(jax.reshard(factors, P(None, FSDP))[:, None, None], padded_rows(rows), axis=1)
 
 
 def _embed(tokens: Int[Array, " B"], table: Float[Array, "V E"], dtype: str) -> Float[Array, "B 1 E"]:
@@ -75,7 +82,13 @@ def _embed(tokens: Int[Array, " B"], table: Float[Array, "V E"], dtype: str) -> 
 
 
 def _normed_products(
-    equation: str, norm: RMSNorm, x: Float[Array, "R 1 E"], rows: int, weights: Sequence[Array], specs: list[P]
+    equation: str,
+    norm: RMSNorm,
+    factors: Float[Array, "R 1 E"],
+    x: Float[Array, "R 1 E"],
+    rows: int,
+    weights: Sequence[Array],
+    specs: list[P],
 ) -> list[Float[Array, "R 1 ..."]]:
     """Returns the products of norm(x) and each matrix, in the dtype of x, on all devices of FSDP.
 
@@ -85,30 +98,37 @@ def _normed_products(
     out_specs = [P(None, None, *spec[1:]) for spec in specs]
 
     @partial(jax.shard_map, in_specs=(RESIDUAL, RESIDUAL, specs), out_specs=out_specs)
-    def local(x, scale, weights):
+    def local(x, factors, weights):
         x_f32 = x.astype(jnp.float32)
-        scaled = (x_f32 * scale).astype(x.dtype)
+        scaled = (x_f32 * factors).astype(x.dtype)
         products = [product(equation, scaled, weight) for weight in weights]
         squares, *products = lax.psum([(x_f32 * x_f32).sum(-1), *products], FSDP)
-        products = [product.astype(x.dtype) for product in products]
-        factor = jnp.tile(lax.rsqrt(squares[:rows] / dim + norm.epsilon), (x.shape[0] // rows, 1))
-        return [(product * factor.reshape(-1, *[1] * (product.ndim - 1))).astype(x.dtype) for product in products]
+        products = [y.astype(x.dtype).astype(jnp.float32) for y in products]  # sent in the dtype of x
+        inverse = jnp.tile(lax.rsqrt(squares[:rows] / dim + norm.epsilon), (x.shape[0] // rows, 1))
+        return [(y * inverse.reshape(-1, *[1] * (y.ndim - 1))).astype(x.dtype) for y in products]
 
     dim = x.shape[-1]
-    return local(x, norm.factors(), list(weights))
+    return local(x, factors, list(weights))
 
 
 def _project(
-    attention: Attention, x: Float[Array, "R 1 E"], rows: int, angles: tuple[Array, Array]
+    attention: Attention,
+    factors: Float[Array, "R 1 E"],
+    x: Float[Array, "R 1 E"],
+    rows: int,
+    angles: tuple[Array, Array],
 ) -> tuple[Float[Array, "B 1 H D"], Float[Array, "B 1 G D"], Float[Array, "B 1 G D"]]:
     """Returns what `Attention.project` returns, for new tokens."""
     family = FAMILIES[attention.config.family]
     weights = [w[...] for w in (attention.query, attention.key, attention.value)]
-    found = _normed_products("ble,ehd->blhd", attention.norm, x, rows, weights, [P(FSDP, TENSOR, None)] * 3)
+    found = _normed_products("ble,ehd->blhd", attention.norm, factors, x, rows, weights, [P(FSDP, TENSOR, None)] * 3)
     if family.qkv_bias:
         biases = attention.query_bias, attention.key_bias, attention.value_bias
-        found = [(x + bias[...][None, None]).astype(x.dtype) for x, bias in zip(found, biases, strict=True)]
-    query, key, value = (x[:rows] for x in found)
+        found = [
+            (y.astype(jnp.float32) + bias[...][None, None]).astype(x.dtype)
+            for y, bias in zip(found, biases, strict=True)
+        ]
+    query, key, value = (y[:rows] for y in found)
     if family.qk_norm:
         query, key = attention.query_norm(query), attention.key_norm(key)
     return rotate(query, *angles), rotate(key, *angles), value
@@ -121,30 +141,34 @@ def _finish(attention: Attention, heads: Float[Array, "B 1 H D"]) -> Float[Array
     return attention.post_norm(x) if FAMILIES[attention.config.family].post_norms else x
 
 
-def _feed_forward(feed_forward: FeedForward, x: Float[Array, "R 1 E"], rows: int) -> Float[Array, "R 1 E"]:
+def _feed_forward(
+    feed_forward: FeedForward, factors: Float[Array, "R 1 E"], x: Float[Array, "R 1 E"], rows: int
+) -> Float[Array, "R 1 E"]:
     """Returns what `feed_forward` returns, for new tokens."""
     family, weights = FAMILIES[feed_forward.config.family], [feed_forward.gate[...], feed_forward.up[...]]
-    gate, up = _normed_products("ble,ef->blf", feed_forward.norm, x, rows, weights, [P(FSDP, TENSOR)] * 2)
+    gate, up = _normed_products("ble,ef->blf", feed_forward.norm, factors, x, rows, weights, [P(FSDP, TENSOR)] * 2)
     hidden = ACTIVATIONS[family.activation](gate) * up
     x = product("blf,fe->ble", hidden, feed_forward.down[...], RESIDUAL).astype(x.dtype)
     return feed_forward.post_norm(x) if family.post_norms else x
 
 
 def _held(cache: Cache, base: Cache | None) -> dict[LayerKind, list[Filled]]:
-    """Returns what the slots of each kind of layers hold once the new token is in them: of the base, and of the rows."""
-    parts = [] if base is None else [(base, SHARED, 0)]
-    parts.append((cache, STORED, 1))
+    """Returns what the slots of each kind of layers hold, of `base` and, with the new tokens, of `cache`."""
 
     def of(cache: Cache, spec: P, added: int, kind: LayerKind) -> Filled:
-        rows, lengths = spec[1], cache.lengths + added
-
-        @partial(jax.shard_map, in_specs=(specs(cache, spec), P(rows)), out_specs=Filled(P(rows, SEQUENCE), P(rows)))
+        @partial(jax.shard_map, in_specs=(specs(cache, spec), P(spec[1])), out_specs=_filled_specs(spec))
         def local(cache, lengths):
             return filled(cache, kind, lengths)
 
-        return local(cache, lengths)
+        return local(cache, cache.lengths + added)
 
-    return {kind: [of(*part, kind) for part in parts] for kind in cache.stores}
+    shared = [] if base is None else [(base, SHARED, 0)]
+    return {kind: [of(*part, kind) for part in [*shared, (cache, STORED, 1)]] for kind in cache.stores}
+
+
+def _filled_specs(spec: P) -> Any:
+    """Returns the specs of a Filled of a cache with `spec`, STORED or SHARED."""
+    return Filled(P(spec[1], SEQUENCE), P(spec[1]))  # type: ignore[arg-type]
 
 
 def _attend(
@@ -158,7 +182,7 @@ def _attend(
     """Writes the key and value of one token per row, and attends to the cache with its query."""
     spec = logit_spec(model, place)
     base_specs: Any = None if base is None else specs(base, SHARED)
-    held_specs = [Filled(P(rows, SEQUENCE), P(rows)) for rows in [SHARED[1]] * (base is not None) + [STORED[1]]]
+    held_specs = [_filled_specs(spec) for spec in [SHARED] * (base is not None) + [STORED]]
     in_specs = [ROWS] * 3, specs(cache, STORED), base_specs, held_specs, P()
 
     @partial(jax.shard_map, in_specs=in_specs, out_specs=(ROWS, specs(cache, STORED)))

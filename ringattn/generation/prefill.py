@@ -173,7 +173,11 @@ def padded(x: Float[Array, "B ..."]) -> Float[Array, "R ..."]:
     """Returns copies of the rows of `x`, at least MIN_ROWS.
 
     The TPU compiler computes a product with one row without the matrix unit, which takes four times as long as reading
-    the matrix. A copy, unlike a row of zeros, is computed with the operation that precedes it.
+    the matrix. Copies are made by the operation that precedes or follows; zeros would need one of their own.
     """
-    copies = -(-MIN_ROWS // x.shape[0])
-    return x if copies == 1 else jnp.tile(x, (copies, *[1] * (x.ndim - 1)))
+    return jnp.tile(x, (padded_rows(x.shape[0]) // x.shape[0], *[1] * (x.ndim - 1)))
+
+
+def padded_rows(rows: int) -> int:
+    """Returns the number of rows of `padded`: a multiple of `rows`."""
+    return -(-MIN_ROWS // rows) * rows

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import P
+from jax.experimental.layout import Format, Layout
 from jaxtyping import Array, Bool, Float, Int
 
 from ringattn import config
@@ -96,12 +97,23 @@ def make_programs(c: config.Model, mesh: jax.sharding.Mesh) -> Programs:
 
 def compute_params(params: Params, dtype: str) -> Params:
     """Returns parameters with the matrices in `dtype`, as training casts them in each layer. Others stay float32."""
+    if dtype == "float32":
+        return params
 
-    @jax.jit
+    @partial(jax.jit, out_shardings=jax.tree.map(compute_format, params))
     def cast(params: Params) -> Params:
         return jax.tree.map(lambda x: x.astype(dtype) if FSDP in jax.typeof(x).sharding.spec else x, params)
 
-    return params if dtype == "float32" else cast(params)
+    return cast(params)
+
+
+def compute_format(x: Any) -> Any:
+    """Returns the sharding of a parameter in the compute dtype, and its order in memory if that is another one.
+
+    Of a projection to heads, [N, E, H, D], a TPU reads one matrix [E, D] per head in half the time.
+    """
+    is_projection = x.ndim == 4 and x.sharding.spec[1] == FSDP
+    return Format(Layout((0, 2, 1, 3)), x.sharding) if is_projection else x.sharding
 
 
 def fingerprint(params: Params) -> list[int]:

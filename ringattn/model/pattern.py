@@ -77,11 +77,11 @@ def scan_layers(
 
 
 def fold_layers(
-    layer: Callable[[Carry, Params, Place], Carry], carry: Carry, params: Params, pattern: tuple[LayerKind, ...]
+    layer: Callable[[Carry, Any, Place], Carry], carry: Carry, params: Any, pattern: tuple[LayerKind, ...]
 ) -> Carry:
     """Returns `carry` after layer(carry, params of the layer, place) for all layers, without gradients.
 
-    `params` and `pattern` are those of `scan_layers`. Scans the repetitions of the pattern.
+    `params` is a tree of stacks of all layers, and `pattern` that of `scan_layers`. Loops over its repetitions.
     """
     layers = jax.tree.leaves(params)[0].shape[0]
     counts = {kind: pattern.count(kind) for kind in pattern}
@@ -99,7 +99,7 @@ def fold_layers(
     return repetition(carry, jnp.int32(repetitions), pattern[: layers % len(pattern)])
 
 
-def _row(stacks: Params, index: Int[Array, ""]) -> Params:
+def _row(stacks: Any, index: Int[Array, ""]) -> Any:
     """Returns the parameters of layer `index`."""
     return jax.tree.map(lambda stack: lax.dynamic_index_in_dim(stack, index, keepdims=False), stacks)
 

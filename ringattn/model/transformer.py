@@ -64,8 +64,8 @@ class RMSNorm(nnx.Module):
         x_f32 = x_f32 * lax.rsqrt(jnp.mean(x_f32 * x_f32, axis=-1, keepdims=True) + self.epsilon)
         return (x_f32 * jnp.expand_dims(self.factors(), range(x.ndim - 1))).astype(x.dtype)
 
-    def factors(self) -> Float[Array, " E"]:
-        """Returns the factors of x / rms(x)."""
+    def factors(self) -> Float[Array, "... E"]:
+        """Returns the factors of x / rms(x); those of all layers, if the module has them."""
         return 1 + self.scale[...] if self.unit_offset else self.scale[...]
 
 

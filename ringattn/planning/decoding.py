@@ -18,7 +18,7 @@ from ringattn import config
 from ringattn.cost.cycles import CYCLE_FLOPS, Program
 from ringattn.cost.memory import program_memory
 from ringattn.generation import cache as caches
-from ringattn.generation.programs import Pending, generation_model, make_programs
+from ringattn.generation.programs import Pending, compute_format, generation_model, make_programs
 from ringattn.generation.sampling import Sampling
 from ringattn.hardware import CHIPS
 from ringattn.mesh.axes import DATA, FSDP, abstract, describe_sizes
@@ -50,7 +50,7 @@ def lower_decode(
 
     def in_compute_dtype(leaf: Any) -> jax.ShapeDtypeStruct:
         dtype = c.dtype if FSDP in leaf.sharding.spec else leaf.dtype
-        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)
+        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=compute_format(leaf))
 
     params = jax.tree.map(in_compute_dtype, params)
     cache = abstract(jax.eval_shape(lambda: caches.empty(c, rows, tokens, cache_dtype, mesh)), mesh)

@@ -75,7 +75,9 @@ def _specs(queries: int, dim: int, tile: int, scaled: bool) -> tuple[list[pl.Blo
     def kv_tile(row: Scalar, group: Scalar, step: Scalar, layer: Ref, in_use: Ref, _: Ref) -> tuple[Scalar | int, ...]:
         return layer[0], row, group, tile_index(row, step, in_use), 0
 
-    def scale_tile(row: Scalar, group: Scalar, step: Scalar, layer: Ref, in_use: Ref, _: Ref) -> tuple[Scalar | int, ...]:
+    def scale_tile(
+        row: Scalar, group: Scalar, step: Scalar, layer: Ref, in_use: Ref, _: Ref
+    ) -> tuple[Scalar | int, ...]:
         return layer[0], row, group, 0, tile_index(row, step, in_use)
 
     def ids_tile(row: Scalar, group: Scalar, step: Scalar, layer: Ref, in_use: Ref, _: Ref) -> tuple[Scalar | int, ...]:
