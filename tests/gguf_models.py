@@ -137,4 +137,5 @@ def add_tokenizer(writer: Any, size: int) -> None:
     writer.add_token_merges(["a b"])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
+    writer.add_eot_token_id(0)
     writer.add_chat_template("{% for m in messages %}{{ m.content }}{% endfor %}")

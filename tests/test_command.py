@@ -54,9 +54,11 @@ def test_a_cache_is_saved_and_asked(capsys, run, tmp_path):
 
 
 def test_several_samples_are_numbered(capsys, run):
-    text, _ = generate(capsys, run, prompt="Some", samples=2, temperature=1.0)
+    text, report = generate(capsys, run, prompt="Some", samples=2, temperature=1.0)
     assert text.startswith("=== 1\n")
     assert "\n=== 2\n" in text
+    assert "prefill: 5 tokens" in report
+    assert "decode: 24 tokens" in report
 
 
 def test_errors_are_one_line_with_a_fix(capsys, run, monkeypatch, tmp_path):

@@ -98,6 +98,7 @@ def test_the_tokenizer_and_what_is_saved(tmp_path):
     assert "m.content" in settings["chat_template"]
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["eos_token_id"] == 1
     again = weights.load(tmp_path / "saved", MESH)
+    assert again.details.end_ids() == loaded.details.end_ids() == {0, 1}  # of a text, and of a turn
     assert again.tokenizer.encode("aabba").tolist() == ids.tolist()
     jax.tree.map(np.testing.assert_array_equal, again.params, loaded.params)
 

@@ -46,7 +46,8 @@ class _Speed:
         if self.tokens:
             speed = self.tokens / max(self.decode_seconds, 1e-9)
             yield f"decode: {self.tokens:,} tokens in {self.decode_seconds:.1f} s, {speed:,.1f} tokens/s"
-        yield f"cache: {bytes_in_words(self.cache_bytes)} per device (the first times include compilation)"
+        if self.cache_bytes:
+            yield f"cache: {bytes_in_words(self.cache_bytes)} per device (the first times include compilation)"
 
 
 def run(c: config.Generation, *, as_json: bool) -> None:
@@ -134,13 +135,20 @@ def _answer(generator: Generator, c: config.Generation, sampling: Sampling, prom
     options: dict[str, Any] = {**asdict(sampling), "max_tokens": c.max_tokens, "stop": c.stop or (), "cache": cache}
     tokens, speed = generator.served.texts.ids(prompt, continues=cache is not None), _Speed()
     if as_json or c.samples > 1:
-        results = generator.generate([prompt], samples=c.samples, **options)
+
+        def advanced(done: int, total: int) -> None:
+            if done == total:
+                speed.prefilled(tokens.size)
+
+        results = generator.generate([prompt], samples=c.samples, advance=advanced, **options)
+        speed.decoded(sum(len(result.tokens) for result in results))
         if as_json:
             content = {"prompt_tokens": tokens.size, "results": [asdict(result) for result in results]}
             print(json.dumps(content, indent=2))
         else:
             for number, result in enumerate(results, 1):
                 print(f"=== {number}\n{result.text}")
+            print(*speed.lines(), sep="\n", file=sys.stderr)
         return
     conversation = Conversation(generator.served, cache)
     _stream(conversation, prompt, tokens.size, options, speed)

@@ -10,7 +10,7 @@ from typing import Any
 from ringattn import config
 from ringattn.weights.gguf_config import ROPE_FREQUENCIES, read_metadata
 from ringattn.weights.gguf_file import MAGIC, can_dequantize, open_gguf
-from ringattn.weights.gguf_tokenizer import token_ids, tokenizer_files
+from ringattn.weights.gguf_tokenizer import generation_files, token_ids, tokenizer_files
 from ringattn.weights.huggingface_config import TOKEN_IDS, read_config
 from ringattn.weights.matching import check_tensors
 from ringattn.weights.names import HUGGING_FACE, Rule, gguf_rules, letter_sizes, rules
@@ -116,6 +116,7 @@ def open_gguf_file(path: Path) -> Source:
         files, reason = {}, f"{path}: its tokenizer requires the package tokenizers; pip install 'ringattn[weights]'"
     except ValueError as error:
         files, reason = {}, str(error)
+    files |= generation_files(metadata, str(path))
     details = Details(context, "float32", token_ids(metadata, str(path)), files, reason)
     source = Source(path, model, tensors, gguf_rules(model), details)
     source.check({name for name in {tensor.dtype for tensor in tensors.values()} if can_dequantize(name)})
