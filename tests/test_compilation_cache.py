@@ -127,11 +127,10 @@ config = Config(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ring", "starts"), [(2, 2), (4, 5), (8, 2)])
-def test_a_cache_does_not_change_training(tmp_path, ring, starts):
-    """Starts with a cache give the losses of a start without, bit for bit. The last one has the default thresholds."""
+def test_a_cache_does_not_change_training(tmp_path):
+    """Starts with a cache give the losses of a start without, bit for bit, and leave the cache empty."""
     path, runs, cache = tmp_path / "ring.py", tmp_path / "runs", tmp_path / "cache"
-    path.write_text(CONFIG.format(text=str(ROOT / "ringattn" / "attn"), ring=ring, runs=str(runs)))
+    path.write_text(CONFIG.format(text=str(ROOT / "ringattn" / "attn"), ring=4, runs=str(runs)))
     environ = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_PLATFORMS")}
     environ |= {"PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}
     cached = environ | {"JAX_COMPILATION_CACHE_DIR": str(cache)}
@@ -147,7 +146,6 @@ def test_a_cache_does_not_change_training(tmp_path, ring, starts):
 
     uncached = losses("uncached", environ)
     assert len(uncached) >= 6
-    for number in range(starts):
-        variables = cached if number == starts - 1 else cached | thresholds
+    for number, variables in enumerate((cached | thresholds, cached)):
         assert losses(str(number), variables) == uncached
     assert not cache.exists() or not list(cache.iterdir())
