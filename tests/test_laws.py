@@ -33,7 +33,7 @@ from ringattn.attn.kernels.registry import XLA_TILES
 from ringattn.attn.mask import Tokens
 from ringattn.layout import LAYOUTS, shard_positions
 from ringattn.mesh.topology import arrange_devices
-from ringattn.planning.decoding import lower_decode
+from ringattn.planning.decoding import lower_decode, plan_decode
 
 pytestmark = pytest.mark.usefixtures("optimized")
 C, H, G, D = 8192, 32, 8, 128
@@ -250,6 +250,15 @@ def test_eight_billion_parameters_train_on_ten_million_tokens():
     assert plan.refusal is None
     assert plan.temporary_bytes is not None
     assert plan.argument_bytes + plan.temporary_bytes < 95.7 * 2**30
+
+
+def test_a_token_takes_at_most_half_longer_than_reading_the_cache():
+    """By the compiler's cycles, without waiting for transfers: 8B, a million tokens on 64 chips."""
+    pytest.importorskip("libtpu", reason="pip install -e '.[tpu]' for the TPU compiler")
+    plan = plan_decode(config.read(CONFIGS / "llama3_8b_1m.py"), "v5e:8x8")
+    assert plan.read_seconds is not None
+    assert plan.other_seconds is not None
+    assert plan.other_seconds < 0.5 * plan.read_seconds
 
 
 def test_a_step_of_decoding_reads_the_cache_in_place():
