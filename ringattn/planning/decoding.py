@@ -50,7 +50,7 @@ def lower_decode(
 
     def in_compute_dtype(leaf: Any) -> jax.ShapeDtypeStruct:
         dtype = c.dtype if FSDP in leaf.sharding.spec else leaf.dtype
-        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=compute_format(leaf))
+        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=compute_format(leaf, c.dtype))
 
     params = jax.tree.map(in_compute_dtype, params)
     cache = abstract(jax.eval_shape(lambda: caches.empty(c, rows, tokens, cache_dtype, mesh)), mesh)

@@ -22,7 +22,7 @@ def sample(
 ) -> str:
     """Returns the beginnings of the first SEQUENCES of `rows` [B, L] as text, each with the model's continuation."""
     model = replace(model, vocabulary=tokenizer.size)  # only these ids are trained
-    prompts, most = beginnings(rows), min(PROMPT_TOKENS + NEW_TOKENS, rows.tokens.shape[1])
+    prompts, most = beginnings(rows), max(min(PROMPT_TOKENS + NEW_TOKENS, rows.tokens.shape[1]), 2)
     generator = Generator.of(
         model,
         params,
@@ -42,7 +42,7 @@ def sample(
 
 
 def beginnings(rows: Batch) -> list[Int[np.ndarray, " tokens"]]:
-    """Returns the beginning of the first document of each row: PROMPT_TOKENS, or five eighths of a short document."""
+    """Returns the beginnings of the first documents of SEQUENCES rows: PROMPT_TOKENS, or 5/8 of a short document."""
     share = PROMPT_TOKENS / (PROMPT_TOKENS + NEW_TOKENS)
     sizes = (rows.segment_ids == rows.segment_ids[:, :1]).sum(1)
     lengths = np.clip((sizes * share).astype(int), 1, PROMPT_TOKENS)

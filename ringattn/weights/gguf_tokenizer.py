@@ -88,9 +88,12 @@ def token_ids(metadata: Mapping[str, Any], source: str) -> dict[str, int]:
 
 def generation_files(metadata: Mapping[str, Any], source: str) -> dict[str, bytes]:
     """Returns a generation_config.json by name, if a turn ends with another token than a text, as in Gemma."""
-    values, names = Values(metadata, source), ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
-    ids = [values.take(name, int) for name in names if name in values]
-    return {} if len(set(ids)) < 2 else {"generation_config.json": json.dumps({"eos_token_id": ids}).encode()}
+    values = Values(metadata, source)
+    text, turn = (values.take(f"tokenizer.ggml.{name}_token_id", int, None) for name in ("eos", "eot"))
+    if turn is None or turn == text:
+        return {}
+    ids = [turn] if text is None else [text, turn]
+    return {"generation_config.json": json.dumps({"eos_token_id": ids}).encode()}
 
 
 def _list(values: Values, name: str, kind: type) -> list[Any]:

@@ -57,7 +57,11 @@ def decode(
             grid=(rows, G, slots // tile),
             in_specs=in_specs,
             out_specs=out_specs,
-            scratch_shapes=[pltpu.VMEM((Q, D), jnp.float32), *[pltpu.VMEM((Q, LANES), jnp.float32)] * 2],
+            scratch_shapes=[
+                pltpu.VMEM((Q, 1), jnp.int32),
+                pltpu.VMEM((Q, D), jnp.float32),
+                *[pltpu.VMEM((Q, LANES), jnp.float32)] * 2,
+            ],
         ),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
         interpret=pltpu.InterpretParams() if interpret else False,
@@ -104,11 +108,12 @@ def _kernel(
     *refs: Ref,
 ):
     key, value, *rest = refs
-    scales, (out, lse, acc, row_max, row_sum) = (rest[:2], rest[2:]) if scaled else ([], rest)
+    scales, (out, lse, column, acc, row_max, row_sum) = (rest[:2], rest[2:]) if scaled else ([], rest)
     row, step, tile = pl.program_id(0), pl.program_id(2), positions.shape[1]
 
     @pl.when(step == 0)
     def _():
+        column[...] = _column(q_positions, row, query.shape[0])
         acc[...] = jnp.zeros_like(acc)
         row_sum[...] = jnp.zeros_like(row_sum)
         row_max[...] = jnp.full_like(row_max, -jnp.inf)
@@ -121,7 +126,7 @@ def _kernel(
             logits = logits * scales[0][...].astype(jnp.float32)
         if spec.soft_cap is not None:
             logits = spec.soft_cap * jnp.tanh(logits / spec.soft_cap)
-        seen = visible_pairs(spec.mask, Tokens(_column(q_positions, row, q.shape[0])), Tokens(positions[...]))
+        seen = visible_pairs(spec.mask, Tokens(column[...]), Tokens(positions[...]))
         logits = jnp.where(seen, logits, -jnp.inf)
         new_max = jnp.maximum(row_max[...], jnp.broadcast_to(logits.max(1, keepdims=True), row_max.shape))
         weights = shifted_exp(logits, widen(new_max, logits.shape[1]))
