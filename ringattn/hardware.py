@@ -45,3 +45,22 @@ CHIPS: dict[str, Chip] = {
     "NVIDIA B200": Chip(2250e12, 191.5e9, 8000e9, 900e9),
 }
 """Supported chips by `device_kind`. NVIDIA figures come from data sheets and were not measured."""
+
+NETWORKS = {"NVIDIA H100 80GB HBM3": 50e9, "NVIDIA H200": 50e9, "NVIDIA B200": 50e9}
+"""Bandwidth of a GPU to other hosts in bytes/s, one way: one 400 Gbit/s adapter per GPU, as in DGX H100, H200 and B200
+(https://docs.nvidia.com/dgx/dgxh100-user-guide/introduction-to-dgxh100.html, also dgxb200)."""
+
+HOST_MEMORY = {
+    "TPU v3": 340e9 / 8,  # v3-8
+    "TPU v4": 407e9 / 4,  # ct4p-hightpu-4t
+    "TPU v5 lite": 192e9 / 4,  # ct5lp-hightpu-4t
+    "TPU v5": 448e9 / 4,  # ct5p-hightpu-4t
+    "TPU v6 lite": 720e9 / 4,  # ct6e-standard-4t
+    "TPU7x": 960e9 / 8,  # tpu7x-standard-4t, two devices per chip
+    "NVIDIA H100 80GB HBM3": 1872e9 / 8,  # a3-highgpu-8g
+    "NVIDIA H200": 2952e9 / 8,  # a3-ultragpu-8g
+    "NVIDIA B200": 3968e9 / 8,  # a4-highgpu-8g
+}
+"""Memory of a host per device in bytes, of Google's virtual machines with a whole host:
+https://docs.cloud.google.com/tpu/docs/v5e (also v3, v4, v5p, v6e, tpu7x) and
+https://docs.cloud.google.com/compute/docs/gpus."""

@@ -37,7 +37,7 @@ ROOMS = {
     "training": SHARED | {"attn", "cost", "data", "generation", "model", "runs", "weights"},
     "generation": SHARED | {"attn", "data", "model", "runs", "weights"},
     "evaluation": SHARED | {"attn", "data", "generation", "model", "runs", "weights"},
-    "planning": SHARED | {"attn", "cost", "data", "generation", "model", "training"},
+    "planning": SHARED | {"attn", "cost", "data", "generation", "model", "runs", "training"},
     "benchmark": SHARED | {"attn", "cost", "data", "model", "planning", "runs"},
     "visualize": SHARED | {"attn", "cost"},
 }
@@ -46,6 +46,7 @@ MANY_PARAMETERS = {"attention", "choose_strategy", "shard_attention", "flax_atte
 MANY_PARAMETERS |= {"generate", "load", "of"}  # of Generator
 """Public functions whose options are keyword arguments."""
 FOREIGN = r"block_until_ready|block_count|set_blocking|BlockSpec|BlockSizes|block_(q|kv|k|size)\w*|(trim|lstrip)_blocks"
+FOREIGN += r"|(threads|shared_memory|registers)_per_block\w*|block_dim_limit_\w"
 """Names of other libraries that contain "block", which our own names avoid because it is ambiguous."""
 
 SOURCES = sorted((ROOT / "ringattn").rglob("*.py"))

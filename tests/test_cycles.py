@@ -13,11 +13,14 @@ from matplotlib.image import imread
 from ringattn import config
 from ringattn.attn.mask import Mask, Tokens, visible
 from ringattn.benchmark import cycle_report, cycles, kernel_rows
-from ringattn.benchmark.kernel_schedules import KernelSpec, kernel_schedules
 from ringattn.benchmark.report import make_console
-from ringattn.cost.cycles import CORES, CYCLE_FLOPS, KernelCall, KernelSchedule, Program, TileCounts, kernel_schedule
+from ringattn.cost import attention_kernels
+from ringattn.cost.attention_kernels import KernelSpec
+from ringattn.cost.cycles import CORES, CYCLE_FLOPS, KernelSchedule, TileCounts, kernel_schedule
+from ringattn.cost.program import KernelCall, Program
 from ringattn.cost.visited import Ring, Tiling, count_tiles, ring_counts
 from ringattn.hardware import CHIPS
+from ringattn.planning.kernel_schedules import kernel_schedules
 
 HLO = """
 %wide.region_0.2.sunk (p: ()) -> () {
@@ -330,8 +333,8 @@ def test_a_pair_of_tiles_takes_at_least_its_products(settings):
         for direction in ("forward", "backward")
     )
     tiling, call = Tiling((256, 512), groups=8), KernelCall("", 8192, 8192)
-    assert kernel_rows.pair_cycles(forward, tiling, call, "TPU v5 lite") == 2048
-    assert kernel_rows.pair_cycles(backward, tiling, call, "TPU v5 lite") == 5120
+    assert attention_kernels.pair_cycles(forward, tiling, call, "TPU v5 lite") == 2048
+    assert attention_kernels.pair_cycles(backward, tiling, call, "TPU v5 lite") == 5120
 
 
 def test_two_cores_halve_the_cycles(settings):

@@ -6,20 +6,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental.layout import Format, Layout
 
 from ringattn import config
 from ringattn.attn.mask import Mask
-from ringattn.benchmark.kernel_schedules import KernelSpec
 from ringattn.benchmark.subjects import Case, Inputs, make_attend, make_pass
-from ringattn.cost.flops import step_flops
+from ringattn.cost.attention_kernels import Heads, KernelSpec, ring_kernels, step_heads, step_rings
+from ringattn.cost.flops import useful_step_flops
 from ringattn.cost.visited import Ring
-from ringattn.data import Batch
-from ringattn.mesh.axes import HEADS, TENSOR, TOKENS, context_shards
+from ringattn.mesh.axes import HEADS, TOKENS
 from ringattn.mesh.devices import resolve
 from ringattn.mesh.topology import arrange_devices
-from ringattn.model.families import layer_kinds, layer_mask, layer_pattern
+from ringattn.model.families import layer_kinds, layer_pattern
 from ringattn.planning.compile import abstract_step
 from ringattn.planning.devices import devices_of
 
@@ -38,25 +36,9 @@ def make_ring(subject: config.Subject, case: Case) -> Ring:
     return Ring(Mask(True, window), subject.layout, case.shards, case.length // case.shards, subject.documents)
 
 
-def ring_kernels(case: Case, ring: Ring) -> list[KernelSpec]:
-    """Returns the forward and the backward kernel of a ring, for a hop."""
-    return [
-        KernelSpec(
-            kernel="ringattn",
-            direction=direction,
-            causal=True,
-            window=ring.mask.left,
-            segments=ring.documents > 1,
-            heads=case.heads,
-            kv_heads=case.kv_heads,
-            head_dim=case.head_dim,
-            queries=ring.local,
-            keys=ring.local,
-            run=ring.local // 2,
-            dtype=case.dtype,
-        )
-        for direction in ("forward", "backward")
-    ]
+def heads_of(case: Case) -> Heads:
+    """Returns the heads and the dtype of a case."""
+    return Heads(case.heads, case.kv_heads, case.head_dim, case.dtype)
 
 
 def compile_ring(subject: config.Subject, case: Case, mesh: jax.sharding.Mesh) -> str:
@@ -95,36 +77,28 @@ class Step:
         self.mesh = topology_mesh(topology, loaded.mesh)
 
     @property
-    def case(self) -> Case:
-        """The attention of one layer and one row, on one device of the axis `tensor`."""
-        model, tensor = self.config.model, self.mesh.shape[TENSOR]
-        heads, kv_heads = model.heads // tensor, model.kv_heads // tensor
-        shards = context_shards(self.mesh)
-        return Case(self.config.data.seq_len, shards, heads, kv_heads, model.head_dim, model.dtype)
+    def ring(self) -> Ring:
+        """The ring of every layer."""
+        return step_rings(self.config, self.mesh)[0][1]
 
     @property
-    def ring(self) -> Ring:
-        (kind,) = layer_kinds(self.config.model)
-        mask = layer_mask(self.config.model, kind)
-        return Ring(mask, self.config.attention.layout, self.case.shards, self.case.length // self.case.shards)
+    def heads(self) -> Heads:
+        """The heads of one device."""
+        return step_heads(self.config.model, self.mesh)
 
     def kernels(self) -> list[KernelSpec]:
         """Returns the kernels of a hop. A batch always has segment ids."""
-        return [replace(spec, segments=True) for spec in ring_kernels(self.case, self.ring)]
+        return ring_kernels(self.ring, self.heads, segments=True)
 
     def useful_flops(self, layers: int | None = None) -> float:
         """Returns the useful FLOPs of an update per device, for rows of one document; `layers`: of so many layers only,
         without the output projection."""
         c = self.config
-        positions = np.arange(c.data.seq_len, dtype=np.int32)[None]
-        ids = np.zeros_like(positions)
-        batch = Batch(**(dict.fromkeys(Batch._fields, ids) | {"positions": positions, "segment_ids": ids}))
-        rows = c.train.batch_size
         if layers is None:
-            return step_flops(c, 0, batch) * rows / self.mesh.size
+            return useful_step_flops(c) / self.mesh.size
         one = replace(c, model=replace(c.model, layers=layers))
-        logits = 6 * c.model.dim * (c.model.vocabulary or 0) * c.data.seq_len
-        return (step_flops(one, 0, batch) - logits) * rows / self.mesh.size
+        logits = 6 * c.model.dim * (c.model.vocabulary or 0) * c.data.seq_len * c.train.batch_size
+        return (useful_step_flops(one) - logits) / self.mesh.size
 
     def compile(self) -> str:
         """Returns the scheduled HLO."""

@@ -12,26 +12,18 @@ from jax.errors import JaxRuntimeError
 from rich.console import Console
 
 from ringattn import config
-from ringattn.attn.kernels.registry import choose_kernel
-from ringattn.attn.kernels.xla import Xla
-from ringattn.benchmark.cycle_programs import Step, compile_ring, make_ring, ring_kernels, topology_mesh
+from ringattn.benchmark.cycle_programs import Step, compile_ring, heads_of, make_ring, topology_mesh
 from ringattn.benchmark.cycle_report import ProgramRow, kernel_table, plot, program_table
-from ringattn.benchmark.kernel_rows import (
-    KernelRow,
-    cores_at_work,
-    describe,
-    kernel_rows,
-    kernel_specs,
-    pair_cycles,
-    pallas_tilings,
-)
-from ringattn.benchmark.kernel_schedules import KernelSpec, kernel_schedules
+from ringattn.benchmark.kernel_rows import KernelRow, describe, kernel_rows, kernel_specs
 from ringattn.benchmark.report import make_console
 from ringattn.benchmark.subjects import Case, useful_flops
-from ringattn.cost.cycles import CYCLE_FLOPS, Cost, KernelCall, KernelSchedule, Program
-from ringattn.cost.visited import Ring, Tiling, ring_counts
+from ringattn.cost.attention_kernels import KernelSpec, call_cycles, pallas_tilings, ring_kernels, xla_trips
+from ringattn.cost.cycles import CYCLE_FLOPS, KernelSchedule
+from ringattn.cost.program import Cost, Program
+from ringattn.cost.visited import Ring, ring_counts
 from ringattn.environment import environment
 from ringattn.planning.devices import devices_of
+from ringattn.planning.kernel_schedules import kernel_schedules
 from ringattn.runs.files import write_json
 from ringattn.units import duration_in_words, first_line
 
@@ -122,7 +114,7 @@ class _Count:
                 ring = make_ring(subject, case)
                 self.say(f"compiling {text} on {mesh.size} devices")
                 program = Program(compile_ring(subject, case, mesh))
-                specs = ring_kernels(case, ring)
+                specs = ring_kernels(ring, heads_of(case), segments=ring.documents > 1)
                 self.schedule(self.topology, specs)
                 flops = useful_flops(subject, case, "forward+backward") / mesh.size
                 kernels = self.kernel_cycles(self.topology, kind, specs, ring, program.cost)
@@ -138,7 +130,7 @@ class _Count:
             step, kind = Step(path, topology, kernel), device_kind(topology)
             text = step.compile()
             if kernel == "xla":
-                cost = Program(text, _xla_trips(step.ring, step.case, kind)).cost
+                cost = Program(text, xla_trips(step.ring, step.heads, kind)).cost
                 yield program_row(topology, f"step of {name}", kind, step.useful_flops(), cost.cycles, None)
                 return
             program, specs, layers = Program(text), step.kernels(), step.config.model.layers
@@ -158,20 +150,11 @@ class _Count:
         self, topology: str, kind: str, specs: Sequence[KernelSpec], ring: Ring, cost: Cost
     ) -> tuple[float, float]:
         """Returns the cycles of the kernels that a program calls, and those of their visited tiles without a mask."""
-        found = {f"ringattn_{spec.direction}": (spec, self.schedules[topology][spec]) for spec in specs}
-        tilings = pallas_tilings(specs[0], kind)
-        counts = ring_counts(ring, tilings)
-        total = visible = 0.0
-        for call, times in cost.calls.items():
-            spec, schedule = found[call.name]
-            if isinstance(schedule, str):
-                raise ValueError(f"{call.name}: {schedule}")
-            cores = cores_at_work(kind, tilings[call.name].groups)
-            # The matrix units may be busy for longer than the bundles show.
-            least = counts[call].visited * pair_cycles(spec, tilings[call.name], call, kind)
-            total += times * max(schedule.cycles(counts[call], cores=cores), least)
-            visible += times * max(schedule.full * counts[call].visited / cores, least)
-        return total, visible
+        found = {spec: self.schedules[topology][spec] for spec in specs}
+        counts = ring_counts(ring, pallas_tilings(specs[0], kind))
+        calls = call_cycles(kind, found, {call: counts[call] for call in cost.calls})
+        total = sum(times * calls[call].total for call, times in cost.calls.items())
+        return total, sum(times * calls[call].visible for call, times in cost.calls.items())
 
 
 def _is_layer(body: Cost, program: Cost, layers: int) -> bool:
@@ -208,15 +191,3 @@ def device_kind(topology: str) -> str:
     if kind not in CYCLE_FLOPS:
         raise ValueError(f"--topology {topology}: cycles are known for TPUs; use one such as v5e:2x4")
     return kind
-
-
-def _xla_trips(ring: Ring, case: Case, kind: str) -> tuple[float, float]:
-    """Returns mean trips of the kernel "xla" over tiles of keys, per tile of queries: without and with a mask."""
-    shape = {"heads": case.heads, "kv_heads": case.kv_heads, "head_dim": case.head_dim, "dtype": case.dtype}
-    kernel = choose_kernel("xla", **shape, device_kind=kind).kernel
-    assert isinstance(kernel, Xla)
-    tiling = Tiling(kernel.tile)
-    counts = ring_counts(ring, dict.fromkeys(("ringattn_forward", "ringattn_backward"), tiling))
-    forward = counts[KernelCall("ringattn_forward", ring.local, ring.local)]
-    tiles = ring.local // tiling.sizes(ring.local, ring.local)[0]
-    return forward.full / tiles, forward.partial / tiles

@@ -8,17 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from ringattn import config
-from ringattn.attn.kernels.pallas_tpu import PallasTpu
-from ringattn.attn.kernels.registry import choose_kernel
 from ringattn.attn.mask import Mask, Tokens
-from ringattn.benchmark.kernel_schedules import SPLASH_TILE, KernelSpec
-from ringattn.cost.cycles import CORES, CYCLE_FLOPS, KernelCall, KernelSchedule, TileCounts
+from ringattn.cost.attention_kernels import DIRECTIONS, KernelSpec, cores_at_work, pallas_tilings
+from ringattn.cost.cycles import CYCLE_FLOPS, KernelSchedule, TileCounts
 from ringattn.cost.flops import attention_flops
-from ringattn.cost.visited import Tiling, count_tiles
+from ringattn.cost.visited import count_tiles
+from ringattn.planning.kernel_schedules import SPLASH_TILE
 
 KERNELS = ("ringattn", "splash")
-DIRECTIONS = {"forward": 1.0, "backward": 2.5}
-"""FLOPs of the products relative to a forward pass: two forward; five backward, which computes the logits again."""
 HEAD_DIMS = (64, 128, 256)
 WINDOW = 1024
 DOCUMENTS = 16
@@ -145,31 +142,6 @@ def hop_cycles(spec: KernelSpec, mask: str, schedule: KernelSchedule, kind: str)
     widest = min(tiles, {"window": -(-WINDOW // SPLASH_TILE) + 1}.get(mask, tiles))
     rows = spec.heads * tiles
     return schedule.cycles(TileCounts(rows * widest, *counts[1:3]), rows, cores_at_work(kind, spec.heads))
-
-
-def pair_cycles(spec: KernelSpec, tiling: Tiling, call: KernelCall, kind: str) -> float:
-    """Returns the cycles of the products of one pair of tiles, for one group of heads, at the peak of a device."""
-    q_size, kv_size = tiling.sizes(call.queries, call.keys)
-    flops = attention_flops(spec.heads // tiling.groups, spec.head_dim, q_size * kv_size)
-    return DIRECTIONS[spec.direction] * flops / CYCLE_FLOPS[kind]
-
-
-def cores_at_work(kind: str, parallel: int) -> int:
-    """Returns the cores that share a kernel's grid, whose first dim of size `parallel` is parallel."""
-    cores = CORES.get(kind, 1)
-    return cores if parallel % cores == 0 else 1
-
-
-def pallas_tilings(spec: KernelSpec, kind: str) -> dict[str, Tiling]:
-    """Returns how the kernel "pallas" splits its work, by the name of its forward and backward kernel."""
-    shape = {"heads": spec.heads, "kv_heads": spec.kv_heads, "head_dim": spec.head_dim, "dtype": spec.dtype}
-    kernel = choose_kernel("pallas", **shape, device_kind=kind).kernel
-    assert isinstance(kernel, PallasTpu)
-    groups = kernel.groups(spec.heads, spec.kv_heads)
-    return {
-        "ringattn_forward": Tiling(kernel.tile, kernel.multiple, groups),
-        "ringattn_backward": Tiling(kernel.backward_tile or kernel.tile, kernel.multiple, groups),
-    }
 
 
 def describe(spec: KernelSpec) -> str:

@@ -26,6 +26,14 @@ def step_flops(c: config.Config, vocabulary: int, batch: Batch) -> int:
     return 6 * weights * tokens + 3 * attention_flops(c.model.heads, c.model.head_dim, pairs)
 
 
+def useful_step_flops(c: config.Config) -> int:
+    """Returns `step_flops` of an update of `c` whose rows have one document each. `model.vocabulary` must be set."""
+    positions = np.arange(c.data.seq_len, dtype=np.int32)[None]
+    ids = np.zeros_like(positions)
+    batch = Batch(**(dict.fromkeys(Batch._fields, ids) | {"positions": positions, "segment_ids": ids}))
+    return step_flops(c, 0, batch) * c.train.batch_size
+
+
 def attention_flops(heads: int, head_dim: int, pairs: int) -> int:
     """Returns the model FLOPs of one attention forward pass over `pairs` unmasked pairs. Backward: twice as many."""
     return 4 * heads * head_dim * pairs

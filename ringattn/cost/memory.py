@@ -10,17 +10,28 @@ from ringattn.hardware import CHIPS
 
 
 class ProgramMemory(NamedTuple):
-    """Memory of a compiled program per device. `results` excludes results that reuse memory of donated arguments."""
+    """Memory of a compiled program per device, in bytes.
+
+    `temporaries` is the space that the compiler has set aside for them. It is no measure of the need: its parts may be
+    used at different times, and buffers in the vector memory of a TPU count, too. `peak` is the most that is in use at
+    one time, by the compiler's replay of its own allocations: arguments, results and live temporaries, without the
+    program. The TPU compiler refuses a program by this figure. The replay of the CPU compiler knows no temporaries:
+    there `peak` is `total`.
+    """
 
     arguments: int
     temporaries: int
     results: int
+    """Without results that reuse memory of donated arguments."""
     host: int
-    """Temporaries in host memory, per device."""
+    """Temporaries in host memory, per device: what is offloaded."""
+    peak: int
+    program: int
+    """The instructions, in the device's memory; 0 on CPUs."""
 
     @property
     def total(self) -> int:
-        """Device memory of arguments, temporaries and results together."""
+        """Device memory of arguments, temporaries and results together: an upper bound of `peak`, as a rule."""
         return self.arguments + self.temporaries + self.results
 
 
@@ -29,12 +40,16 @@ def program_memory(compiled: jax.stages.Compiled) -> ProgramMemory | None:
     plan = compiled.memory_analysis()
     if plan is None:
         return None
-    return ProgramMemory(
+    found = ProgramMemory(
         arguments=plan.argument_size_in_bytes,
         temporaries=plan.temp_size_in_bytes,
         results=plan.output_size_in_bytes - plan.alias_size_in_bytes,
         host=plan.host_temp_size_in_bytes,
+        peak=plan.peak_memory_in_bytes,
+        program=plan.generated_code_size_in_bytes,
     )
+    devices = {device for each in jax.tree.leaves(compiled.input_shardings) for device in each.device_set}
+    return found._replace(peak=found.total) if {each.platform for each in devices} == {"cpu"} else found
 
 
 def device_memory(device: Any) -> int | None:

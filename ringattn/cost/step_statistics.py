@@ -18,12 +18,12 @@ Statistics = dict[str, Any]
 
 
 def memory_statistics(compiled: jax.stages.Compiled) -> dict[str, int | None] | None:
-    """Returns the memory of `compiled` per device, its `total`, and the memory of a `device`; None if unknown."""
+    """Returns the memory of `compiled` per device, its peak as `total`, and that of a `device`; None if unknown."""
     plan = program_memory(compiled)
     if plan is None:
         return None
     parts = {"arguments": plan.arguments, "temporaries": plan.temporaries, "new_results": plan.results}
-    return parts | {"total": plan.total, "device": device_memory(jax.local_devices()[0])}
+    return parts | {"total": plan.peak, "device": device_memory(jax.local_devices()[0])}
 
 
 def attention_statistics(c: config.Config, mesh: jax.sharding.Mesh) -> Statistics:

@@ -10,7 +10,8 @@ from ringattn.attn.hops import hop_runs
 from ringattn.attn.kernels.tiles import relate_tiles, tile_bounds, tile_sizes
 from ringattn.attn.mask import Mask, Tokens
 from ringattn.attn.positions import ImpliedPositions
-from ringattn.cost.cycles import KernelCall, TileCounts
+from ringattn.cost.cycles import TileCounts
+from ringattn.cost.program import KernelCall
 
 
 class Ring(NamedTuple):

@@ -28,3 +28,11 @@ def add_gpu_flags() -> tuple[str, ...]:
         os.environ["XLA_FLAGS"] = " ".join([*given, *added])
         print(f"added to XLA_FLAGS, so that transfers overlap with compute: {' '.join(added)}", file=sys.stderr)
     return added
+
+
+def compiler_options() -> dict[str, bool | int]:
+    """Returns the flags as options of `jax.stages.Lowered.compile`, for a compilation without a GPU."""
+    return {
+        name.removeprefix("--"): value == "true" if value in ("true", "false") else int(value)
+        for name, value in GPU_FLAGS.items()
+    }

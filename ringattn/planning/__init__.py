@@ -1,18 +1,22 @@
-"""Plans steps of training and of decoding: compiles them for devices that need not be present,
-and reports the memory per device.
+"""Plans steps of training and of decoding: compiles them for devices that need not be present, and reports memory,
+transfers and time.
 
 .. include:: README.md
 """
 
-from collections.abc import Iterator
+from ringattn.planning.compile import Plan, compile_plan, plan, prepare
+from ringattn.planning.decoding import DecodePlan, plan_decode
+from ringattn.planning.reach import max_context
+from ringattn.planning.report import report, write_report
 
-from ringattn.planning.compile import Plan, plan, report_step
-from ringattn.planning.decoding import DecodePlan, plan_decode, report_decode
-
-
-def report(plan: Plan | DecodePlan) -> Iterator[str]:
-    """Yields the lines of a plan's report."""
-    return report_decode(plan) if isinstance(plan, DecodePlan) else report_step(plan)
-
-
-__all__ = ["DecodePlan", "Plan", "plan", "plan_decode", "report"]
+__all__ = [
+    "DecodePlan",
+    "Plan",
+    "compile_plan",
+    "max_context",
+    "plan",
+    "plan_decode",
+    "prepare",
+    "report",
+    "write_report",
+]

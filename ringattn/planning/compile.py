@@ -1,34 +1,58 @@
-"""Compiles a train step ahead of time, for devices that need not be present, and reports its memory."""
+"""Compiles a train step ahead of time, for devices that need not be present, and plans its memory and its time."""
 
 import math
 import time
-from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import P
 
 from ringattn import config
-from ringattn.cost.memory import host_memory, program_memory
+from ringattn.cost.memory import program_memory
 from ringattn.cost.minimum import check_minimum
+from ringattn.cost.program import Program
 from ringattn.data import Batch
-from ringattn.hardware import CHIPS
-from ringattn.mesh.axes import TOKENS, abstract, describe_sizes
+from ringattn.mesh.axes import TOKENS, abstract
 from ringattn.mesh.devices import check_divisible, resolve
+from ringattn.mesh.gpu_flags import compiler_options
 from ringattn.mesh.topology import arrange_devices
 from ringattn.model.build import model_factory
 from ringattn.model.transformer import count_parameters
 from ringattn.planning.devices import devices_of
+from ringattn.planning.memory import (
+    DeviceBytes,
+    advice,
+    compiled_saved_bytes,
+    device_bytes,
+    device_limit,
+    host_limit,
+    reason_against,
+    refused_bytes,
+    saved_bytes,
+)
+from ringattn.planning.schedule import Collective
+from ringattn.planning.timing import StepTime, analyse, compiling_step_kernels
 from ringattn.training.optimizer import learning_rate, optimizer
 from ringattn.training.step import TrainState, TrainStep, make_initial_state, make_train_step
-from ringattn.units import bytes_in_words
 
 COMPILED = 100
 """A step that needs at least so many times the memory of a device is refused without compiling it. The compiler would
 need minutes or abort, and all figures would be as far off."""
+
+
+@dataclass(frozen=True)
+class MaxContext:
+    """The longest rows that compile and fit."""
+
+    tokens: int
+    """Tokens per row."""
+    refused: int | None
+    """The shortest length tried that does not fit; None if there is none."""
+    tried: dict[int, str]
+    """The lengths tried, with 'fits' or the reason."""
 
 
 @dataclass(frozen=True)
@@ -41,71 +65,131 @@ class Plan:
     parameters: int
     tokens: int
     """Tokens per row."""
-    state_bytes: int
-    """This device's shards of parameters and optimizer state, float32."""
-    gradient_bytes: int
-    """This device's shards of the gradient, float32."""
-    argument_bytes: int
-    """The step's arguments: state and batch."""
-    temporary_bytes: int | None
-    """Everything else that the step needs on the device; None if the compiler refused it."""
-    host_bytes: int | None
-    """Temporaries in the host's memory; None if the compiler refused the step."""
-    memory_bytes: int | None
-    """Memory of the device, or its share of this machine's memory for a CPU device; None if unknown."""
-    compile_seconds: float
+    fits: bool
+    """True if the compiler accepted the step, and it fits the memory of devices and hosts."""
     refusal: str | None
     """The reason why the step does not fit, such as the compiler's error; None if it fits."""
+    changes: list[str]
+    """What to change if it does not fit, in order of effect."""
+    device_bytes: DeviceBytes
+    host_bytes: int | None
+    """Activations in the host's memory; None if the compiler refused the step."""
+    host_limit: int | None
+    """Memory of a host per device; None if unknown, or if it is the device's memory."""
+    collectives: list[Collective]
+    """All collectives of the schedule; empty if the compiler refused the step."""
+    time: StepTime | None
+    """None if the compiler refused the step, or if the speed of the device is unknown."""
+    compile_seconds: float
+    max_context: MaxContext | None = None
 
-    @property
-    def fits(self) -> bool:
-        """True if the step fits the memory of the devices."""
-        return self.refusal is None
+    def to_json(self) -> dict[str, Any]:
+        """Returns the fields, with those that scripts read most at the top."""
+        seconds = utilisation = None
+        if self.time is not None:
+            seconds, utilisation = self.time.seconds, self.time.utilisation
+        return asdict(self) | {"step_seconds": seconds, "utilisation": utilisation}
 
 
 def plan(c: config.Config, topology: str, compiling: AbstractContextManager[Any] | None = None) -> Plan:
-    """Compiles one update of `c` for a topology such as 'v5e:8x8', 'v5p:4x4x4' or 'cpu:8'; allocates nothing on it.
+    """Compiles one update of `c` for a topology such as 'v5e:8x8', 'h100:2x8' or 'cpu:8'; allocates nothing on it.
 
     After all checks, it compiles inside the context `compiling`, such as a display.
 
-    Raises ValueError if the topology does not exist, if the TPU compiler (the extra `tpu`) is not installed, if `c`
-    does not fit its mesh, if the step needs more than `COMPILED` times the memory of a device, or if `c` has several
-    stages; `c.stage(2)` is the config of one stage.
+    Raises ValueError if the topology does not exist, if its compiler (the extras `tpu` and `gpu-compiler`) is not
+    installed, if `c` does not fit its mesh, if the step needs more than `COMPILED` times the memory of a device, or if
+    `c` has several stages; `c.stage(2)` is the config of one stage.
     """
+    target = prepare(c, topology)
+    with compiling or nullcontext():
+        return compile_plan(c, target)
+
+
+class Target(NamedTuple):
+    """Where a step is to run."""
+
+    topology: str
+    mesh: jax.sharding.Mesh
+    limit: int | None
+    """Bytes that a program may use on a device; None if unknown."""
+
+    @property
+    def device(self) -> Any:
+        return self.mesh.devices.flat[0]
+
+
+def prepare(c: config.Config, topology: str) -> Target:
+    """Returns the mesh of a topology, after all checks of `plan`. Raises ValueError as `plan`."""
     if len(c.stages) > 1:
         raise ValueError(f"{c.name} has {len(c.stages)} stages, but a plan covers one; choose one, such as --stage 2")
     devices = devices_of(topology)
     mesh = arrange_devices(resolve(c.mesh, len(devices)), devices)
     check_divisible(c, mesh)
-    limit = _memory(devices)
-    check_minimum(c, mesh, limit, factor=COMPILED)
-    began, refusal, memory = time.monotonic(), None, None
-    with jax.set_mesh(mesh):
-        state, batch, step = abstract_step(c, mesh)
+    target = Target(topology, mesh, device_limit(devices))
+    check_minimum(c, mesh, target.limit, factor=COMPILED)
+    required_vocabulary(c.model)
+    return target
+
+
+class Compiled(NamedTuple):
+    """A compiled step, or the reason why the compiler refused it."""
+
+    program: jax.stages.Compiled | None
+    refusal: str | None
+    refused_bytes: int | None
+    """The bytes that the refusal gives, if it is the device's memory that does not suffice."""
+
+
+def compile_step(c: config.Config, target: Target) -> tuple[Compiled, TrainState, Batch]:
+    """Compiles the step, and returns it with its abstract arguments."""
+    with jax.set_mesh(target.mesh):
+        state, batch, step = abstract_step(c, target.mesh)
+        options: Any = compiler_options() if target.device.platform == "gpu" else None
         try:
-            with compiling or nullcontext():
-                memory = program_memory(step.lower(state, batch).compile())
+            return Compiled(step.lower(state, batch).compile(options), None, None), state, batch
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            refusal = next((line.strip() for line in str(error).splitlines() if "xceed" in line), str(error)[:500])
-    if memory is not None and limit is not None and devices[0].platform == "cpu" and memory.total > limit:
-        needed, available = (bytes_in_words(len(devices) * size) for size in (memory.total, limit))
-        refusal = f"{len(devices)} devices need {needed}, but this machine has {available}"
+            return Compiled(None, *refused_bytes(str(error))), state, batch
+
+
+def compile_plan(c: config.Config, target: Target) -> Plan:
+    """Returns the plan of a step that `prepare` has checked."""
+    began = time.monotonic()
+    topology, mesh, limit = target
+    times, collectives, memory, saved = None, [], None, saved_bytes(c, mesh.shape)
+    with compiling_step_kernels(c, topology, mesh) as kernels:
+        (program, refusal, refused), state, batch = compile_step(c, target)
+        if program is not None:
+            memory = program_memory(program)
+            text = program.as_text() or ""
+            times, collectives = analyse(text, c, mesh, kernels)
+            saved = compiled_saved_bytes(Program(text), c, mesh.shape) if saved is None else saved
+    known = {
+        "parameters": shard_bytes(state.params),
+        "optimizer": shard_bytes(state) - shard_bytes(state.params),
+        "batch": shard_bytes(batch),
+        "gradients": shard_bytes(state.params),
+    }
+    device = device_bytes(memory, limit, known, saved or 0, refused)
+    host = host_limit(target.device)
+    if memory is not None:
+        refusal = reason_against(target.device, mesh.size, device, memory.host, host)
     return Plan(
         topology=topology,
-        device_kind=devices[0].device_kind,
+        device_kind=target.device.device_kind,
         mesh=dict(mesh.shape),
         parameters=count_parameters(state.params),
         tokens=c.data.seq_len,
-        state_bytes=shard_bytes(state),
-        gradient_bytes=shard_bytes(state.params),
-        argument_bytes=shard_bytes(state) + shard_bytes(batch),
-        temporary_bytes=None if memory is None else memory.temporaries,
-        host_bytes=None if memory is None else memory.host,
-        memory_bytes=limit,
-        compile_seconds=time.monotonic() - began,
+        fits=refusal is None,
         refusal=refusal,
+        changes=[] if refusal is None else advice(c, mesh.shape),
+        device_bytes=device,
+        host_bytes=None if memory is None else memory.host,
+        host_limit=host,
+        collectives=collectives,
+        time=times,
+        compile_seconds=time.monotonic() - began,
     )
 
 
@@ -126,15 +210,6 @@ def required_vocabulary(c: config.Model) -> int:
     return c.vocabulary
 
 
-def _memory(devices: Sequence[Any]) -> int | None:
-    """Returns the memory of each device in bytes; None if unknown."""
-    if devices[0].platform == "cpu":
-        memory = host_memory()
-        return None if memory is None else memory // len(devices)
-    chip = CHIPS.get(devices[0].device_kind)
-    return None if chip is None else int(chip.memory)
-
-
 def _abstract_batch(c: config.Config, mesh: jax.sharding.Mesh) -> Batch:
     """Arrays [microbatches, B / microbatches, L]."""
     count = c.train.accumulate
@@ -150,21 +225,3 @@ def shard_bytes(tree: Any) -> int:
     """Bytes per device of a tree of abstract arrays."""
     leaves = jax.tree.leaves(tree)
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
-
-
-def report_step(plan: Plan) -> Iterator[str]:
-    """Yields the lines of a plan's report."""
-    yield f"{plan.topology}, {math.prod(plan.mesh.values())} of {plan.device_kind}, mesh {describe_sizes(plan.mesh)}"
-    yield f"{plan.parameters:,} parameters, rows of {plan.tokens:,} tokens"
-    sizes = {"state (parameters, AdamW)": plan.state_bytes, "arguments (state, batch)": plan.argument_bytes}
-    if plan.temporary_bytes is not None:
-        sizes["temporaries"] = plan.temporary_bytes
-        sizes["  without the gradient"] = plan.temporary_bytes - plan.gradient_bytes
-        sizes["arguments and temporaries"] = plan.argument_bytes + plan.temporary_bytes
-    if plan.host_bytes:
-        sizes["host memory"] = plan.host_bytes
-    yield "memory per device:"
-    for name, size in sizes.items():
-        yield f"  {name:<28}{bytes_in_words(size):>12}"
-    result = "it fits" if plan.refusal is None else f"it does not fit: {plan.refusal}"
-    yield f"compiled in {plan.compile_seconds:.0f} s: {result}"

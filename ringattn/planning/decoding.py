@@ -15,8 +15,9 @@ from flax import nnx
 from jax import P
 
 from ringattn import config
-from ringattn.cost.cycles import CYCLE_FLOPS, Program
+from ringattn.cost.cycles import CYCLE_FLOPS
 from ringattn.cost.memory import program_memory
+from ringattn.cost.program import Program
 from ringattn.generation import cache as caches
 from ringattn.generation.programs import Pending, compute_format, generation_model, make_programs
 from ringattn.generation.sampling import Sampling

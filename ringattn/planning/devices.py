@@ -1,4 +1,4 @@
-"""Devices to compile for: those of a TPU topology, which need not be present, or simulated CPU devices."""
+"""Devices to compile for: those of a TPU or GPU topology, which need not be present, or simulated CPU devices."""
 
 import difflib
 import importlib.util
@@ -13,6 +13,7 @@ from jax.experimental import topologies
 
 from ringattn import config
 from ringattn.mesh.devices import MAX_SIMULATED, start
+from ringattn.planning.gpus import GPUS, gpu_devices
 from ringattn.units import first_line
 
 PODS = {"v3": (2, 1024), "v4": (3, 4096), "v5e": (2, 256), "v5p": (3, 8960), "v6e": (2, 256), "tpu7x": (3, 9216)}
@@ -21,16 +22,18 @@ v4, v5p, v6e, tpu7x)."""
 
 
 def devices_of(topology: str) -> Sequence[Any]:
-    """Returns the devices of a topology such as 'v5e:8x8', 'v5p:4x4x4' or 'cpu:8', which starts JAX on the CPU.
+    """Returns the devices of a topology such as 'v5e:8x8', 'v5p:4x4x4', 'h100:8', 'h100:2x8' or 'cpu:8'.
 
-    Raises ValueError, with a fix, if the topology does not exist or the TPU compiler (the extra `tpu`) is not
-    installed.
+    It starts JAX on the CPU. Raises ValueError, with a fix, if the topology does not exist or its compiler (the extras
+    `tpu` and `gpu-compiler`) is not installed.
     """
     name, _, size = topology.partition(":")
     if name == "cpu":
         if not re.fullmatch(r"[0-9]{1,9}", size) or not 1 <= int(size) <= MAX_SIMULATED:
             raise ValueError(f"--topology {topology} must be cpu:N with N from 1 to {MAX_SIMULATED}; use cpu:8")
         return list(start(config.Mesh(simulate=int(size))).devices.flat)
+    if name in GPUS:
+        return gpu_devices(topology)
     _check(topology)
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError(f"--topology {topology} needs the TPU compiler, on Linux; pip install -e '.[tpu]'")
@@ -49,9 +52,9 @@ def _check(topology: str) -> None:
     """Raises ValueError, with a fix, unless `topology` is a possible TPU topology."""
     name, _, size = topology.partition(":")
     if name not in PODS:
-        near = difflib.get_close_matches(name.lower(), PODS, n=1)
-        fix = f"did you mean {_example(near[0])}?" if near else "use one such as v5e:8x8, v5p:4x4x4 or cpu:8"
-        supported = f"plans support the TPUs {', '.join(PODS)} and simulated CPU devices (cpu:N), but not GPUs"
+        near = difflib.get_close_matches(name.lower(), [*PODS, *GPUS], n=1)
+        fix = f"did you mean {_example(near[0])}?" if near else "use one such as v5e:8x8, v5p:4x4x4, h100:8 or cpu:8"
+        supported = f"plans support the TPUs {', '.join(PODS)}, the GPUs {', '.join(GPUS)} and CPU devices (cpu:N)"
         raise ValueError(f"--topology {topology}: {supported}; {fix}")
     count, pod = PODS[name]
     if not re.fullmatch("x".join([r"[1-9][0-9]{0,8}"] * count), size):
@@ -70,4 +73,4 @@ def _check(topology: str) -> None:
 
 
 def _example(name: str) -> str:
-    return f"{name}:{'x'.join('4' * PODS[name][0])}"
+    return f"{name}:8" if name in GPUS else f"{name}:{'x'.join('4' * PODS[name][0])}"

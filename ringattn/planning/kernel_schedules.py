@@ -7,23 +7,27 @@ The compiler writes schedules only if a flag is set before it is loaded, and wri
 import glob
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 import jax.numpy as jnp
 
 from ringattn.attn.kernels.protocol import KV, Kernel, LogitSpec, Queries, QueryGrads, Residuals
 from ringattn.attn.kernels.registry import choose_kernel
-from ringattn.attn.mask import Mask, Runs, Tokens
+from ringattn.attn.mask import Runs, Tokens
 from ringattn.attn.softmax import Partial
+from ringattn.cost.attention_kernels import KernelSpec
 from ringattn.cost.cycles import KernelSchedule, kernel_schedule
 from ringattn.planning.devices import devices_of
+from ringattn.runs.signals import before_ending
 from ringattn.units import first_line
 
 DUMP = "RINGATTN_DUMP"
@@ -32,41 +36,16 @@ SPLASH_TILE = 512
 """Queries and keys in a tile of splash attention."""
 
 
-@dataclass(frozen=True)
-class KernelSpec:
-    """A kernel with the shapes and the mask for which it is compiled.
-
-    Attributes:
-      kernel: "ringattn" or "splash".
-      direction: "forward" or "backward".
-      window: number of earlier tokens that a token attends to; None: no window.
-      segments: True if tokens have segment ids.
-      run: number of consecutive tokens with consecutive positions.
-    """
-
-    kernel: str
-    direction: str
-    causal: bool
-    window: int | None
-    segments: bool
-    heads: int
-    kv_heads: int
-    head_dim: int
-    queries: int
-    keys: int
-    run: int
-    dtype: str
-
-    @property
-    def mask(self) -> Mask:
-        return Mask(self.causal, None if self.window is None else (self.window, 0))
+Found = Iterator[tuple[KernelSpec, KernelSchedule | str]]
+"""Each kernel with its schedule, or with the reason why there is none, when it is compiled."""
 
 
-def kernel_schedules(topology: str, specs: Sequence[KernelSpec]) -> Iterator[tuple[KernelSpec, KernelSchedule | str]]:
-    """Yields each spec with its schedule, or with the reason why there is none, when it is compiled.
+@contextmanager
+def compiling_kernels(topology: str, specs: Sequence[KernelSpec]) -> Iterator[Found]:
+    """Starts to compile the kernels in another process, which ends with the context; yields the results as they come.
 
-    `topology` is one such as 'v5e:2x4'; the kernels are compiled for one of its devices. Raises ValueError if the other
-    process fails.
+    `topology` is one such as 'v5e:2x4'; the kernels are compiled for one of its devices. Reading the results raises
+    ValueError if the other process fails.
     """
     with tempfile.TemporaryDirectory() as directory:
         flags = f"--xla_jf_dump_to={directory} --xla_jf_dump_llo_text=true"
@@ -78,16 +57,35 @@ def kernel_schedules(topology: str, specs: Sequence[KernelSpec]) -> Iterator[tup
             open(Path(directory) / "errors", "w+", encoding="utf-8") as errors,
             subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=errors, text=True) as process,
         ):
-            assert process.stdout is not None
+
+            def remove() -> None:
+                process.kill()
+                process.wait()
+                shutil.rmtree(directory, ignore_errors=True)
+
             try:
-                for spec, line in zip(specs, process.stdout, strict=False):
-                    found = json.loads(line)
-                    yield spec, found if isinstance(found, str) else KernelSchedule(*found)
+                with before_ending(remove):
+                    yield _results(topology, specs, process, errors)
             finally:
                 process.kill()
-            if process.wait() not in (0, -9):
-                errors.seek(0)
-                raise ValueError(f"compiling kernels for {topology} failed: {errors.read().strip()[-500:]}")
+
+
+def _results(topology: str, specs: Sequence[KernelSpec], process: subprocess.Popen[str], errors: IO[str]) -> Found:
+    assert process.stdout is not None
+    for spec in specs:
+        line = process.stdout.readline()
+        if not line:
+            process.wait()
+            errors.seek(0)
+            raise ValueError(f"compiling kernels for {topology} failed: {errors.read().strip()[-500:]}")
+        found = json.loads(line)
+        yield spec, found if isinstance(found, str) else KernelSchedule(*found)
+
+
+def kernel_schedules(topology: str, specs: Sequence[KernelSpec]) -> Found:
+    """Compiles the kernels and yields the results: see `compiling_kernels`."""
+    with compiling_kernels(topology, specs) as results:
+        yield from results
 
 
 def _main(topology: str, specs: Sequence[KernelSpec]) -> None:

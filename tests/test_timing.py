@@ -1,0 +1,111 @@
+"""The time of a step, from the text of a compiled program and the schedules of its kernels."""
+
+import pytest
+
+from ringattn import config
+from ringattn.attn.mask import Mask
+from ringattn.cost.attention_kernels import (
+    CallCycles,
+    Heads,
+    call_cycles,
+    mean_counts,
+    pallas_tilings,
+    ring_kernels,
+    step_rings,
+)
+from ringattn.cost.cycles import CYCLE_FLOPS, KernelSchedule, TileCounts
+from ringattn.cost.flops import useful_step_flops
+from ringattn.cost.program import KernelCall
+from ringattn.cost.visited import Ring, ring_counts
+from ringattn.hardware import CHIPS
+from ringattn.planning.compile import prepare
+from ringattn.planning.timing import KERNEL_UTILISATION, analyse
+
+KIND, LOCAL = "TPU v5 lite", 1024
+C = config.Config(
+    model=config.Model(
+        layers=2, dim=256, heads=4, kv_heads=2, head_dim=128, feed_forward=512, vocabulary=1024, dtype="bfloat16"
+    ),
+    data=config.Data(seq_len=4 * LOCAL),
+    train=config.Train(batch_size=1, steps=10),
+)
+
+
+def program(keys: int) -> str:
+    """Two layers; each calls the forward kernel four times, computes for 30,000 cycles and sends 45 MB in vain."""
+    shapes = f"bf16[1,2,2,{LOCAL},128]{{4,3,2,1,0}}, bf16[1,2,{keys},128]{{3,2,1,0}}"
+    kernel = f'custom_call_target="tpu_custom_call", operand_layout_constraints={{{shapes}}}'
+    calls = "\n".join(f"  %ringattn_forward.{n} = (f32[8]) custom-call(%q), {kernel}" for n in range(4))
+    return f"""
+%body (p: ()) -> () {{
+{calls}
+  %dense = f32[8] fusion(%a), calls=%fused, backend_config={{"estimated_cycles":"30000"}}
+  %sent = bf16[22500000] collective-permute(%b), source_target_pairs={{{{0,1}}}}
+  ROOT %t = () tuple(%dense)
+}}
+%fused (p: ()) -> () {{
+  ROOT %add = f32[8] add(%p, %p)
+}}
+%condition (p: ()) -> () {{
+  %limit = s32[] constant(2)
+  %index = s32[] get-tuple-element(%p), index=0
+  ROOT %lt = pred[] compare(%index, %limit), direction=LT
+}}
+ENTRY %main (p: ()) -> () {{
+  %zero = s32[] constant(0)
+  %first = () tuple(%zero)
+  ROOT %loop = () while(%first), condition=%condition, body=%body
+}}
+"""
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    pytest.importorskip("libtpu", reason="pip install -e '.[tpu]' for the TPU compiler")
+    return prepare(C, "v5e:2x2").mesh
+
+
+def test_kernels_count_by_their_tiles(mesh):
+    (_, ring), heads = step_rings(C, mesh)[0], Heads(4, 2, 128, "bfloat16")
+    schedules = {spec: KernelSchedule(1000, 3000, 3300) for spec in ring_kernels(ring, heads, segments=True)}
+    time, (sent,) = analyse(program(LOCAL), C, mesh, schedules.items())
+    counts = ring_counts(ring, pallas_tilings(next(iter(schedules)), KIND))
+    call = KernelCall("ringattn_forward", LOCAL, LOCAL)
+    per_cycle = CYCLE_FLOPS[KIND] / CHIPS[KIND].flops
+    kernels = 2 * 4 * schedules[ring_kernels(ring, heads, segments=True)[0]].cycles(counts[call]) * per_cycle
+    assert time is not None
+    assert time.kernel_seconds == pytest.approx(kernels)
+    assert time.compute_seconds == pytest.approx(kernels + 2 * 30_000 * per_cycle)
+    assert (sent.count, sent.hidden) == (2, 0)
+    assert time.exposed_seconds == pytest.approx(2e-3)
+    assert time.seconds == pytest.approx(time.compute_seconds + 2e-3)
+    assert time.utilisation == pytest.approx(useful_step_flops(C) / 4 / time.seconds / CHIPS[KIND].flops)
+    assert time.tokens_per_day == pytest.approx(4 * LOCAL / time.seconds * 86_400)
+    assert time.device_hours == pytest.approx(10 * 4 * time.seconds / 3600)
+    assert time.device_hours_per_billion_tokens == pytest.approx(time.device_hours * 1e8 / (4 * LOCAL))
+
+
+def test_kernels_that_are_no_hops_take_their_share_of_attention(mesh):
+    """A call over all keys, as of the strategy gather: its tiles are not counted."""
+    time, _ = analyse(program(4 * LOCAL), C, mesh, [])
+    model = C.model
+    weights = model.layers * model.dim * (2 * (4 + 2) * 128 + 3 * 512) + 1024 * model.dim
+    attention = (useful_step_flops(C) - 6 * weights * C.data.seq_len) / 3 / 4
+    assert time is not None
+    assert time.kernel_seconds == pytest.approx(attention / KERNEL_UTILISATION / CHIPS[KIND].flops)
+
+
+def test_a_kernel_without_a_schedule_is_named(mesh):
+    _, ring = step_rings(C, mesh)[0]
+    specs = ring_kernels(ring, Heads(4, 2, 128, "bfloat16"), segments=True)
+    with pytest.raises(ValueError, match="ringattn_forward: out of VMEM"):
+        analyse(program(LOCAL), C, mesh, [(spec, "out of VMEM") for spec in specs])
+
+
+def test_counts_are_averaged_over_kinds_of_layers():
+    call = KernelCall("ringattn_forward", 8, 8)
+    full, window = {call: TileCounts(4, 12, 4)}, {call: TileCounts(4, 0, 2)}
+    assert mean_counts([(1, full), (3, window)]) == {call: TileCounts(4, 3, 2.5)}
+    spec = ring_kernels(Ring(Mask(), "zigzag", 4, 8), Heads(4, 2, 128, "bfloat16"), segments=True)[0]
+    found = call_cycles(KIND, {spec: KernelSchedule(10, 10**6, 2 * 10**6)}, window)
+    assert found == {call: CallCycles(40 + 4 * 10**6, 2 * 10**6)}
