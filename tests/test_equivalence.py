@@ -104,7 +104,7 @@ def test_any_program(source):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("optimized")  # as users run it
-@settings(max_examples=30, derandomize=True, deadline=None, database=None, suppress_health_check=[FIXTURE])
+@settings(max_examples=24, derandomize=True, deadline=None, database=None, suppress_health_check=[FIXTURE])
 @given(st.randoms(use_true_random=False))
 def test_any_program_at_length(source):
     check(draw_program(source), cases=DRAWS)

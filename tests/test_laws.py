@@ -116,15 +116,15 @@ def test_a_window_of_1000_keys_takes_two_hops_of_512(make_mesh):
 
 
 def test_memory_does_not_grow_with_the_ring():
-    found = {topology: temporaries(topology, "zigzag") for topology in ("v5e:2x2", "v5e:2x4", "v5e:8x8")}
+    found = {topology: temporaries(topology, "zigzag") for topology in ("v5e:2x2", "v5e:8x8")}
     print(", ".join(f"{topology}: {size:.0f} MiB" for topology, size in found.items()))
-    assert found["v5e:2x4"] <= 400
-    assert found["v5e:8x8"] <= 1.01 * found["v5e:2x4"] <= 1.01 * 1.05 * found["v5e:2x2"]
+    assert found["v5e:8x8"] <= 400
+    assert found["v5e:8x8"] <= 1.05 * found["v5e:2x2"]
 
 
 @pytest.mark.parametrize(
     ("topology", "layout"),
-    [("v5e:2x4", "contiguous"), ("v5e:2x4", "zigzag"), ("v5e:8x8", "contiguous"), ("v5p:2x2x2", "zigzag")],
+    [("v5e:2x4", "zigzag"), ("v5e:8x8", "contiguous"), ("v5p:2x2x2", "zigzag")],
 )
 def test_every_transfer_overlaps_with_the_attention_of_its_hop(topology, layout):
     sends, exposed_sends = exposed(compiled(topology, layout).as_text())

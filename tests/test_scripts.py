@@ -101,13 +101,13 @@ SCRIPT_OPTIONS = {
     "eval.py": {"--config"},
     "benchmark.py": {"--config"},
     "generate.py": {"--config", "--json"},
-    "plan.py": {"--config", "--topology", "--json", "--stage", "--decode"},
+    "plan.py": {"--config", "--topology", "--json", "--stage", "--decode", "--max_context"},
     "prepare.py": {"--config", "--output"},
     "convert.py": {"--to"},
 }
 """Options of each script that are not config values."""
 SECTIONS = {
-    "plan.py": {"model", "data", "mesh", "attention", "optimizer", "train", "stages"},
+    "plan.py": {"name", "model", "data", "mesh", "attention", "optimizer", "train", "log", "stages"},
     "prepare.py": {"data"},
     "convert.py": set(),
 }
@@ -142,8 +142,12 @@ def test_help_lists_the_options_of_the_script_and_no_others(script):
 @pytest.mark.parametrize(
     ("script", "words", "message"),
     [
-        ("plan.py", ("--log.every", "1"), "--log.every is an option of scripts/train.py, not of this script"),
-        ("plan.py", ("--name", "x"), "--name is an option of scripts/train.py, not of this script"),
+        (
+            "plan.py",
+            ("--checkpoint.every", "1"),
+            "--checkpoint.every is an option of scripts/train.py, not of this script",
+        ),
+        ("prepare.py", ("--name", "x"), "--name is an option of scripts/train.py, not of this script"),
         ("plan.py", ("--stag", "1"), "unknown '--stag': did you mean '--stage'?"),
         ("plan.py", ("--stage", "x"), "--stage x must be an integer"),
         ("prepare.py", ("--train.steps", "1"), "--train.steps is an option of scripts/train.py, not of this script"),

@@ -7,8 +7,8 @@ import numpy as np
 
 REPLACEMENT = "\ufffd"
 """Decoding an incomplete character gives this."""
-MAX_PENDING = 8
-"""Number of tokens after which an incomplete character is taken for an invalid one."""
+MAX_HELD = 3
+"""Maximum number of tokens of an incomplete character: all bytes of a UTF-8 character but the last."""
 
 
 @dataclass
@@ -41,10 +41,20 @@ class TextStream:
         self._tokens.append(token)
         before = self.decode(np.array(self._tokens[self._start : self._pending], np.int64))
         after = self.decode(np.array(self._tokens[self._start :], np.int64))
-        if after.endswith(REPLACEMENT) and len(self._tokens) - self._pending < MAX_PENDING:
+        first = max(len(self._tokens) - MAX_HELD, self._pending) if after.endswith(REPLACEMENT) else len(self._tokens)
+        for ready in range(first, len(self._tokens)):
+            head = self.decode(np.array(self._tokens[self._start : ready], np.int64))
+            rest = after.removeprefix(head)
+            if after.startswith(head) and rest and not rest.strip(REPLACEMENT):
+                return self._advance(before, head, ready)
+        return self._advance(before, after, len(self._tokens))
+
+    def _advance(self, before: str, after: str, ready: int) -> str:
+        """Returns what is new in the text `after`, that of the tokens before number `ready`."""
+        if ready == self._pending:
             return ""
         # The tokens decoded last are the context of the next ones: a decoder may drop a space at the beginning.
-        self._start, self._pending = self._pending, len(self._tokens)
+        self._start, self._pending = self._pending, ready
         return self._release(after[len(before) :])
 
     def finish(self) -> str:

@@ -28,6 +28,7 @@ from ringattn.mesh.topology import arrange_devices
 from ringattn.model.build import model_factory
 from ringattn.planning.compile import required_vocabulary, shard_bytes
 from ringattn.planning.devices import devices_of
+from ringattn.planning.memory import device_limit
 from ringattn.units import bytes_in_words
 
 
@@ -80,7 +81,7 @@ class DecodePlan:
     parameter_bytes: int
     temporary_bytes: int
     memory_bytes: int | None
-    """Memory of the device; None if unknown."""
+    """What a program may use of the device's memory; None if unknown."""
     sent: dict[str, int]
     """Number of each collective operation in the program. Those in the loop over layers run once per layer."""
     read_seconds: float | None
@@ -120,7 +121,7 @@ def plan_decode(c: config.Config, topology: str, compiling: AbstractContextManag
         cache_bytes=sizes.cache,
         parameter_bytes=sizes.parameters,
         temporary_bytes=memory.temporaries + memory.results,
-        memory_bytes=None if chip is None else int(chip.memory),
+        memory_bytes=device_limit(devices),
         sent=dict(collectives),
         read_seconds=None if chip is None else sizes.cache / chip.memory_bandwidth,
         other_seconds=None if chip is None or per_cycle is None else Program(text).cost.cycles * per_cycle / chip.flops,
