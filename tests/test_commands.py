@@ -33,6 +33,7 @@ SHORTER = [
     ("eval_needle", "--lengths 256 --longer True"),
     ("eval_generated", "--lengths 256 --longer True"),
     ("configs/llama3", "--model.layers 1 --model.dim 64 --model.vocabulary 256 --topology cpu:8 --data.seq_len 256"),
+    ("--max-context", "--data.seq_len 155648"),  # close to what fits: few lengths are tried
     ("scripts/generate.py", "--max_tokens 8 --chunk 32"),
     ("scripts/benchmark.py", "--shard_tokens 16 --seconds 0 --simulate 8"),
 ]

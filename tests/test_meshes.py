@@ -91,7 +91,7 @@ def test_losses_in_bfloat16_follow_those_in_float32(text, one_device, make_mesh)
     np.testing.assert_allclose(narrow[:, 0], one_device[:, 0], rtol=2e-2)
 
 
-def step_ratio(runs, capsys, rounds=12) -> float:
+def step_ratio(runs, capsys, rounds=8) -> float:
     """Runs the steps of two runs {name: (mesh, config)} in turn. Returns the ratio of their median times."""
     prepared, seconds = {}, {name: [] for name in runs}
     for name, (mesh, c) in runs.items():

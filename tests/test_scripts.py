@@ -189,6 +189,7 @@ def test_a_benchmark_on_the_command_line(tmp_path):
     assert [(row["subject"], row["pass"]) for row in rows] == [("dense", "forward"), ("dense", "forward+backward")]
 
 
+@pytest.mark.slow
 def test_shards_are_written_and_trained_from(tmp_path):
     (tmp_path / "g.fa").write_bytes(b">a\n" + bytes(b"ACGT"[i * i * 7 % 11 % 4] for i in range(4000)) + b"\n")
     dna = ("--config", str(ROOT / "configs" / "dna.py"))
@@ -207,6 +208,7 @@ def test_shards_are_written_and_trained_from(tmp_path):
     assert f"{tmp_path}/shards/shard-00000.bin has 2000 bytes instead of 4002" in message
 
 
+@pytest.mark.slow
 def test_an_interrupted_or_killed_prepare_leaves_no_output_directory(tmp_path):
     def temporary() -> list[Path]:
         return [path for path in tmp_path.glob(".s.*") if path.is_dir()]
