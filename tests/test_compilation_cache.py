@@ -117,7 +117,7 @@ from ringattn.config import Config, Data, Log, Mesh, Model, Optimizer, Train, Va
 config = Config(
     model=Model(layers=1, dim=16, heads=2, kv_heads=2, head_dim=8, feed_forward=32),
     data=Data(path={text!r}, seq_len=256, validation=0.3),
-    mesh=Mesh(context={ring}, simulate={ring}),
+    mesh=Mesh(context=4, simulate=4),
     optimizer=Optimizer(warmup_steps=2),
     train=Train(steps=6, batch_size=2),
     validation=Validation(every=3, batches=2),
@@ -130,7 +130,7 @@ config = Config(
 def test_a_cache_does_not_change_training(tmp_path):
     """Starts with a cache give the losses of a start without, bit for bit, and leave the cache empty."""
     path, runs, cache = tmp_path / "ring.py", tmp_path / "runs", tmp_path / "cache"
-    path.write_text(CONFIG.format(text=str(ROOT / "ringattn" / "attn"), ring=4, runs=str(runs)))
+    path.write_text(CONFIG.format(text=str(ROOT / "ringattn" / "attn"), runs=str(runs)))
     environ = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_PLATFORMS")}
     environ |= {"PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}
     cached = environ | {"JAX_COMPILATION_CACHE_DIR": str(cache)}

@@ -89,7 +89,7 @@ class Program:
         if op.kind == "while":
             return [(op.attribute("body") or "", self.trips(computation, op))]
         if op.kind == "conditional":
-            return [(max(branches_of(op), key=lambda name: self._cost(name).cycles), 1)]
+            return [(max(_branches(op), key=lambda name: self._cost(name).cycles), 1)]
         if op.kind == "call" and (called := op.attribute("to_apply")):
             return [(called, 1)]
         return []
@@ -174,7 +174,7 @@ def _constant(op: Op) -> int | None:
     return int(number[1]) if number else None
 
 
-def branches_of(op: Op) -> list[str]:
+def _branches(op: Op) -> list[str]:
     """Returns the computations of a conditional."""
     listed = re.search(r"branch_computations=\{([^}]*)\}", op.rest)
     if listed:

@@ -150,7 +150,7 @@ def stored_numbers(slots: int, lengths: Int[Array, " rows"]) -> Int[Array, "rows
 
 
 class Filled(NamedTuple):
-    """What the local slots of all layers of a kind hold."""
+    """Content of the local slots of all layers of a kind."""
 
     positions: Int[Array, "rows slots"]
     """Positions of the keys; UNUSED for a slot without one."""

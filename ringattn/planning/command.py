@@ -14,7 +14,7 @@ from ringattn.runs.progress import Display
 
 
 class Request(NamedTuple):
-    """What to plan.
+    """Options of a plan.
 
     Attributes:
       json: also write the plan to this file.

@@ -50,7 +50,7 @@ class MaxContext:
     tokens: int
     """Tokens per row."""
     refused: int | None
-    """The shortest length tried that does not fit; None if there is none."""
+    """The shortest length tried that does not fit; None if all fit."""
     tried: dict[int, str]
     """The lengths tried, with 'fits' or the reason."""
 
@@ -70,7 +70,7 @@ class Plan:
     refusal: str | None
     """The reason why the step does not fit, such as the compiler's error; None if it fits."""
     changes: list[str]
-    """What to change if it does not fit, in order of effect."""
+    """Changes that reduce the memory, in order of effect; empty if it fits."""
     device_bytes: DeviceBytes
     host_bytes: int | None
     """Activations in the host's memory; None if the compiler refused the step."""
@@ -106,7 +106,7 @@ def plan(c: config.Config, topology: str, compiling: AbstractContextManager[Any]
 
 
 class Target(NamedTuple):
-    """Where a step is to run."""
+    """Devices on which a step is to run."""
 
     topology: str
     mesh: jax.sharding.Mesh

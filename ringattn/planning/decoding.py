@@ -81,7 +81,7 @@ class DecodePlan:
     parameter_bytes: int
     temporary_bytes: int
     memory_bytes: int | None
-    """What a program may use of the device's memory; None if unknown."""
+    """Limit of a program's memory on the device; None if unknown."""
     sent: dict[str, int]
     """Number of each collective operation in the program. Those in the loop over layers run once per layer."""
     read_seconds: float | None

@@ -37,7 +37,7 @@ SPLASH_TILE = 512
 
 
 Found = Iterator[tuple[KernelSpec, KernelSchedule | str]]
-"""Each kernel with its schedule, or with the reason why there is none, when it is compiled."""
+"""Yields a kernel and its schedule, or the reason for its absence, as soon as it is compiled."""
 
 
 @contextmanager

@@ -32,7 +32,7 @@ class DeviceBytes:
     peak: int | None
     """The most that is in use at one time; None if the compiler refused the step without a figure."""
     limit: int | None
-    """What a program may use: the compiler's limit on TPUs, the memory on GPUs, a share of this machine's for a CPU
+    """Limit of a program's memory: the compiler's on TPUs, the memory on GPUs, a share of this machine's for a CPU
     device; None if unknown."""
     parameters: int
     """This device's shards of the parameters, float32."""

@@ -164,7 +164,7 @@ class Timeline:
         return None
 
     def _collective(self, op: Op) -> Op | None:
-        """Returns the collective that an op is or contains; None if there is none."""
+        """Returns the collective that an op is or contains; None without one."""
         if op.kind.removesuffix("-start") in COLLECTIVES:
             return op._replace(kind=op.kind.removesuffix("-start"))
         called = op.attribute("calls") if op.kind in ("fusion", "async-start") else None

@@ -38,7 +38,7 @@ class StepTime:
     """Time of one step. All seconds are per device."""
 
     source: str
-    """Where the compute seconds come from."""
+    """Source of the compute seconds."""
     seconds: float
     """Compute, and transfers that it does not hide."""
     compute_seconds: float
@@ -53,7 +53,7 @@ class StepTime:
     utilisation: float
     """Useful FLOPs, without recomputation and masked pairs, per second and peak FLOP/s (MFU)."""
     tokens_per_day: float
-    """Of all devices together."""
+    """Tokens trained per day, by all devices together."""
     device_hours: float
     """For `train.steps` steps, of all devices together."""
     device_hours_per_billion_tokens: float
