@@ -10,7 +10,7 @@ import pytest
 from ringattn import config
 from ringattn.config.stages import with_values
 from ringattn.cost import minimum
-from ringattn.cost.minimum import check_free_memory, check_minimum, minimum_memory
+from ringattn.cost.minimum import check_free_memory, check_minimum, minimum_memory, saved_bytes
 from ringattn.mesh.axes import CONTEXT, CONTEXT_OUTER, DATA, TENSOR
 
 SIZES = {DATA: 2, CONTEXT_OUTER: 1, CONTEXT: 4, TENSOR: 1}
@@ -37,6 +37,36 @@ def test_the_parts():
     assert offloaded.activations == activations // 3
     tensor = minimum_memory(BASE, SIZES | {DATA: 1, TENSOR: 2})
     assert (tensor.state, tensor.batch, tensor.activations) == (state, 2 * batch, 2 * activations * 3 // 4)
+
+
+@pytest.mark.parametrize(
+    ("values", "device", "host"),
+    [
+        ({"model.remat": "off"}, None, 0),
+        ({"model.remat": "on"}, (3, 3, 3), 0),
+        ({"model.remat": "offload"}, (0, 0, 3), (3, 3, 0)),
+        ({"model.remat": "offload_inputs"}, (0, 0, 0), (3, 0, 0)),
+        ({"model.remat": "offload_groups"}, (0, 0, 3), (1 + 3, 3, 0)),
+        ({"model.remat": "offload_groups", "model.layers": 8}, (0, 0, 4), (2 + 4, 4, 0)),
+        ({"model.remat": "offload_groups", "model.layers": 5}, (0, 0, 1), (5 + 1, 1, 0)),
+        (
+            {"model.remat": "offload_groups", "model.layers": 8, "model.window": 5}
+            | {"model.pattern": ("window", "window", "full")},
+            (0, 0, 3 + 2),
+            (2 + 3 + 2, 3 + 2, 0),
+        ),
+    ],
+    ids=str,
+)
+def test_what_layers_save(values, device, host):
+    """Numbers of inputs, outputs of attention and log-sum-exps."""
+
+    def size(numbers):
+        inputs, outputs, lses = numbers
+        return 4 * (4 * 512 // 8) * (inputs * 64 + outputs * 4 * 16 + lses * 4)
+
+    saved = saved_bytes(with_values(BASE, values), SIZES)
+    assert saved == (device if device is None else size(device), size(host) if host else 0)
 
 
 @pytest.mark.parametrize(

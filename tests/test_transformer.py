@@ -3,7 +3,7 @@
 import re
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import chex
 import flax
@@ -16,6 +16,7 @@ from jax import P
 from wire import permuted
 
 from ringattn import attention, config
+from ringattn.config.choices import Remat
 from ringattn.mesh.axes import FSDP, SEQUENCE, TENSOR, TOKENS, abstract, place
 from ringattn.model import parallel
 from ringattn.model.loss import cross_entropy
@@ -194,39 +195,57 @@ def shapes(mesh, section=SMALL, batch=(ROWS, LENGTH)):
     return jax.eval_shape(partial(make_params, section)), [ids] * 3
 
 
+MEMORY = [*((remat, 1) for remat in get_args(Remat)), ("off", 2), ("on", 2), ("offload_groups", 2)]
+"""Values of remat and head_groups."""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_rematerialization_changes_no_gradient(make_mesh, place_params, monkeypatch, dtype):
+@pytest.mark.parametrize(
+    ("section", "dtype"),
+    [(SMALL, "float32"), (SMALL, "bfloat16"), (replace(SMALL, layers=8), "float32"), (PATTERN, "float32")],
+    ids=["float32", "bfloat16", "two-groups", "pattern"],
+)
+def test_rematerialization_changes_no_gradient(make_mesh, monkeypatch, section, dtype):
     monkeypatch.setattr(parallel, "CHUNK", 5)  # three chunks of a device's 16 tokens, and a remainder
+    section = replace(section, kv_heads=4, dtype=dtype)  # two groups of heads on two devices
     results = {}
     with jax.set_mesh(mesh := make_mesh(data=2, context=2, tensor=2)):
-        params, arrays = place_params(mesh), place_tokens(mesh)
-        for remat in ("off", "on", "offload"):
-            loss = partial(mean_loss, replace(SMALL, dtype=dtype, remat=remat))
-            results[remat] = jax.device_get(jax.jit(jax.value_and_grad(loss))(params, arrays))
-    scale = max(float(np.max(np.abs(leaf))) for leaf in jax.tree.leaves(results["off"][1]))
+        params, arrays = jax.jit(partial(make_params, section))(), place_tokens(mesh)
+        for remat, groups in MEMORY:
+            loss = partial(mean_loss, replace(section, remat=remat, head_groups=groups))
+            results[remat, groups] = jax.device_get(jax.jit(jax.value_and_grad(loss))(params, arrays))
+    off = results["off", 1]
+    scale = max(float(np.max(np.abs(leaf))) for leaf in jax.tree.leaves(off[1]))
     rounding = {"float32": 1e-6, "bfloat16": 2e-2}[dtype]
-    for remat in ("on", "offload"):
-        chex.assert_trees_all_close(results["off"], results[remat], atol=rounding * scale, rtol=rounding)
+    for result in results.values():
+        chex.assert_trees_all_close(off, result, atol=rounding * scale, rtol=rounding)
 
 
-@pytest.mark.parametrize("remat", ["off", "on", "offload"])
-def test_a_layer_rotates_its_kv_twice(make_mesh, remat):
+def rotations(remat: str) -> int:
+    """Rotations of K/V in a step: forward, backward, and once more where attention is computed again."""
+    return 3 if remat in ("offload_inputs", "offload_groups") else 2
+
+
+@pytest.mark.parametrize(("remat", "groups"), MEMORY)
+def test_a_layer_rotates_its_kv_twice(make_mesh, remat, groups):
+    section = replace(SMALL, layers=8, remat=remat, head_groups=groups)
     with jax.set_mesh(mesh := make_mesh(context=4)):
-        unit = (ROWS, SMALL.kv_heads, LENGTH // 4, SMALL.head_dim), "float32"
-        sent = permuted(jax.grad(partial(mean_loss, replace(SMALL, remat=remat))), *shapes(mesh))
-    # K and V of each layer: three hops forward, three backward, and three of their gradients.
-    assert sent[unit] == SMALL.layers * 2 * (3 + 3 + 3)
+        unit = (ROWS, SMALL.kv_heads // groups, LENGTH // 4, SMALL.head_dim), "float32"
+        sent = permuted(jax.grad(partial(mean_loss, section)), *shapes(mesh, section))
+    # K and V of each layer: three hops per rotation, and three of their gradients.
+    assert sent[unit] == 8 * groups * 2 * (3 * rotations(remat) + 3)
 
 
-@pytest.mark.parametrize("remat", ["off", "on", "offload"])
+@pytest.mark.parametrize("remat", get_args(Remat))
 def test_a_window_layer_skips_hops_also_in_a_pattern(make_mesh, remat):
     with jax.set_mesh(mesh := make_mesh(context=4)):
         unit = (ROWS, SMALL.kv_heads, LENGTH // 4, SMALL.head_dim), "float32"
         section = replace(PATTERN, remat=remat)
         sent = permuted(jax.grad(partial(mean_loss, section)), *shapes(mesh, section))
-    # A window of 3 reaches one shard of 8 tokens back: one hop forward, one backward, one of the gradients.
-    assert sent[unit] == 2 * (5 * (1 + 1 + 1) + 2 * (3 + 3 + 3))
+    # A window of 3 reaches one shard of 8 tokens back: one hop per rotation, and one of the gradients. The last layer,
+    # a window layer, is in no group.
+    last = 2 if remat == "offload_groups" else rotations(remat)
+    assert sent[unit] == 2 * (4 * (rotations(remat) + 1) + (last + 1) + 2 * 3 * (rotations(remat) + 1))
 
 
 def temporaries(mesh, section, batch) -> int:
@@ -272,7 +291,7 @@ def test_a_device_holds_gathered_weights_of_one_layer_only(make_mesh, layers, va
     assert size < 4 * layer + 1.5 * shards < 12 * layer
 
 
-@pytest.mark.parametrize("remat", ["on", "offload"])
+@pytest.mark.parametrize("remat", ["on", "offload", "offload_groups"])
 def test_a_pattern_does_not_copy_the_stacks_of_parameters(make_mesh, remat):
     section = replace(PATTERN, dim=40, feed_forward=80, remat=remat)
     with jax.set_mesh(mesh := make_mesh(context=2)):

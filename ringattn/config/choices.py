@@ -9,7 +9,8 @@ FamilyName = Literal["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3"]
 LayerKind = Literal["window", "full"]
 RopeScaling = Literal["none", "linear", "ntk", "yarn", "llama3"]
 Dtype = Literal["float32", "bfloat16"]
-Remat = Literal["off", "on", "offload"]
+Remat = Literal["off", "on", "offload", "offload_inputs", "offload_groups"]
+"""Values of `model.remat`, in order of their cost in time."""
 Resume = Literal["never", "auto", "must"]
 Scoring = Literal["logits", "generation"]
 

@@ -11,7 +11,7 @@ MAX_WINDOW = 2**30
 class Model:
     weights: str | None = None
     """Checkpoint to start from: a Hugging Face directory, a .gguf file or a run directory. It sets the other fields,
-    except for dtype, remat and RoPE fields given here, and data.tokenizer. None: random weights."""
+    except for dtype, remat, head_groups and RoPE fields given here, and data.tokenizer. None: random weights."""
     family: FamilyName = "llama"
     """Model family: biases, norms, activation and embedding scale, and defaults of pattern, soft_cap and
     final_soft_cap."""
@@ -59,16 +59,24 @@ class Model:
     """Compute dtype. Parameters, softmax and loss are always float32."""
     remat: Remat = "off"
     """Rematerialization. off: save all activations; on: save only each layer's input and attention output; offload:
-    save these in host memory."""
+    save these in host memory; offload_inputs: save only the inputs in host memory, and compute attention again;
+    offload_groups: only the input of every group of at most 4 layers, and compute all again."""
+    head_groups: int = 1
+    """Number of groups of heads whose attention is computed one after another. More groups need less memory for
+    queries, keys, values and their gradients. Must divide kv_heads."""
 
     def __post_init__(self) -> None:
         check_types(self)
         rule = "a Hugging Face directory, a .gguf file or a run directory, or None for random weights"
         require(self.weights != "", self, "weights", rule)
-        at_least(1, self, "layers", "dim", "heads", "kv_heads", "head_dim", "feed_forward", "rope_original")
+        at_least(
+            1, self, "layers", "dim", "heads", "kv_heads", "head_dim", "feed_forward", "rope_original", "head_groups"
+        )
         require(self.vocabulary is None or self.vocabulary >= 1, self, "vocabulary", "at least 1, or None")
         multiple = f"a multiple of model.kv_heads={self.kv_heads}; use {nearest_multiples(self.heads, self.kv_heads)}"
         require(self.heads % self.kv_heads == 0, self, "heads", multiple)
+        divisor = f"a divisor of model.kv_heads={self.kv_heads}"
+        require(self.kv_heads % self.head_groups == 0, self, "head_groups", divisor)
         even = f"even, because RoPE rotates pairs of dimensions; use {nearest_multiples(self.head_dim, 2)}"
         require(self.head_dim % 2 == 0, self, "head_dim", even)
         self._check_window()

@@ -153,9 +153,9 @@ def step_rings(c: config.Config, mesh: jax.sharding.Mesh) -> list[tuple[int, Rin
 
 
 def step_heads(c: config.Model, mesh: jax.sharding.Mesh) -> Heads:
-    """Returns the heads of one device of the axis `tensor`."""
-    tensor = mesh.shape[TENSOR]
-    return Heads(c.heads // tensor, c.kv_heads // tensor, c.head_dim, c.dtype)
+    """Returns the heads of one group of heads on one device of the axis `tensor`."""
+    parts = mesh.shape[TENSOR] * c.head_groups
+    return Heads(c.heads // parts, c.kv_heads // parts, c.head_dim, c.dtype)
 
 
 def xla_trips(ring: Ring, shape: Heads, kind: str) -> tuple[float, float]:

@@ -14,9 +14,10 @@ class ProgramMemory(NamedTuple):
 
     `temporaries` is the space that the compiler has set aside for them. It is no measure of the need: its parts may be
     used at different times, and buffers in the vector memory of a TPU count, too. `peak` is the most that is in use at
-    one time, by the compiler's replay of its own allocations: arguments, results and live temporaries, without the
-    program. The TPU compiler refuses a program by this figure. The replay of the CPU compiler knows no temporaries:
-    there `peak` is `total`.
+    one time: arguments, results and live temporaries, without the program. It comes from the compiler's replay of its
+    own allocations, by which the TPU compiler refuses a program. That replay also covers the host's memory and gives
+    the larger of the two, so that with more bytes on the host than in live temporaries `peak` is `total`, an upper
+    bound. So it is on CPUs, whose replay knows no temporaries.
     """
 
     arguments: int
@@ -49,7 +50,8 @@ def program_memory(compiled: jax.stages.Compiled) -> ProgramMemory | None:
         program=plan.generated_code_size_in_bytes,
     )
     devices = {device for each in jax.tree.leaves(compiled.input_shardings) for device in each.device_set}
-    return found._replace(peak=found.total) if {each.platform for each in devices} == {"cpu"} else found
+    is_cpu = {each.platform for each in devices} == {"cpu"}
+    return found._replace(peak=found.total if is_cpu else min(found.peak, found.total))
 
 
 def device_memory(device: Any) -> int | None:

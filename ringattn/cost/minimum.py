@@ -13,6 +13,8 @@ from ringattn.config.stages import with_values
 from ringattn.cost.flops import product_weights
 from ringattn.cost.memory import free_memory
 from ringattn.mesh.axes import TENSOR
+from ringattn.model.families import layer_kinds, layer_pattern
+from ringattn.model.pattern import group_size
 from ringattn.units import bytes_in_words
 
 SMALLEST: dict[str, dict[str, Any]] = {
@@ -28,6 +30,39 @@ SMALLEST: dict[str, dict[str, Any]] = {
 """Values that reduce each field as far as possible."""
 
 
+class Saved(NamedTuple):
+    """Bytes per device of what the forward pass saves for the backward pass."""
+
+    device: int | None
+    """In the device's memory; None for remat "off", where it depends on the compiler."""
+    host: int
+
+
+def saved_bytes(c: config.Config, sizes: Mapping[str, int]) -> Saved:
+    """Returns what the layers save, per `model.remat`, on a mesh with axes of `sizes`.
+
+    These are the input of each layer, the output of attention, and its log-sum-exp in float32. With remat
+    "offload_groups", the inputs of all groups, and these for the layers of one group.
+    """
+    model, rest = c.model, 0
+    heads, itemsize = model.heads // sizes[TENSOR], jnp.dtype(model.dtype).itemsize
+    tokens = c.train.batch_size // c.train.accumulate * c.data.seq_len * sizes[TENSOR] // math.prod(sizes.values())
+    layer_input, lse = tokens * model.dim * itemsize, tokens * heads * 4
+    both = layer_input + tokens * heads * model.head_dim * itemsize
+    if model.remat == "off":
+        return Saved(None, 0)
+    if model.remat == "on":
+        return Saved(model.layers * (both + lse), 0)
+    if model.remat == "offload":
+        return Saved(model.layers * lse, model.layers * both)
+    if model.remat == "offload_inputs":
+        return Saved(0, model.layers * layer_input)
+    pattern = len(layer_pattern(model)) if len(layer_kinds(model)) > 1 else 1
+    size = group_size(model.layers, pattern)
+    groups, rest = divmod(model.layers, size)
+    return Saved((size + rest) * lse, groups * layer_input + (size + rest) * both)
+
+
 class MinimumMemory(NamedTuple):
     """Lower bounds in bytes per device. A compiled train step needs at least `total`."""
 
@@ -36,7 +71,8 @@ class MinimumMemory(NamedTuple):
     gradient: int
     """Gradient of the matrix weights, float32."""
     activations: int
-    """Input and attention output of each layer, which the forward pass saves for the backward pass."""
+    """What the forward pass saves for the backward pass on the device: of each layer at least its input and the output
+    of attention."""
     batch: int
     """Four arrays of int32 and one of float32."""
 
@@ -54,10 +90,10 @@ def minimum_memory(c: config.Config, sizes: Mapping[str, int]) -> MinimumMemory:
     devices, tensor = math.prod(sizes.values()), sizes[TENSOR]
     weights = 4 * product_weights(c.model, c.model.vocabulary or 0) // devices
     tokens = c.train.batch_size * c.data.seq_len * tensor // devices
-    saved_layers = 0 if c.model.remat == "offload" else c.model.layers  # offload keeps them in the host's memory
     width = c.model.dim + c.model.heads * c.model.head_dim // tensor
     layer = tokens // c.train.accumulate * width * jnp.dtype(c.model.dtype).itemsize
-    return MinimumMemory(3 * weights, weights, max(saved_layers, 1) * layer, 5 * 4 * tokens)
+    layers = c.model.layers if c.model.remat in ("off", "on") else 1  # otherwise they are in the host's memory
+    return MinimumMemory(3 * weights, weights, layers * layer, 5 * 4 * tokens)
 
 
 def check_minimum(

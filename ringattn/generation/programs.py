@@ -147,4 +147,4 @@ def replicated(x: np.ndarray, mesh: jax.sharding.Mesh) -> Array:
 
 def generation_model(c: config.Model, dtype: str) -> config.Model:
     """Returns the model section in the compute dtype of generation, without what only training needs."""
-    return replace(c, dtype=dtype, remat="off", weights=None)
+    return replace(c, dtype=dtype, remat="off", head_groups=1, weights=None)

@@ -14,7 +14,7 @@ from jaxtyping import Array, Int
 from ringattn import config
 from ringattn.generation import cache as caches
 from ringattn.generation.cache import Cache, Store
-from ringattn.generation.programs import fingerprint, replicated
+from ringattn.generation.programs import fingerprint, generation_model, replicated
 from ringattn.model.families import layer_kinds
 from ringattn.model.parallel import Params
 from ringattn.runs.files import complete_directory
@@ -166,6 +166,6 @@ def _read_information(path: Path, served: "Served") -> np.ndarray:
 
 def model_key(c: config.Model, params: Params) -> str:
     """Returns a digest of a model and its parameters. Call it under the mesh."""
-    section = asdict(replace(c, dtype="float32", remat="off", weights=None))
+    section = asdict(generation_model(c, "float32"))
     content = json.dumps([section, fingerprint(params)])
     return hashlib.sha256(content.encode()).hexdigest()[:16]

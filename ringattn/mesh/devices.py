@@ -136,13 +136,17 @@ def check_divisible(run: config.Config, mesh: jax.sharding.Mesh) -> None:
         divisor = max(size for size in range(1, tensor) if VOCABULARY_MULTIPLE % size == 0)
         rule = f"must divide {VOCABULARY_MULTIPLE}, because the vocabulary is padded to a multiple of it"
         raise ValueError(f"mesh.tensor={tensor} {rule}; use {divisor}")
+    parts, each = "mesh.tensor", tensor
+    if run.model.head_groups > 1:
+        parts, each = f"{parts} * model.head_groups", each * run.model.head_groups
     all_to_all = {"ulysses": sequence, "usp": (context_name, context)}
     if run.attention.strategy in all_to_all:
         axes, size = all_to_all[run.attention.strategy]
         reason = f" for attention.strategy={run.attention.strategy!r}"
-        _check_multiple("model.kv_heads", run.model.kv_heads, f"mesh.tensor * {axes}", tensor * size, reason)
-    for name in ("heads", "kv_heads", "feed_forward"):
-        _check_multiple(f"model.{name}", vars(run.model)[name], "mesh.tensor", tensor)
+        _check_multiple("model.kv_heads", run.model.kv_heads, f"{parts} * {axes}", each * size, reason)
+    for name in ("heads", "kv_heads"):
+        _check_multiple(f"model.{name}", vars(run.model)[name], parts, each)
+    _check_multiple("model.feed_forward", run.model.feed_forward, "mesh.tensor", tensor)
 
 
 def _check_multiple(name: str, value: int, rule: str, unit: int, reason: str = "") -> None:

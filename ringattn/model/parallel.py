@@ -5,11 +5,13 @@ tensor axis. Each layer all-gathers its parameters just before it uses them.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import nnx
 from jax import P, lax
 from jax.typing import DTypeLike
@@ -65,6 +67,20 @@ def tensor_sum(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return lax.psum(x, TENSOR)
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=["index"], meta_fields=["count"])
+@dataclass(frozen=True)
+class HeadGroup:
+    """Group `index` of `count` groups of heads: as many consecutive heads of each tensor shard."""
+
+    index: Int[Array, ""]
+    count: int
+
+    def of(self, x: Array, dim: int) -> Array:
+        """Returns the heads of this group of a local array whose heads are dim `dim`."""
+        size = x.shape[dim] // self.count
+        return lax.dynamic_slice_in_dim(x, self.index * size, size, dim)
+
+
 class Norms(NamedTuple):
     """RMSNorms of the qkv projection: of its input, and of queries and keys (None: without)."""
 
@@ -80,20 +96,26 @@ def qkv_projection(
     biases: tuple[Array, Array, Array] | None,
     angles: tuple[Array, Array],
     dtype: DTypeLike,
+    group: HeadGroup | None = None,
 ) -> tuple[Float[Array, "B L H D"], Float[Array, "B L G D"], Float[Array, "B L G D"]]:
     """Projects norm(x) to queries, keys and values with `weights` [E, heads, D] and optional `biases` [heads, D].
 
-    Queries and keys are then normalized, if `norms` has norms for them, and rotated by RoPE. The norms, whose
-    parameters are replicated, run in the same shard_map, so that XLA fuses them with the projections.
+    With `group`, only those of its heads. Queries and keys are then normalized, if `norms` has norms for them, and
+    rotated by RoPE. The norms, whose parameters are replicated, run in the same shard_map, so that XLA fuses them with
+    the projections.
     """
     graphdef, params = nnx.split(norms)
     rotary = P(*TOKENS, None, None)
-    specs = (ACTIVATIONS, P(), P(FSDP, TENSOR, None), P(TENSOR, None), (rotary, rotary))
+    specs = (ACTIVATIONS, P(), P(FSDP, TENSOR, None), P(TENSOR, None), (rotary, rotary), P())
 
     @partial(jax.shard_map, in_specs=specs, out_specs=HEADS)
-    def local(x, params, weights, biases, angles):
+    def local(x, params, weights, biases, angles, group):
         input_norm, query_norm, key_norm = nnx.merge(graphdef, params)
         x = input_norm(x)
+        if group is not None:
+            weights, biases = (
+                jax.tree.map(lambda each: group.of(each, each.ndim - 2), part) for part in (weights, biases)
+            )
         project = partial(jnp.einsum, "ble,ehd->blhd", precision=matmul_precision(dtype))
         heads = [project(x, all_gather_param(each, dtype, 0)) for each in weights]
         if biases is not None:
@@ -104,18 +126,23 @@ def qkv_projection(
         query, key = (x if norm is None else norm(x) for x, norm in ((query, query_norm), (key, key_norm)))
         return rotate(query, *angles), rotate(key, *angles), value
 
-    return local(x, params, weights, biases, angles)
+    return local(x, params, weights, biases, angles, group)
 
 
 def output_projection(
-    heads: Float[Array, "B L H D"], weight: Float[Array, "H D E"], dtype: DTypeLike
+    heads: Float[Array, "B L H D"] | Float[Array, "groups B L h D"], weight: Float[Array, "H D E"], dtype: DTypeLike
 ) -> Float[Array, "B L E"]:
-    """Projects the attention output of all heads to E, summed over heads."""
+    """Projects the attention output of all heads, also by groups (see `HeadGroup`), to E, summed over heads."""
+    in_groups = heads.ndim == 5
+    heads_spec = P(None, *HEADS) if in_groups else HEADS
 
-    @partial(jax.shard_map, in_specs=(HEADS, P(TENSOR, None, FSDP)), out_specs=ACTIVATIONS)
+    @partial(jax.shard_map, in_specs=(heads_spec, P(TENSOR, None, FSDP)), out_specs=ACTIVATIONS)
     def local(heads, weight):
         weight = all_gather_param(weight, dtype, 2)
-        return tensor_sum(jnp.einsum("blhd,hde->ble", heads, weight, precision=matmul_precision(dtype)))
+        if in_groups:
+            weight = rearrange(weight, "(groups heads) d e -> groups heads d e", groups=heads.shape[0])
+        dims = "gblhd,ghde->ble" if in_groups else "blhd,hde->ble"
+        return tensor_sum(jnp.einsum(dims, heads, weight, precision=matmul_precision(dtype)))
 
     return local(heads, weight)
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from ringattn.config.choices import LayerKind
@@ -25,7 +26,16 @@ from ringattn.model.parallel import Params
 LayerFunction = Callable[[Float[Array, "B L E"], Params], tuple[Float[Array, "B L E"], None]]
 """Applies one layer with its parameters: the body of a scan."""
 
+Transform = Callable[[Callable[..., Any]], Callable[..., Any]]
 Carry = TypeVar("Carry")
+
+GROUP = 4
+"""Maximum number of layers of one kind in a group."""
+
+
+def group_size(layers: int, pattern: int) -> int:
+    """Returns the layers of a group, see `scan_layers`, for a pattern of length `pattern`."""
+    return max(size for size in range(1, GROUP + 1) if layers % size == 0) if pattern == 1 else pattern
 
 
 class Place(NamedTuple):
@@ -40,16 +50,19 @@ def scan_layers(
     x: Float[Array, "B L E"],
     params: Params,
     pattern: tuple[LayerKind, ...],
-    remat: Callable[[Callable[..., Any]], Callable[..., Any]],
+    remat: Transform,
+    remat_group: Transform | None = None,
 ) -> Float[Array, "B L E"]:
     """Returns `x` after all layers. `params` are stacked along dim 0; layer i has kind pattern[i % len(pattern)].
 
-    `layer(kind)` returns the function of the layers of that kind, and `remat` is `jax.checkpoint` with its options.
+    `layer(kind)` returns the function of the layers of that kind. `remat` is `jax.checkpoint` with its options, for a
+    layer, and `remat_group` for a group of layers: at most GROUP of one kind, as many as divide their number, or a
+    repetition of the pattern. The input of a group is named "group_input".
     """
     layers = jax.tree.leaves(params)[0].shape[0]
     kinds: tuple[LayerKind, ...] = tuple(pattern[index % len(pattern)] for index in range(layers))
     if len(set(kinds)) == 1:
-        return lax.scan(remat(layer(kinds[0])), x, params)[0]
+        return _scan_one_kind(layer(kinds[0]), x, params, remat, remat_group)
     stacks = lax.stop_gradient(params)
 
     def apply(kind: LayerKind):
@@ -67,13 +80,35 @@ def scan_layers(
             first = first + length
         return carry
 
+    def repetition(carry, start):
+        x, gradients = carry
+        return apply_run((checkpoint_name(x, "group_input"), gradients), start, pattern), None
+
     repetitions = layers // len(pattern)
     carry, first = (x, params), 0
     if repetitions > 1:
         first = repetitions * len(pattern)
         starts = len(pattern) * jnp.arange(repetitions)
-        carry, _ = lax.scan(lambda carry, start: (apply_run(carry, start, pattern), None), carry, starts)
+        carry, _ = lax.scan(remat_group(repetition) if remat_group else repetition, carry, starts)
     return apply_run(carry, first, kinds[first:])[0]
+
+
+def _scan_one_kind(
+    layer: LayerFunction,
+    x: Float[Array, "B L E"],
+    params: Params,
+    remat: Transform,
+    remat_group: Transform | None,
+) -> Float[Array, "B L E"]:
+    if remat_group is None:
+        return lax.scan(remat(layer), x, params)[0]
+    size = group_size(jax.tree.leaves(params)[0].shape[0], 1)
+
+    def group(x, params):
+        return lax.scan(remat(layer), checkpoint_name(x, "group_input"), params)[0], None
+
+    groups = jax.tree.map(lambda stack: stack.reshape(-1, size, *stack.shape[1:]), params)
+    return lax.scan(remat_group(group), x, groups)[0]
 
 
 def fold_layers(

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from ringattn import config
 from ringattn.attn.kernels.protocol import matmul_precision
-from ringattn.config.choices import LayerKind
+from ringattn.config.choices import LayerKind, Remat
 from ringattn.mesh.axes import FSDP, TENSOR, TOKENS, VOCABULARY_MULTIPLE
 from ringattn.model.families import (
     ACTIVATIONS,
@@ -30,6 +30,7 @@ from ringattn.model.families import (
     output_soft_cap,
 )
 from ringattn.model.parallel import (
+    HeadGroup,
     Norms,
     Params,
     all_logits,
@@ -91,16 +92,32 @@ class Attention(nnx.Module):
             self.post_norm = RMSNorm(c, c.layers, c.dim)
 
     def project(
-        self, x: Float[Array, "B L E"], angles: tuple[Array, Array]
+        self, x: Float[Array, "B L E"], angles: tuple[Array, Array], group: HeadGroup | None = None
     ) -> tuple[Float[Array, "B L H D"], Float[Array, "B L G D"], Float[Array, "B L G D"]]:
-        """Returns queries, keys and values of norm(x)."""
+        """Returns queries, keys and values of norm(x); with `group`, only those of its heads."""
         family = FAMILIES[self.config.family]
         norms = Norms(self.norm, *((self.query_norm, self.key_norm) if family.qk_norm else (None, None)))
         weights = self.query[...], self.key[...], self.value[...]
         biases = (self.query_bias[...], self.key_bias[...], self.value_bias[...]) if family.qkv_bias else None
-        return qkv_projection(x, norms, weights, biases, angles, self.config.dtype)
+        return qkv_projection(x, norms, weights, biases, angles, self.config.dtype, group)
 
-    def finish(self, heads: Float[Array, "B L H D"]) -> Float[Array, "B L E"]:
+    def heads(
+        self, x: Float[Array, "B L E"], angles: tuple[Array, Array], segment_ids: Int[Array, "B L"], kind: LayerKind
+    ) -> Float[Array, "B L H D"] | Float[Array, "groups B L h D"]:
+        """Returns the output of all heads; with `head_groups`, group by group, as in UPipe (arXiv 2602.21196)."""
+
+        def attend(group: HeadGroup | None) -> Float[Array, "B L h D"]:
+            query, key, value = self.project(x, angles, group)
+            return self.attend(query, key, value, segment_ids=segment_ids, **logit_options(self.config, kind))
+
+        count = self.config.head_groups
+        if count == 1:
+            return attend(None)
+        # Otherwise the queries, keys and values of all groups would be saved for the backward pass of the layer.
+        one = jax.checkpoint(attend, policy=REMAT_POLICIES["on"], prevent_cse=False)
+        return lax.map(lambda index: one(HeadGroup(index, count)), jnp.arange(count))
+
+    def finish(self, heads: Float[Array, "B L H D"] | Float[Array, "groups B L h D"]) -> Float[Array, "B L E"]:
         """Projects the output of all heads to E."""
         x = output_projection(heads, self.output[...], self.config.dtype)
         return self.post_norm(x) if FAMILIES[self.config.family].post_norms else x
@@ -141,11 +158,11 @@ class Layer(nnx.Module):
     def __call__(
         self, x: Float[Array, "B L E"], angles: tuple[Array, Array], segment_ids: Int[Array, "B L"], kind: LayerKind
     ) -> Float[Array, "B L E"]:
-        options = logit_options(self.attention.config, kind)
-        query, key, value = self.attention.project(x, angles)
-        return self.finish(x, self.attention.attend(query, key, value, segment_ids=segment_ids, **options))
+        return self.finish(x, self.attention.heads(x, angles, segment_ids, kind))
 
-    def finish(self, x: Float[Array, "B L E"], heads: Float[Array, "B L H D"]) -> Float[Array, "B L E"]:
+    def finish(
+        self, x: Float[Array, "B L E"], heads: Float[Array, "B L H D"] | Float[Array, "groups B L h D"]
+    ) -> Float[Array, "B L E"]:
         """Returns the output of the layer for its input `x` and the attention output of all heads."""
         x = x + self.attention.finish(heads)
         # Chunks include the norms and the residual sum; otherwise these would be stored for all tokens.
@@ -157,18 +174,26 @@ def _save_all_but_parameters(primitive: Any, *_: Any, **__: Any) -> bool:
     return primitive.name not in ("all_gather", "convert_element_type")
 
 
-REMAT_POLICIES = {
-    "off": _save_all_but_parameters,
-    "on": jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse"),
-    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=["attention_lse"],
-        names_which_can_be_offloaded=["layer_input", "attention_out"],
+def _offloading(*names: str, saved: tuple[str, ...] = ()) -> Callable[..., Any]:
+    """Returns a policy that keeps residuals of these names in host memory, and those in `saved` on the device."""
+    return jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=saved,
+        names_which_can_be_offloaded=names,
         offload_src="device",
         offload_dst="pinned_host",
-    ),
+    )
+
+
+REMAT_POLICIES: dict[Remat, Callable[..., Any]] = {
+    "off": _save_all_but_parameters,
+    "on": jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse"),
+    "offload": _offloading("layer_input", "attention_out", saved=("attention_lse",)),
+    "offload_inputs": _offloading("layer_input"),
+    "offload_groups": _offloading("layer_input", "attention_out", saved=("attention_lse",)),
 }
-"""Residuals that a layer saves besides its input, per `model.remat`. The output and log-sum-exp of attention are always
-saved, so that K/V do not rotate a third time."""
+"""Residuals that a layer saves besides its input, per `model.remat`. Where the output and log-sum-exp of attention are
+saved, K/V do not rotate a third time. With "offload_groups", those of one group of layers at a time."""
+GROUP_POLICY = _offloading("group_input")
 
 
 class Transformer(nnx.Module):
@@ -210,7 +235,10 @@ class Transformer(nnx.Module):
 
         x = self.scaled(embed(tokens, self.embedding[...], c.dtype))
         remat = partial(jax.checkpoint, policy=REMAT_POLICIES[c.remat], prevent_cse=False)
-        return self.norm(scan_layers(layer, x, params, layer_pattern(c), remat))
+        remat_group = None
+        if c.remat == "offload_groups":
+            remat_group = partial(jax.checkpoint, policy=GROUP_POLICY, prevent_cse=False)
+        return self.norm(scan_layers(layer, x, params, layer_pattern(c), remat, remat_group))
 
     def scaled(self, embeddings: Float[Array, "B L E"]) -> Float[Array, "B L E"]:
         """Returns the input of the first layer."""

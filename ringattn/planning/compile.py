@@ -12,7 +12,7 @@ from jax import P
 
 from ringattn import config
 from ringattn.cost.memory import program_memory
-from ringattn.cost.minimum import check_minimum
+from ringattn.cost.minimum import check_minimum, saved_bytes
 from ringattn.cost.program import Program
 from ringattn.data import Batch
 from ringattn.mesh.axes import TOKENS, abstract
@@ -31,7 +31,6 @@ from ringattn.planning.memory import (
     host_limit,
     reason_against,
     refused_bytes,
-    saved_bytes,
 )
 from ringattn.planning.schedule import Collective
 from ringattn.planning.timing import StepTime, analyse, compiling_step_kernels
@@ -157,7 +156,7 @@ def compile_plan(c: config.Config, target: Target) -> Plan:
     """Returns the plan of a step that `prepare` has checked."""
     began = time.monotonic()
     topology, mesh, limit = target
-    times, collectives, memory, saved = None, [], None, saved_bytes(c, mesh.shape)
+    times, collectives, memory, saved = None, [], None, saved_bytes(c, mesh.shape).device
     with compiling_step_kernels(c, topology, mesh) as kernels:
         (program, refusal, refused), state, batch = compile_step(c, target)
         if program is not None:

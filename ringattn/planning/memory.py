@@ -14,11 +14,11 @@ import jax.numpy as jnp
 
 from ringattn import config
 from ringattn.cost.memory import ProgramMemory, host_memory
-from ringattn.cost.minimum import minimum_memory
+from ringattn.cost.minimum import minimum_memory, saved_bytes
 from ringattn.cost.program import Program
 from ringattn.cost.roofline import arrays
 from ringattn.hardware import CHIPS, HOST_MEMORY
-from ringattn.mesh.axes import DATA, SEQUENCE, TENSOR
+from ringattn.mesh.axes import DATA, SEQUENCE
 from ringattn.units import bytes_in_words
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "P": 2**50}
@@ -61,20 +61,6 @@ class DeviceBytes:
             "program": self.program,
         }
         return {name: size for name, size in found.items() if size is not None}
-
-
-def saved_bytes(c: config.Config, sizes: Mapping[str, int]) -> int | None:
-    """Returns the bytes that the layers save on each device of a mesh with axes of `sizes`; None for remat 'off'.
-
-    These are the input, the output of attention and its log-sum-exp (float32); with 'offload' only the last.
-    """
-    if c.model.remat == "off":
-        return None
-    heads = c.model.heads // sizes[TENSOR]
-    width = (c.model.dim + heads * c.model.head_dim) * jnp.dtype(c.model.dtype).itemsize
-    width = 4 * heads + (0 if c.model.remat == "offload" else width)
-    rows = c.train.batch_size // (sizes[DATA] * c.train.accumulate)
-    return c.model.layers * rows * c.data.seq_len // _shards(sizes) * width
 
 
 def _shards(sizes: Mapping[str, int]) -> int:
@@ -180,7 +166,8 @@ def changes(c: config.Config, sizes: Mapping[str, int]) -> list[tuple[str, int]]
     With remat 'off', 'on' comes first, because it saves most of the activations.
     """
     minimum = minimum_memory(c, sizes)
-    known, saved = saved_bytes(c, sizes), saved_bytes(c, sizes) or minimum.activations
+    known = saved_bytes(c, sizes).device
+    saved = minimum.activations if known is None else known
     found = {
         f"twice the devices (--mesh.context {2 * _shards(sizes)})": (minimum.state + minimum.gradient + saved) // 2,
         f"--data.seq_len {c.data.seq_len // 2}": saved // 2,
@@ -190,7 +177,7 @@ def changes(c: config.Config, sizes: Mapping[str, int]) -> list[tuple[str, int]]
         found[f"--train.accumulate {rows}"] = saved - saved * c.train.accumulate // rows
     if c.model.remat == "on":
         offload = replace(c, model=replace(c.model, remat="offload"))
-        found["--model.remat offload"] = saved - (saved_bytes(offload, sizes) or 0)
+        found["--model.remat offload"] = saved - (saved_bytes(offload, sizes).device or 0)
     first = [("--model.remat on", 0)] if known is None else []
     return first + sorted(found.items(), key=lambda item: -item[1])
 

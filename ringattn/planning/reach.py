@@ -2,15 +2,14 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
 
 from ringattn import config
 from ringattn.config.stages import with_values
 from ringattn.cost.memory import program_memory
-from ringattn.cost.minimum import minimum_memory
+from ringattn.cost.minimum import minimum_memory, saved_bytes
 from ringattn.mesh.axes import context_shards
 from ringattn.planning.compile import MaxContext, Target, compile_step
-from ringattn.planning.memory import device_bytes, host_limit, reason_against, saved_bytes
+from ringattn.planning.memory import device_bytes, host_limit, reason_against
 from ringattn.units import duration_in_words
 
 LOCAL = 1024
@@ -64,12 +63,7 @@ def upper_bound(c: config.Config, target: Target, unit: int) -> int:
 def _could_fit(c: config.Config, length: int, target: Target) -> bool:
     longer = with_values(c, {"data.seq_len": length})
     host, limit = host_limit(target.device), target.limit
-    on_host = 0
-    if c.model.remat == "offload":
-        on_device = saved_bytes(longer, target.mesh.shape) or 0
-        kept = replace(longer, model=replace(c.model, remat="on"))
-        on_host = (saved_bytes(kept, target.mesh.shape) or 0) - on_device
-    fits_host = host is None or on_host <= host
+    fits_host = host is None or saved_bytes(longer, target.mesh.shape).host <= host
     return fits_host and (limit is None or minimum_memory(longer, target.mesh.shape).total <= limit)
 
 

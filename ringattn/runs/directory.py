@@ -16,7 +16,7 @@ from ringattn.units import first_line
 FIXED = ("model.", "data.", "train.batch_size", "train.seed")
 """Prefixes of the fields that a resumed run must not change: they define the loss and the order of the data."""
 
-FREE = ("model.dtype", "model.remat")
+FREE = ("model.dtype", "model.remat", "model.head_groups")
 """Exceptions from FIXED: they change how the loss is computed, not its definition."""
 
 

@@ -99,7 +99,7 @@ class Loaded:
 def make_model(c: config.Model) -> MakeModel:
     """Returns a function that creates the model, computing in float32 on a zigzag ring. Call it under a mesh."""
     assert c.vocabulary is not None
-    model = replace(c, dtype="float32", remat="off")
+    model = replace(c, dtype="float32", remat="off", head_groups=1)
     attention = config.Attention(layout=LAYOUT, strategy="ring")
     return model_factory(config.Config(model=model, attention=attention), c.vocabulary)
 

@@ -20,7 +20,7 @@ from ringattn.weights.source import Source, chat_files, read_files
 
 ROPE = ("rope_theta", "rope_local_theta", "rope_scaling", "rope_factor", "rope_original")
 """Fields that may differ from the checkpoint, to extend its context."""
-FREE = ("weights", "dtype", "remat")
+FREE = ("weights", "dtype", "remat", "head_groups")
 """Fields that do not describe the checkpoint."""
 _DEFAULTS = {field.name: field.default for field in fields(config.Model)}
 assert MISSING not in _DEFAULTS.values()
@@ -137,7 +137,7 @@ def adopt(c: config.Config, explicit: Collection[str] = ()) -> config.Config:
 
     Args:
       c: a config. Values that differ from the defaults of `config.Model` must agree with the checkpoint, except for
-        dtype, remat and the RoPE fields, which extend the context.
+        dtype, remat, head_groups and the RoPE fields, which extend the context.
       explicit: names of options given on the command line, such as 'model.layers'. They must agree with the
         checkpoint even if they have the default value.
 
