@@ -35,6 +35,8 @@ def test_the_parts():
     assert (accumulated.activations, accumulated.batch) == (activations // 2, batch)
     offloaded = minimum_memory(with_values(BASE, {"model.remat": "offload"}), SIZES)
     assert offloaded.activations == activations // 3
+    moments = minimum_memory(with_values(BASE, {"optimizer.offload": True}), SIZES)
+    assert (moments.state, moments.gradient) == (state // 3, gradient + 2 * state // 3)
     tensor = minimum_memory(BASE, SIZES | {DATA: 1, TENSOR: 2})
     assert (tensor.state, tensor.batch, tensor.activations) == (state, 2 * batch, 2 * activations * 3 // 4)
 

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from ringattn import config
+from ringattn.config.stages import with_values
 from ringattn.data import Batch
 from ringattn.mesh.axes import abstract
 from ringattn.model.loss import cross_entropy
+from ringattn.runs.checkpoint import Checkpoints
 from ringattn.training import step as step_module
 from ringattn.training.stage import prepare_stage
 from ringattn.training.step import skip
@@ -54,6 +56,31 @@ def test_compiles_once_and_donates_its_state(run):
     assert run.train_step._cache_size() == 1
     assert int(state.step) == 4
     assert losses[-1] < losses[0]
+
+
+def test_moments_in_host_memory_change_no_bit(base, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(step_module, "cross_entropy", cross_entropy)  # `run` allows only one trace
+    plain, offloaded = (
+        prepare_stage(with_values(base, {"optimizer.offload": offload}), run.mesh) for offload in (False, True)
+    )
+    states = {}
+    for each in (plain, offloaded):
+        state = each.initial_state()
+        for index in range(3):
+            state, _ = each.train_step(state, each.place(each.training.batch(index)))
+        kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim}
+        assert kinds == {"pinned_host" if each is offloaded else "device"}
+        states[each is offloaded] = jax.device_get(state)
+        with Checkpoints(tmp_path / str(each is offloaded), keep=1) as checkpoints:
+            checkpoints.save(3, state)
+            checkpoints.confirm(3)
+    chex.assert_trees_all_equal(states[True], states[False])
+    for saved, reader in ((True, plain), (False, offloaded), (True, offloaded)):
+        with Checkpoints(tmp_path / str(saved), keep=1) as checkpoints:
+            state, notes = reader.restore(checkpoints)
+        assert notes == []
+        chex.assert_trees_all_equal(jax.device_get(state), states[True])
+        reader.train_step(state, reader.place(reader.training.batch(3)))  # takes a restored state
 
 
 def test_a_batch_without_learned_tokens_changes_only_the_step(run):

@@ -122,6 +122,8 @@ class Optimizer:
     """AdamW decay rate of the second moment."""
     clip_norm: float = 1.0
     """Maximum global gradient norm; larger gradients are scaled down to it."""
+    offload: bool = False
+    """Keep AdamW's moments in host memory, except during the update."""
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -25,7 +25,7 @@ class ProgramMemory(NamedTuple):
     results: int
     """Without results that reuse memory of donated arguments."""
     host: int
-    """Temporaries in host memory, per device: what is offloaded."""
+    """Temporaries and arguments in host memory, per device: what is offloaded."""
     peak: int
     program: int
     """The instructions, in the device's memory; 0 on CPUs."""
@@ -45,7 +45,7 @@ def program_memory(compiled: jax.stages.Compiled) -> ProgramMemory | None:
         arguments=plan.argument_size_in_bytes,
         temporaries=plan.temp_size_in_bytes,
         results=plan.output_size_in_bytes - plan.alias_size_in_bytes,
-        host=plan.host_temp_size_in_bytes,
+        host=plan.host_temp_size_in_bytes + plan.host_argument_size_in_bytes,
         peak=plan.peak_memory_in_bytes,
         program=plan.generated_code_size_in_bytes,
     )

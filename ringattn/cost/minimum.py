@@ -67,9 +67,9 @@ class MinimumMemory(NamedTuple):
     """Lower bounds in bytes per device. A compiled train step needs at least `total`."""
 
     state: int
-    """Matrix weights and their two AdamW moments, float32."""
+    """Matrix weights and their two AdamW moments, float32; without the moments if they are in the host's memory."""
     gradient: int
-    """Gradient of the matrix weights, float32."""
+    """Gradient of the matrix weights, float32; with the moments if these are on the device for the update only."""
     activations: int
     """What the forward pass saves for the backward pass on the device: of each layer at least its input and the output
     of attention."""
@@ -93,7 +93,8 @@ def minimum_memory(c: config.Config, sizes: Mapping[str, int]) -> MinimumMemory:
     width = c.model.dim + c.model.heads * c.model.head_dim // tensor
     layer = tokens // c.train.accumulate * width * jnp.dtype(c.model.dtype).itemsize
     layers = c.model.layers if c.model.remat in ("off", "on") else 1  # otherwise they are in the host's memory
-    return MinimumMemory(3 * weights, weights, layers * layer, 5 * 4 * tokens)
+    state, update = (1, 3) if c.optimizer.offload else (3, 1)
+    return MinimumMemory(state * weights, update * weights, layers * layer, 5 * 4 * tokens)
 
 
 def check_minimum(

@@ -15,7 +15,7 @@ from ringattn.cost.memory import program_memory
 from ringattn.cost.minimum import check_minimum, saved_bytes
 from ringattn.cost.program import Program
 from ringattn.data import Batch
-from ringattn.mesh.axes import TOKENS, abstract
+from ringattn.mesh.axes import TOKENS
 from ringattn.mesh.devices import check_divisible, resolve
 from ringattn.mesh.gpu_flags import compiler_options
 from ringattn.mesh.topology import arrange_devices
@@ -35,7 +35,7 @@ from ringattn.planning.memory import (
 from ringattn.planning.schedule import Collective
 from ringattn.planning.timing import StepTime, analyse, compiling_step_kernels
 from ringattn.training.optimizer import learning_rate, optimizer
-from ringattn.training.step import TrainState, TrainStep, make_initial_state, make_train_step
+from ringattn.training.step import TrainState, TrainStep, abstract_state, make_initial_state, make_train_step
 
 COMPILED = 100
 """A step that needs at least so many times the memory of a device is refused without compiling it. The compiler would
@@ -166,7 +166,7 @@ def compile_plan(c: config.Config, target: Target) -> Plan:
             saved = compiled_saved_bytes(Program(text), c, mesh.shape) if saved is None else saved
     known = {
         "parameters": shard_bytes(state.params),
-        "optimizer": shard_bytes(state) - shard_bytes(state.params),
+        "optimizer": 0 if c.optimizer.offload else shard_bytes(state) - shard_bytes(state.params),
         "batch": shard_bytes(batch),
         "gradients": shard_bytes(state.params),
     }
@@ -197,8 +197,9 @@ def abstract_step(c: config.Config, mesh: jax.sharding.Mesh) -> tuple[TrainState
     vocabulary = required_vocabulary(c.model)
     make_model = model_factory(c, vocabulary)
     update, schedule = optimizer(c.optimizer), learning_rate(c.optimizer, c.train.steps)
-    state = abstract(jax.eval_shape(make_initial_state(make_model, update)), mesh)
-    return state, _abstract_batch(c, mesh), make_train_step(make_model, vocabulary, update, schedule)
+    offload = c.optimizer.offload
+    state = abstract_state(make_initial_state(make_model, update, offload), mesh, offload)
+    return state, _abstract_batch(c, mesh), make_train_step(make_model, vocabulary, update, schedule, offload)
 
 
 def required_vocabulary(c: config.Model) -> int:

@@ -13,7 +13,7 @@ from ringattn.cost.flops import step_flops
 from ringattn.cost.step_statistics import Statistics, attention_statistics, memory_statistics
 from ringattn.data import Batch, Loader, Splits, Tokenizer, make_loaders, read
 from ringattn.data.placement import place_batch
-from ringattn.mesh.axes import abstract, describe_sizes
+from ringattn.mesh.axes import describe_sizes
 from ringattn.model.build import model_factory
 from ringattn.model.parallel import Params
 from ringattn.model.scoring import Scorer, make_scorer
@@ -23,7 +23,7 @@ from ringattn.runs.writers import check_packages
 from ringattn.training.by_context import context_ranges, named_losses, sums_by_context
 from ringattn.training.optimizer import learning_rate, optimizer
 from ringattn.training.samples import sample
-from ringattn.training.step import TrainState, TrainStep, make_initial_state, make_train_step
+from ringattn.training.step import TrainState, TrainStep, abstract_state, make_initial_state, make_train_step
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Run:
 
     def restore(self, checkpoints: Checkpoints) -> tuple[TrainState, list[str]]:
         """Returns the newest intact state, placed on the mesh, and a message for each damaged checkpoint."""
-        return checkpoints.restore(abstract(jax.eval_shape(self.initial_state), self.mesh))
+        return checkpoints.restore(abstract_state(self.initial_state, self.mesh, self.config.optimizer.offload))
 
     def samples(self, params: Params) -> str:
         """Returns beginnings of a few held-out documents as text, each with the model's continuation."""
@@ -140,8 +140,8 @@ def prepare_stage(
         start_step=start_step,
         end_step=start_step + c.train.steps,
         earlier_tokens=sum(stage.train.steps * tokens_per_step(stage) for stage in earlier_stages),
-        initial_state=make_initial_state(make_model, update),
-        train_step=make_train_step(make_model, vocabulary, update, schedule),
+        initial_state=make_initial_state(make_model, update, c.optimizer.offload),
+        train_step=make_train_step(make_model, vocabulary, update, schedule, c.optimizer.offload),
         scorer=make_scorer(make_model, vocabulary, mesh, c.attention.layout, c.train.accumulate),
     )
 

@@ -13,6 +13,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from ringattn.data import Batch
+from ringattn.mesh.axes import abstract
 from ringattn.model.build import MakeModel, make_forward
 from ringattn.model.loss import cross_entropy
 from ringattn.model.parallel import Params
@@ -40,18 +41,43 @@ class Metrics(NamedTuple):
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
-def make_initial_state(make_model: MakeModel, optimizer: optax.GradientTransformation) -> Callable[..., TrainState]:
+def make_initial_state(
+    make_model: MakeModel, optimizer: optax.GradientTransformation, offload: bool = False
+) -> Callable[..., TrainState]:
     """Returns a jitted initial_state(params=None), sharded: no device ever holds a whole parameter.
 
-    With `params`, which are donated, the state starts from them; without, from random parameters.
+    With `params`, which are donated, the state starts from them; without, from random parameters. With `offload`, the
+    optimizer's moments are in host memory.
     """
 
     @partial(jax.jit, donate_argnums=0)
     def initial_state(params: Any = None) -> TrainState:
         params = nnx.split(make_model())[1] if params is None else params
-        return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+        opt_state = optimizer.init(params)
+        return TrainState(params, to_host(opt_state) if offload else opt_state, jnp.zeros((), jnp.int32))
 
     return initial_state
+
+
+def abstract_state(initial_state: Callable[..., TrainState], mesh: jax.sharding.Mesh, offload: bool) -> TrainState:
+    """Returns the shapes and shardings of a state of `make_initial_state`. Call it under the mesh."""
+    state = abstract(jax.eval_shape(initial_state), mesh)
+
+    def on_host(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        sharding: Any = leaf.sharding
+        return leaf.update(sharding=sharding.with_memory_kind("pinned_host")) if leaf.ndim else leaf
+
+    return replace(state, opt_state=jax.tree.map(on_host, state.opt_state)) if offload else state
+
+
+def to_host(opt_state: Any) -> Any:
+    """Moves the moments to host memory; inside jit. Counts stay on the device."""
+    return jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Host) if x.ndim else x, opt_state)
+
+
+def to_device(opt_state: Any) -> Any:
+    """Reverts `to_host`."""
+    return jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Device) if x.ndim else x, opt_state)
 
 
 def make_loss(make_model: MakeModel, vocabulary: int) -> Callable[[Params, Batch], Float[Array, ""]]:
@@ -67,13 +93,17 @@ def make_loss(make_model: MakeModel, vocabulary: int) -> Callable[[Params, Batch
 
 
 def make_train_step(
-    make_model: MakeModel, vocabulary: int, optimizer: optax.GradientTransformation, schedule: optax.Schedule
+    make_model: MakeModel,
+    vocabulary: int,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    offload: bool = False,
 ) -> TrainStep:
     """Returns a jitted train_step(state, batch) -> (state, metrics), which donates `state`.
 
     Batch arrays are [microbatches, B, L]; gradients are accumulated over microbatches sequentially. The loss is the
     weighted mean over all tokens of all microbatches, so the number of microbatches affects only memory and time. The
-    batch must have unmasked targets: see `skip`.
+    batch must have unmasked targets: see `skip`. `offload` is that of `make_initial_state`.
     """
     loss_and_gradient = jax.value_and_grad(make_loss(make_model, vocabulary))
 
@@ -87,11 +117,16 @@ def make_train_step(
         zero = jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, state.params)
         # Unroll a single microbatch: in a loop, XLA cannot elide adding its gradient to zero.
         (loss, gradient), _ = lax.scan(add, zero, batch, unroll=batch.tokens.shape[0] == 1)
+        old_opt_state = state.opt_state
+        if offload:  # after the gradient, so that moments and activations are never on the device together
+            gradient, old_opt_state = lax.optimization_barrier((gradient, old_opt_state))
+            old_opt_state = to_device(old_opt_state)
         with jax.numpy_dtype_promotion("standard"):  # optax requires it; tests use "strict"
-            updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+            updates, opt_state = optimizer.update(gradient, old_opt_state, state.params)
             rate = jnp.asarray(schedule(state.step), jnp.float32)
         updates = jax.tree.map(lambda update: -rate * update, updates)
         params: Any = optax.apply_updates(state.params, updates)
+        opt_state = to_host(opt_state) if offload else opt_state
         return TrainState(params, opt_state, state.step + 1), Metrics(loss, optax.tree.norm(gradient), rate)
 
     return train_step
