@@ -61,6 +61,10 @@ HOST_MEMORY = {
     "NVIDIA H200": 2952e9 / 8,  # a3-ultragpu-8g
     "NVIDIA B200": 3968e9 / 8,  # a4-highgpu-8g
 }
-"""Memory of a host per device in bytes, of Google's virtual machines with a whole host:
-https://docs.cloud.google.com/tpu/docs/v5e (also v3, v4, v5p, v6e, tpu7x) and
-https://docs.cloud.google.com/compute/docs/gpus."""
+"""Memory of a host per device in bytes, of Google's virtual machines with a whole host.
+
+Sources: for v5p, v6e and TPU7x https://docs.cloud.google.com/tpu/docs/tpu7x (RAM of a VM with 4 chips); for v5e
+https://docs.cloud.google.com/tpu/docs/v5e (VM types; ct5lp-hightpu-8t has as much per chip); for v3 and v4
+https://docs.cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus; for GPUs
+https://docs.cloud.google.com/compute/docs/accelerator-optimized-machines. Google's GB of memory are 2^30 bytes. They
+count as 10^9 here, which leaves 7 % for the operating system."""

@@ -11,40 +11,21 @@ if __name__ == "__main__":  # first, because the imports below take seconds
 
 import sys
 from contextlib import nullcontext
-from dataclasses import dataclass
 
 from ringattn import config, planning, weights
-from ringattn.planning.command import Request, run
+from ringattn.planning.command import Options, run
 
 SECTIONS = ("name", "model", "data", "mesh", "attention", "optimizer", "train", "log", "stages")
 """Config sections that affect the compiled step, or where the report is written."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options(config.Options):
-    topology: str | None = None
-    """Target devices, which need not be present: a TPU topology, such as v5e:8x8 or v5p:4x4x4; GPUs, such as h100:8 or
-    h100:2x8 (hosts x GPUs); or cpu:N for N CPU devices. Required."""
-    json: str | None = None
-    """Also write the plan to this JSON file."""
-    stage: int | None = None
-    """Stage to plan, from 1. Required for a config with several stages."""
-    decode: bool | None = None
-    """Plan a step of decoding with a cache of data.seq_len tokens, instead of a train step. Default: False."""
-    max_context: bool | None = None
-    """Also search for the longest rows that fit, by compiling the step for several lengths. Default: False."""
-
-
 def main() -> int:
     options, c = config.parse_with(Options, sys.argv[1:], __doc__ or "", sections=SECTIONS, adopt=weights.adopt)
     with config.reported_errors():
-        if options.topology is None:
-            raise ValueError("--topology is required, such as --topology v5e:8x8")
         if options.stage is not None and not 0 < options.stage <= len(c.stages):
             raise ValueError(f"--stage {options.stage} must be from 1 to {len(c.stages)}, the stages of {c.name}")
-        request = Request(options.topology, options.json, bool(options.decode), bool(options.max_context))
         with config.stage_errors(c.stages, options.stage) if options.stage else nullcontext():
-            plan = run(c if options.stage is None else c.stage(options.stage), request)
+            plan = run(c if options.stage is None else c.stage(options.stage), options)
         print(*planning.report(plan), sep="\n")
     return int(not plan.fits)
 

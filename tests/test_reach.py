@@ -1,16 +1,16 @@
 """The search for the longest rows, with a compiler that takes memory in proportion to the length."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 
 from ringattn import config
-from ringattn.cost.memory import ProgramMemory
 from ringattn.cost.minimum import minimum_memory
 from ringattn.mesh.devices import ring_mesh
-from ringattn.planning import reach
-from ringattn.planning.compile import Compiled, Target
+from ringattn.planning import memory, reach
+from ringattn.planning.compile import Target
+from ringattn.planning.longest import Need
+from ringattn.planning.memory import host_limit
 
 SMALL = config.Config(
     model=config.Model(
@@ -24,35 +24,41 @@ PER_UNIT = 3 * 1024 * (64 + 64) * 4
 """Bytes that three layers offload per device for so many tokens: input and attention output, float32."""
 
 
+def compiler(limit: int, factor: float, offset: int = 0, longest: int = 2**40, lengths: list[int] | None = None):
+    """Returns a compiler for which a step takes `offset` + `factor` times the analytic minimum.
+
+    Rows of more than `longest` tokens are refused without a figure. `lengths` collects the lengths compiled.
+    """
+
+    def measure(longer: config.Config, target: Target) -> Need:
+        length, devices = longer.data.seq_len, target.mesh.size
+        if lengths is not None:
+            lengths.append(length)
+        size = offset + int(factor * minimum_memory(longer, target.mesh.shape).total)
+        host = PER_UNIT * length // (1024 * devices) if longer.model.remat == "offload" else 0
+        owned = host_limit(target.device)
+        if length > longest:
+            return Need("exceeds", None, None)
+        if size > limit and length > 40 * UNIT:  # an early check of the compiler
+            return Need(f"{size} exceeds {limit}", size, None)
+        if owned is not None and host > owned:
+            return Need(f"{host} exceeds {owned} of the host", size, host)
+        return Need(f"{size} exceeds {limit}" if size > limit else None, size, host)
+
+    return measure
+
+
 @pytest.fixture
 def search(monkeypatch):
-    """search(c, limit, factor, offset): the result; a step takes `offset` + `factor` times the analytic minimum.
-
-    Rows of more than `longest` tokens are refused without a figure.
-    """
+    """search(c, limit, factor, offset): the result with `compiler`, and the lines reported."""
 
     def run(
         c: config.Config, limit: int, factor: float, offset: int = 0, host: int | None = None, longest: int = 2**40
     ):
-        mesh = ring_mesh(8)
         said: list[str] = []
-
-        def compile_step(longer, target):
-            size = offset + int(factor * minimum_memory(longer, target.mesh.shape).total)
-            if longer.data.seq_len > longest:
-                return Compiled(None, "exceeds", None), None, None
-            if size > limit and longer.data.seq_len > 40 * UNIT:  # an early check of the compiler
-                return Compiled(None, f"{size} exceeds {limit}", size), None, None
-            offloaded = PER_UNIT * longer.data.seq_len // UNIT if longer.model.remat == "offload" else 0
-            return Compiled(SimpleNamespace(size=size, host=offloaded), None, None), None, None  # type: ignore[arg-type]
-
-        def program_memory(program):
-            return ProgramMemory(0, program.size, 0, program.host, program.size, 0)
-
-        monkeypatch.setattr(reach, "compile_step", compile_step)
-        monkeypatch.setattr(reach, "program_memory", program_memory)
-        monkeypatch.setattr(reach, "host_limit", lambda device: host)
-        return reach.max_context(c, Target("cpu:8", mesh, limit), said.append), said
+        monkeypatch.setattr(memory, "HOST_MEMORY", {} if host is None else {"cpu": host})
+        target = Target("cpu:8", ring_mesh(8), limit)
+        return reach.max_context(c, target, said.append, compiler(limit, factor, offset, longest)), said
 
     return run
 
@@ -69,8 +75,8 @@ def test_the_longest_rows_fit_and_a_sixteenth_more_does_not(search, limit, facto
     assert found.tokens % UNIT == 0
     assert needs(found.tokens, factor, offset) <= limit
     assert needs(found.tokens + max(UNIT, found.tokens // 16), factor, offset) > limit
-    assert found.tried[found.tokens] == "fits"
-    assert len(said) == len(found.tried) <= 8, "the linear guess saves most compilations"
+    assert found.tried[found.tokens].refusal is None
+    assert len(said) == len(found.tried) <= 4, "the memory of two lengths predicts the others"
     assert all("tokens: " in line and line.startswith("[") for line in said)
 
 
@@ -86,6 +92,8 @@ def test_the_hosts_memory_bounds_the_search(search):
     offload = replace(SMALL, model=replace(SMALL.model, remat="offload"))
     found, _ = search(offload, 10**12, 1.0, host=100 * PER_UNIT)
     assert 90 * UNIT <= found.tokens <= 100 * UNIT
+    found, said = search(replace(offload, data=config.Data(seq_len=400 * UNIT)), 10**12, 1.0, host=100 * PER_UNIT)
+    assert (found.tokens, len(said)) == (100 * UNIT, 1), "longer rows are not compiled"
 
 
 def test_a_device_that_is_too_small_is_named(search):

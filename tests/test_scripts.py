@@ -101,7 +101,8 @@ SCRIPT_OPTIONS = {
     "eval.py": {"--config"},
     "benchmark.py": {"--config"},
     "generate.py": {"--config", "--json"},
-    "plan.py": {"--config", "--topology", "--json", "--stage", "--decode", "--max_context"},
+    "plan.py": {"--config", "--topology", "--json", "--stage", "--decode"}
+    | {"--max_context", "--sweep", "--changes", "--cache"},
     "prepare.py": {"--config", "--output"},
     "convert.py": {"--to"},
 }

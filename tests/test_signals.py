@@ -40,6 +40,10 @@ CLEANING = f"""
 with signals.before_ending(lambda: os.write(1, b"removed\\n")):  # print could be interrupted by itself
     {WAIT}
 """
+CLEANING_IN_C = f"""
+with signals.before_ending(lambda: os.write(1, b"removed\\n"), immediately=True):
+    {IN_C}
+"""
 LOOP = """
 with signals.stopped_by_signal(print) as stop:
     stop.arm()
@@ -117,6 +121,12 @@ def test_a_signal_that_ends_a_script_removes_temporary_files():
         status, out, err = deliver(["-c", SCRIPT + CLEANING], ("ready", numbers))
         assert (status, err) == (128 + numbers[0], [f"stopped by {numbers[0].name}; try again"])
         assert len(numbers) > 1 or out == ["ready", "removed"]
+
+
+def test_a_compiler_that_runs_does_not_delay_what_is_removed_immediately():
+    for number in (signal.SIGTERM, signal.SIGINT):
+        done = deliver(["-c", SCRIPT + CLEANING_IN_C], ("ready", [number]))
+        assert done == (128 + number, ["ready", "removed"], [f"stopped by {number.name}; try again"])
 
 
 def test_the_first_signal_lets_a_loop_save_and_the_second_ends_the_script():

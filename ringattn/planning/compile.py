@@ -3,7 +3,7 @@
 import math
 import time
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -21,10 +21,11 @@ from ringattn.mesh.gpu_flags import compiler_options
 from ringattn.mesh.topology import arrange_devices
 from ringattn.model.build import model_factory
 from ringattn.model.transformer import count_parameters
+from ringattn.planning.changes import Change, candidates
 from ringattn.planning.devices import devices_of
+from ringattn.planning.longest import MaxContext, Need, Reach
 from ringattn.planning.memory import (
     DeviceBytes,
-    advice,
     compiled_saved_bytes,
     device_bytes,
     device_limit,
@@ -43,18 +44,6 @@ need minutes or abort, and all figures would be as far off."""
 
 
 @dataclass(frozen=True)
-class MaxContext:
-    """The longest rows that compile and fit."""
-
-    tokens: int
-    """Tokens per row."""
-    refused: int | None
-    """The shortest length tried that does not fit; None if all fit."""
-    tried: dict[int, str]
-    """The lengths tried, with 'fits' or the reason."""
-
-
-@dataclass(frozen=True)
 class Plan:
     """A compiled train step. All bytes are per device."""
 
@@ -68,8 +57,8 @@ class Plan:
     """True if the compiler accepted the step, and it fits the memory of devices and hosts."""
     refusal: str | None
     """The reason why the step does not fit, such as the compiler's error; None if it fits."""
-    changes: list[str]
-    """Changes that reduce the memory, in order of effect; empty if it fits."""
+    changes: list[Change]
+    """Changes that reduce the memory, in order of their effect; empty if it fits."""
     device_bytes: DeviceBytes
     host_bytes: int | None
     """Activations in the host's memory; None if the compiler refused the step."""
@@ -81,6 +70,14 @@ class Plan:
     """None if the compiler refused the step, or if the speed of the device is unknown."""
     compile_seconds: float
     max_context: MaxContext | None = None
+    sweep: list[Reach] | None = None
+    """In order of devices."""
+    cached: str | None = None
+    """The date when the step was compiled, if the plan is from the cache."""
+
+    @property
+    def need(self) -> Need:
+        return Need(self.refusal, self.device_bytes.peak, self.host_bytes)
 
     def to_json(self) -> dict[str, Any]:
         """Returns the fields, with those that scripts read most at the top."""
@@ -122,7 +119,8 @@ def prepare(c: config.Config, topology: str) -> Target:
     if len(c.stages) > 1:
         raise ValueError(f"{c.name} has {len(c.stages)} stages, but a plan covers one; choose one, such as --stage 2")
     devices = devices_of(topology)
-    mesh = arrange_devices(resolve(c.mesh, len(devices)), devices)
+    # The devices are given, as simulated ones are: `resolve` must not propose to simulate others.
+    mesh = arrange_devices(resolve(replace(c.mesh, simulate=len(devices)), len(devices)), devices)
     check_divisible(c, mesh)
     target = Target(topology, mesh, device_limit(devices))
     check_minimum(c, mesh, target.limit, factor=COMPILED)
@@ -150,6 +148,19 @@ def compile_step(c: config.Config, target: Target) -> tuple[Compiled, TrainState
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             return Compiled(None, *refused_bytes(str(error))), state, batch
+
+
+def needed(c: config.Config, target: Target) -> Need:
+    """Compiles the step and returns the memory that it needs, without the rest of a plan."""
+    (program, refusal, refused), _, _ = compile_step(c, target)
+    if program is None:
+        return Need(refusal, refused, None)
+    memory = program_memory(program)
+    assert memory is not None
+    parts = {"parameters": 0, "optimizer": 0, "batch": 0, "gradients": 0}  # only the peak is of interest
+    device = device_bytes(memory, target.limit, parts, 0, None)
+    against = reason_against(target.device, target.mesh.size, device, memory.host, host_limit(target.device))
+    return Need(against, device.peak, memory.host)
 
 
 def compile_plan(c: config.Config, target: Target) -> Plan:
@@ -182,7 +193,7 @@ def compile_plan(c: config.Config, target: Target) -> Plan:
         tokens=c.data.seq_len,
         fits=refusal is None,
         refusal=refusal,
-        changes=[] if refusal is None else advice(c, mesh.shape),
+        changes=[] if refusal is None else [each.change for each in candidates(c, mesh, topology, refusal)],
         device_bytes=device,
         host_bytes=None if memory is None else memory.host,
         host_limit=host,

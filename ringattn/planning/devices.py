@@ -13,7 +13,7 @@ from jax.experimental import topologies
 
 from ringattn import config
 from ringattn.mesh.devices import MAX_SIMULATED, start
-from ringattn.planning.gpus import GPUS, gpu_devices
+from ringattn.planning.gpus import GPUS, gpu_devices, hosts_and_gpus
 from ringattn.units import first_line
 
 PODS = {"v3": (2, 1024), "v4": (3, 4096), "v5e": (2, 256), "v5p": (3, 8960), "v6e": (2, 256), "tpu7x": (3, 9216)}
@@ -27,14 +27,12 @@ def devices_of(topology: str) -> Sequence[Any]:
     It starts JAX on the CPU. Raises ValueError, with a fix, if the topology does not exist or its compiler (the extras
     `tpu` and `gpu-compiler`) is not installed.
     """
+    check_topology(topology)
     name, _, size = topology.partition(":")
     if name == "cpu":
-        if not re.fullmatch(r"[0-9]{1,9}", size) or not 1 <= int(size) <= MAX_SIMULATED:
-            raise ValueError(f"--topology {topology} must be cpu:N with N from 1 to {MAX_SIMULATED}; use cpu:8")
         return list(start(config.Mesh(simulate=int(size))).devices.flat)
     if name in GPUS:
         return gpu_devices(topology)
-    _check(topology)
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError(f"--topology {topology} needs the TPU compiler, on Linux; pip install -e '.[tpu]'")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")  # libtpu requires it on a machine without a TPU
@@ -48,9 +46,16 @@ def devices_of(topology: str) -> Sequence[Any]:
         raise ValueError(f"--topology {topology}: {first_line(error)}; use one such as v5e:8x8 or v5p:4x4x4") from None
 
 
-def _check(topology: str) -> None:
-    """Raises ValueError, with a fix, unless `topology` is a possible TPU topology."""
+def check_topology(topology: str) -> None:
+    """Raises ValueError, with a fix, unless `topology` can exist."""
     name, _, size = topology.partition(":")
+    if name == "cpu":
+        if not re.fullmatch(r"[0-9]{1,9}", size) or not 1 <= int(size) <= MAX_SIMULATED:
+            raise ValueError(f"--topology {topology} must be cpu:N with N from 1 to {MAX_SIMULATED}; use cpu:8")
+        return
+    if name in GPUS:
+        hosts_and_gpus(topology)
+        return
     if name not in PODS:
         near = difflib.get_close_matches(name.lower(), [*PODS, *GPUS], n=1)
         fix = f"did you mean {_example(near[0])}?" if near else "use one such as v5e:8x8, v5p:4x4x4, h100:8 or cpu:8"

@@ -60,17 +60,23 @@ GPUS = {
 """By the name that a topology begins with."""
 
 
-def gpu_devices(topology: str) -> Sequence[Any]:
-    """Returns the devices of a topology such as 'h100:8' or 'h100:2x8': GPUs of one host, or hosts x GPUs.
-
-    Raises ValueError, with a fix, if it does not exist or if JAX's CUDA plugin is not installed.
-    """
+def hosts_and_gpus(topology: str) -> tuple[int, int]:
+    """Returns the number of hosts of a GPU topology, and of GPUs per host. Raises ValueError if it is not valid."""
     name, _, size = topology.partition(":")
     sides = [int(side) for side in size.split("x")] if re.fullmatch(r"[1-9][0-9]{0,3}(x[1-9][0-9]{0,3})?", size) else []
     hosts, gpus = (sides if len(sides) == 2 else [1, *sides]) if sides else (0, 0)
     if not 0 < hosts * gpus <= MAX_GPUS:
         rule = f"must be {name}:N or {name}:HOSTSxN with at most {MAX_GPUS} GPUs"
         raise ValueError(f"--topology {topology} {rule}; use {name}:8 or {name}:2x8")
+    return hosts, gpus
+
+
+def gpu_devices(topology: str) -> Sequence[Any]:
+    """Returns the devices of a topology such as 'h100:8' or 'h100:2x8': GPUs of one host, or hosts x GPUs.
+
+    Raises ValueError, with a fix, if it does not exist or if JAX's CUDA plugin is not installed.
+    """
+    name, (hosts, gpus) = topology.partition(":")[0], hosts_and_gpus(topology)
     plugin = next((each for each in PLUGINS if importlib.util.find_spec(each) is not None), None)
     if plugin is None:
         fix = (

@@ -64,7 +64,7 @@ def compiling_kernels(topology: str, specs: Sequence[KernelSpec]) -> Iterator[Fo
                 shutil.rmtree(directory, ignore_errors=True)
 
             try:
-                with before_ending(remove):
+                with before_ending(remove, immediately=True):
                     yield _results(topology, specs, process, errors)
             finally:
                 process.kill()

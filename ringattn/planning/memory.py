@@ -6,7 +6,7 @@ The figures come from `compiled.memory_analysis()`; `cost.memory` says what each
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -14,11 +14,10 @@ import jax.numpy as jnp
 
 from ringattn import config
 from ringattn.cost.memory import ProgramMemory, host_memory
-from ringattn.cost.minimum import minimum_memory, saved_bytes
 from ringattn.cost.program import Program
 from ringattn.cost.roofline import arrays
 from ringattn.hardware import CHIPS, HOST_MEMORY
-from ringattn.mesh.axes import DATA, SEQUENCE
+from ringattn.mesh.axes import SEQUENCE
 from ringattn.units import bytes_in_words
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "P": 2**50}
@@ -157,33 +156,3 @@ def refused_bytes(error: str) -> tuple[str, int | None]:
 
 def _bytes(number: str, unit: str) -> int:
     return int(float(number) * _UNITS[unit])
-
-
-def changes(c: config.Config, sizes: Mapping[str, int]) -> list[tuple[str, int]]:
-    """Returns changes that reduce the memory of a device, with the bytes that each saves, largest first.
-
-    Estimated from state, gradients and saved activations alone. Temporaries also shrink with the tokens per device.
-    With remat 'off', 'on' comes first, because it saves most of the activations.
-    """
-    minimum = minimum_memory(c, sizes)
-    known = saved_bytes(c, sizes).device
-    saved = minimum.activations if known is None else known
-    found = {
-        f"twice the devices (--mesh.context {2 * _shards(sizes)})": (minimum.state + minimum.gradient + saved) // 2,
-        f"--data.seq_len {c.data.seq_len // 2}": saved // 2,
-    }
-    rows = c.train.batch_size // sizes[DATA]
-    if rows > c.train.accumulate:
-        found[f"--train.accumulate {rows}"] = saved - saved * c.train.accumulate // rows
-    if c.model.remat == "on":
-        offload = replace(c, model=replace(c.model, remat="offload"))
-        found["--model.remat offload"] = saved - (saved_bytes(offload, sizes).device or 0)
-    first = [("--model.remat on", 0)] if known is None else []
-    return first + sorted(found.items(), key=lambda item: -item[1])
-
-
-def advice(c: config.Config, sizes: Mapping[str, int]) -> list[str]:
-    """Returns the changes as lines of a report."""
-    return [
-        f"{name}: {f'about {bytes_in_words(size)} less' if size else 'much less'}" for name, size in changes(c, sizes)
-    ]

@@ -2,9 +2,11 @@
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import StrMethodFormatter
 
 from ringattn.palette import BLUE, COLOURS, GREEN, VERMILION
 from ringattn.planning.compile import Plan
+from ringattn.planning.longest import MaxContext, Reach
 from ringattn.planning.schedule import Collective
 
 GIB = 2**30
@@ -59,3 +61,49 @@ def _draw_hop(axes: Axes, part: str, transfers: list[Collective]) -> None:
     axes.set_yticks(range(len(names)), names, fontsize="small")
     axes.invert_yaxis()
     axes.set(xlabel="ms", title=f"one hop, {part}: {'hidden' if left <= compute else 'partly exposed'}")
+
+
+def length_picture(plan: Plan, found: MaxContext) -> Figure:
+    """Returns the memory of the lengths tried, on the device and on the host, with the limits as lines."""
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots()
+    kinds = (
+        ("device", BLUE, plan.device_bytes.limit, {length: need.peak for length, need in found.tried.items()}),
+        ("host", GREEN, plan.host_limit, {length: need.host for length, need in found.tried.items()}),
+    )
+    for name, colour, limit, sizes in kinds:
+        points = sorted((length, size / GIB) for length, size in sizes.items() if size)
+        if not points:
+            continue
+        axes.plot(*zip(*points, strict=True), color=colour, label=name)
+        for length, size in points:
+            fits = found.tried[length].refusal is None
+            axes.plot(length, size, color=colour, marker="o" if fits else "x", linestyle="none")
+        if limit is not None:
+            axes.axhline(limit / GIB, color=colour, linestyle="--", label=f"limit of the {name}")
+    title = f"memory by length on {plan.topology} (x: does not fit)"
+    axes.set(xlabel="tokens per row", ylabel="GiB per device", title=title, xlim=(0, None), ylim=(0, None))
+    axes.locator_params(axis="x", nbins=6)
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.legend()
+    return figure
+
+
+def reach_picture(sweep: list[Reach]) -> Figure:
+    """Returns the longest rows against the number of devices, and linear growth as a line."""
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots()
+    devices = [each.devices for each in sweep]
+    most = sweep[-1].found.tokens / devices[-1]
+    axes.plot(devices, [most * each for each in devices], color="black", linestyle="--", label="linear")
+    found = [(each.devices, each.found.tokens) for each in sweep if each.found.tokens]
+    if found:
+        axes.plot(*zip(*found, strict=True), color=BLUE, marker="o", label="longest rows that fit")
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log", base=2)
+        axes.set_yticks([tokens for _, tokens in found], [f"{tokens:,}" for _, tokens in found])
+        axes.minorticks_off()
+    axes.set_xticks(devices, [each.topology for each in sweep])
+    axes.set(xlabel="devices", ylabel="tokens per row", title="longest rows by devices")
+    axes.legend()
+    return figure

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ringattn.mesh.axes import describe_sizes
+from ringattn.planning.changes import order
 from ringattn.planning.compile import Plan
 from ringattn.planning.decoding import DecodePlan, report_decode
-from ringattn.planning.pictures import memory_picture, ring_picture
+from ringattn.planning.longest import MaxContext, Reach
+from ringattn.planning.pictures import length_picture, memory_picture, reach_picture, ring_picture
 from ringattn.planning.schedule import Collective
 from ringattn.planning.timing import StepTime
 from ringattn.runs.files import write_figure, write_json, write_text
@@ -64,22 +66,58 @@ def report(plan: Plan | DecodePlan) -> Iterator[str]:
     yield from (f"  {name:<28}{size:>12}" for name, size in memory_lines(plan))
     if plan.collectives:
         yield "transfers per device and step:"
-        table = [HEADER, *(row.cells for row in rows(plan.collectives))]
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        for cells in table:
-            ends = "  ".join(f"{cell:>{width}}" for cell, width in zip(cells[1:], widths[1:], strict=True))
-            yield f"  {cells[0]:<{widths[0]}}  {ends}"
+        yield from aligned([HEADER, *(row.cells for row in rows(plan.collectives))])
     if plan.time is not None:
         yield f"time per step, by {plan.time.source}:"
         yield from (f"  {name:<28}{value:>12}" for name, value in time_lines(plan.time))
     elif plan.fits:
         yield f"time per step: unknown, because the speed of {plan.device_kind} is unknown"
+    if plan.sweep is not None:
+        yield "longest rows by devices:"
+        yield from aligned([REACH_HEADER, *reach_rows(plan.sweep)])
     if plan.max_context is not None:
         yield f"longest rows that fit: {plan.max_context.tokens:,} tokens"
-    yield f"compiled in {plan.compile_seconds:.0f} s: {verdict(plan)}"
+    yield f"{compiled(plan)}: {verdict(plan)}"
     if plan.changes:
-        yield "to make it fit, by estimated effect:"
+        yield f"to make it fit, {order(plan.changes)}:"
         yield from (f"  {change}" for change in plan.changes)
+
+
+def aligned(table: list[tuple[str, ...]]) -> Iterator[str]:
+    """Yields the lines of a table for the terminal."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for cells in table:
+        ends = "  ".join(f"{cell:>{width}}" for cell, width in zip(cells[1:], widths[1:], strict=True))
+        yield f"  {cells[0]:<{widths[0]}}  {ends}".rstrip()
+
+
+REACH_HEADER = ("topology", "devices", "longest rows", "tokens per device", "of linear", "peak", "host memory")
+
+
+def reach_rows(sweep: list[Reach]) -> Iterator[tuple[str, ...]]:
+    """Yields a row per topology. Linear growth has the tokens per device of the largest topology."""
+    most = sweep[-1].found.tokens / sweep[-1].devices
+    for each in sweep:
+        if not each.found.tokens:
+            yield each.topology, f"{each.devices:,}", "none fit", "", "", "", ""
+            continue
+        need, local = each.found.tried[each.found.tokens], each.found.tokens / each.devices
+        share = f"{100 * local / most:.0f} %" if most else "?"
+        sizes = ("?" if size is None else bytes_in_words(size) for size in (need.peak, need.host))
+        yield each.topology, f"{each.devices:,}", f"{each.found.tokens:,}", f"{local:,.0f}", share, *sizes
+
+
+def length_rows(found: MaxContext) -> Iterator[tuple[str, ...]]:
+    """Yields a row per length tried."""
+    for tokens, need in sorted(found.tried.items()):
+        sizes = ("?" if size is None else bytes_in_words(size) for size in (need.peak, need.host))
+        yield f"{tokens:,}", *sizes, need.refusal or "fits"
+
+
+def compiled(plan: Plan) -> str:
+    """Returns how long the plan took, and the date if it is from the cache."""
+    origin = "" if plan.cached is None else f", from the cache of {plan.cached} (--cache False compiles again)"
+    return f"compiled in {duration_in_words(plan.compile_seconds)}{origin}"
 
 
 def verdict(plan: Plan) -> str:
@@ -115,12 +153,16 @@ def time_lines(time: StepTime) -> Iterator[tuple[str, str]]:
 
 
 def write_report(plan: Plan, directory: Path) -> None:
-    """Writes plan.json, report.md, plots/memory.png and, for a ring, plots/ring.png. Raises OSError."""
+    """Writes plan.json, report.md and the pictures that the plan has. Raises OSError."""
     write_json(directory / "plan.json", plan.to_json())
     write_figure(directory / "plots/memory.png", memory_picture(plan))
     ring = ring_picture(plan)
     if ring is not None:
         write_figure(directory / "plots/ring.png", ring)
+    if plan.max_context is not None:
+        write_figure(directory / "plots/memory_by_context.png", length_picture(plan, plan.max_context))
+    if plan.sweep is not None:
+        write_figure(directory / "plots/reach.png", reach_picture(plan.sweep))
     write_text(directory / "report.md", "\n".join(_markdown(plan, ring is not None)) + "\n")
 
 
@@ -129,7 +171,7 @@ def _markdown(plan: Plan, has_ring: bool) -> Iterator[str]:
     size = f"{plan.parameters:,} parameters, rows of {plan.tokens:,} tokens"
     yield f"\n{size}, {math.prod(plan.mesh.values())} of {plan.device_kind}, mesh {describe_sizes(plan.mesh)}"
     if plan.changes:
-        yield "\nTo make it fit, by estimated effect:\n"
+        yield f"\nTo make it fit, {order(plan.changes)}:\n"
         yield from (f"- {change}" for change in plan.changes)
     yield "\n## Memory per device at the peak\n"
     yield from _table(("part", "size"), memory_lines(plan))
@@ -142,11 +184,19 @@ def _markdown(plan: Plan, has_ring: bool) -> Iterator[str]:
         yield from _table(HEADER, (row.cells for row in rows(plan.collectives)))
     if has_ring:
         yield "\n![a hop of the ring, forward and backward](plots/ring.png)"
+    yield from _longest(plan)
+    yield f"\nThe step was {compiled(plan)}."
+
+
+def _longest(plan: Plan) -> Iterator[str]:
     if plan.max_context is not None:
         yield "\n## Longest rows\n"
-        tried = sorted(plan.max_context.tried.items())
-        yield from _table(("tokens", "result"), ((f"{tokens:,}", result) for tokens, result in tried))
-    yield f"\nCompiled in {duration_in_words(plan.compile_seconds)}."
+        yield from _table(("tokens", "peak", "host memory", "result"), length_rows(plan.max_context))
+        yield "\n![memory by length](plots/memory_by_context.png)"
+    if plan.sweep is not None:
+        yield "\n## Longest rows by devices\n"
+        yield from _table(REACH_HEADER, reach_rows(plan.sweep))
+        yield "\n![longest rows by devices](plots/reach.png)"
 
 
 def _table(header: tuple[str, ...], body: Iterator[tuple[str, ...]]) -> Iterator[str]:

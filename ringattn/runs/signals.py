@@ -32,7 +32,9 @@ class _Script:
         self.claims: list[Callable[[int], None]] = []
         """Handlers that each take one signal instead of ending the process. The last one takes the next signal."""
         self.cleanups: list[Callable[[], None]] = []
-        """Functions to call before a signal ends the process."""
+        """Functions to call in the main thread before a signal ends the process."""
+        self.immediate: list[Callable[[], None]] = []
+        """Functions to call at once before a signal ends the process."""
         self._hint, self._ending = hint, threading.Lock()
 
     def listen(self) -> None:
@@ -61,7 +63,7 @@ class _Script:
             elif self.cleanups and not cleaning:
                 cleaning = True
             else:
-                self._end(number)
+                self._finish(number)
 
     def _take_claim(self) -> Callable[[int], None] | None:
         with suppress(IndexError):  # the main thread may remove a claim at any time
@@ -74,7 +76,14 @@ class _Script:
                 for cleanup in self.cleanups:
                     cleanup()
             finally:
-                self._end(number)
+                self._finish(number)
+
+    def _finish(self, number: int) -> None:
+        try:
+            for cleanup in list(self.immediate):
+                cleanup()
+        finally:
+            self._end(number)
 
     def _end(self, number: int) -> None:
         if self._ending.acquire(False):
@@ -117,9 +126,13 @@ def _restore_defaults() -> None:
 
 
 @contextmanager
-def before_ending(cleanup: Callable[[], None]) -> Iterator[None]:
-    """Calls `cleanup` if a signal ends a script in this context. Outside scripts, an exception unwinds the stack."""
-    cleanups = [] if _script is None else _script.cleanups
+def before_ending(cleanup: Callable[[], None], *, immediately: bool = False) -> Iterator[None]:
+    """Calls `cleanup` if a signal ends a script in this context. Outside scripts, an exception unwinds the stack.
+
+    `cleanup` runs in the main thread, which may be in a compiler for minutes. `immediately`: it runs at once in another
+    thread. It must then not remove what the main thread writes.
+    """
+    cleanups = [] if _script is None else _script.immediate if immediately else _script.cleanups
     cleanups.append(cleanup)
     try:
         yield
