@@ -11,13 +11,13 @@ if __name__ == "__main__":  # first, because the imports below take seconds
 
 import sys
 
-from ringattn import config, training, weights
+from ringattn import config, planning, training, weights
 
 
 def main() -> int:
     run = config.parse(sys.argv[1:], __doc__ or "", adopt=weights.adopt)
     with config.reported_errors():
-        return training.train(run)
+        return training.train(run, planning.choose)
 
 
 if __name__ == "__main__":

@@ -61,6 +61,7 @@ PARSED = {
     "--topology v5e:16x16 --model.kv_heads 32": "configs/llama3_8b_1m.py; SHORTER makes the models equal",
     "--sweep chips": "test_sweep.py: a sweep by the real compiler",
     "--changes True": "test_changes.py: each change is compiled",
+    "configs/auto.py --topology cpu:8": "test_rank.py: the script ranks a config that leaves all open",
     "--topology cpu:8 --json plan.json": "test_planning.py: the script writes its report as JSON",
     "configs/benchmark_masks.py": "test_benchmark.py: masks of subjects",
     "configs/benchmark_cycles.py": "needs the TPU compiler, for half an hour; tests/test_cycles.py compiles a kernel",

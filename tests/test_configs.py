@@ -32,10 +32,10 @@ def test_a_config_fits_its_mesh(path, make_mesh):
 def test_configs_differ_in_every_field():
     """A field is justified only if two configs set it differently."""
     configs = [config.read(path) for path in CONFIGS + PLANS]
-    assert {"ring", "gather", "usp"} == {c.attention.strategy for c in configs}
+    assert {"ring", "gather", "usp", "auto"} == {c.attention.strategy for c in configs}
     assert {"zigzag", "contiguous"} <= {c.attention.layout for c in configs}
     assert {"float32", "bfloat16"} == {c.model.dtype for c in configs}
-    assert {True, False} == {c.model.tied for c in configs}
+    assert {True, False} == {c.model.tied for c in configs} == {c.mesh.auto for c in configs}
     for name in (
         "layers",
         "vocabulary",

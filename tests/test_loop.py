@@ -16,7 +16,7 @@ from ringattn import config
 from ringattn.config import Stage
 from ringattn.runs.checkpoint import Checkpoints, saved_steps
 from ringattn.runs.metrics import MetricsFile, read_rows, stage_ends
-from ringattn.training import loop, train
+from ringattn.training import launch, loop, train
 from ringattn.training.recorder import Recorder
 
 
@@ -70,7 +70,7 @@ def finished(base, second_starts):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ringattn.runs.lock.INTERVAL", 0.001)
-        for owner, name in (loop, "read"), (loop, "compile_step"), (Recorder, "step"), (loop.Checkpoints, "save"):
+        for owner, name in (launch, "read"), (loop, "compile_step"), (Recorder, "step"), (loop.Checkpoints, "save"):
             before(patch, owner, name)
         assert train(base) == 0
     return base.run_directory
@@ -199,7 +199,7 @@ def test_a_directory_that_cannot_be_written_is_an_error(base):
 
 def test_a_model_that_cannot_fit_is_refused_before_data_are_read(base, monkeypatch):
     """Compiling and allocating the state of a billion layers would take hours."""
-    monkeypatch.setattr(loop, "read", lambda *_: pytest.fail("data were read"))
+    monkeypatch.setattr(launch, "read", lambda *_: pytest.fail("data were read"))
     absurd = replace(base, name="absurd", model=replace(base.model, layers=10**9))
     with pytest.raises(ValueError, match=r"each of 8 cpu devices needs at least .*; reduce model\.layers=1000000000$"):
         train(absurd)
@@ -310,8 +310,9 @@ def uninterrupted(staged):
     """Directory of a run of the first two stages in one launch."""
     with pytest.MonkeyPatch.context() as patch:
         calls = []
-        for name, function in (("read", loop.read), ("prefetch", loop.prefetch)):
-            patch.setattr(loop, name, lambda *args, _=(name, function): calls.append((_[0], *args)) or _[1](*args))
+        for module, name in (launch, "read"), (loop, "prefetch"):
+            original = name, vars(module)[name]
+            patch.setattr(module, name, lambda *args, _=original: calls.append((_[0], *args)) or _[1](*args))
         c = replace(staged, stages=STAGES[:2], profile="6:7")
         assert train(c) == 0
     # The dataset is read once, not once per stage, and each stage starts with its first rows.

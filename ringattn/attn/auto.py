@@ -40,6 +40,18 @@ class Choice(NamedTuple):
     reasons: tuple[str, ...]
 
 
+class Call(NamedTuple):
+    """Sizes of one device's query, key and value."""
+
+    queries: int
+    keys: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    batch: int = 1
+    dtype: str = "bfloat16"
+
+
 def choose_strategy(
     shards: int | tuple[int, int],
     *,
@@ -76,8 +88,7 @@ def choose_strategy(
     for name, tokens in {"queries": queries, "keys": keys}.items():
         shards_name = "outer * inner" if is_pair else "shards"
         check_length(tokens * devices, layout or "contiguous", devices, f"total {name}", shards_name)
-    hops = outer - 1 if layout is None else len(needed_distances(mask, layout, devices, queries, keys, inner))
-    sends = (hops + 1) * inner - 1
+    _, sends = _hops_and_sends(shards, queries, keys, mask, layout)
     if not sends:
         return Choice("ring", ("every device holds all keys that its queries see: nothing is sent",))
     chip = CHIPS.get(device_kind)
@@ -91,12 +102,8 @@ def choose_strategy(
     law += f"a hop needs {min_queries:,.0f} local queries to hide its send"
     if queries >= min_queries:
         return Choice("ring", (law, f"{queries:,} local queries: communication is fully hidden"))
-    is_torus = platform(device_kind) == "tpu"
-    hop = 2 * batch * keys * kv_heads * head_dim * width / chip.link_bandwidth
-    exposed = {
-        "ring": sends * hop * (1 - queries / min_queries),
-        "gather": (devices - 1) * hop / (2 if is_torus else 1),
-    }
+    call = Call(queries, keys, heads, kv_heads, head_dim, batch, jnp.dtype(dtype).name)
+    exposed = exposed_seconds(chip, shards, call, mask, layout, is_torus=platform(device_kind) == "tpu")
     reasons = [
         law,
         f"{queries:,} local queries: a ring exposes {1 - queries / min_queries:.0%} of each of {sends} sends",
@@ -107,17 +114,48 @@ def choose_strategy(
         taken = f"{gathered / 2**30:.1f} GiB of {chip.memory / 2**30:.0f}"
         reasons += [f"gathered K/V and their gradients take too much memory, {taken}"]
     name, split = ("usp" if is_pair else "ulysses"), f"{kv_heads} K/V heads over {exchanging} devices"
-    if kv_heads % exchanging:
-        reasons += [f"{name} cannot split {split}"]
-    else:
-        # Query, key, value and output. On a ring of p links used in both directions, a byte crosses p / 4 of them.
-        moved = hop * (1 + queries * heads / (keys * kv_heads))
-        moved *= max(exchanging / 8, 1 / 2) if is_torus else 1 - 1 / exchanging
-        exposed[name] = moved + (hops * hop * max(1 - queries * inner / min_queries, 0) if is_pair else 0)
-        reasons += [f"{name} can split {split}"]
+    reasons += [f"{name} {'can' if name in exposed else 'cannot'} split {split}"]
     best = min(exposed, key=lambda name: exposed[name])
     compared = ", ".join(f"{name} {seconds * 1e6:,.0f}" for name, seconds in exposed.items())
     return Choice(best, (*reasons, f"exposed microseconds per forward pass: {compared}"))
+
+
+def exposed_seconds(
+    chip: Chip, shards: int | tuple[int, int], call: Call, mask: Mask, layout: str | None, *, is_torus: bool
+) -> dict[str, float]:
+    """Returns the exposed communication of a forward pass in seconds, by strategy.
+
+    These are "ring", "gather" and, if it can split the heads, "ulysses" ("usp" for a pair of axes). `shards`, `mask`
+    and `layout` are those of `choose_strategy`; `is_torus` is True for the links of TPUs.
+    """
+    is_pair = isinstance(shards, tuple)
+    outer, inner = shards if is_pair else (shards, 1)
+    devices, exchanging = outer * inner, inner if is_pair else outer
+    hops, sends = _hops_and_sends(shards, call.queries, call.keys, mask, layout)
+    balanced = mask.causal and layout != "contiguous"
+    min_queries = min_local_queries(chip, call.heads, call.kv_heads, call.dtype, balanced)
+    hop = 2 * call.batch * call.keys * call.kv_heads * call.head_dim * jnp.dtype(call.dtype).itemsize
+    hop /= chip.link_bandwidth
+    exposed = {
+        "ring": sends * hop * max(1 - call.queries / min_queries, 0),
+        "gather": (devices - 1) * hop / (2 if is_torus else 1),
+    }
+    if call.kv_heads % exchanging == 0:
+        # Query, key, value and output. On a ring of p links used in both directions, a byte crosses p / 4 of them.
+        moved = hop * (1 + call.queries * call.heads / (call.keys * call.kv_heads))
+        moved *= max(exchanging / 8, 1 / 2) if is_torus else 1 - 1 / exchanging
+        ring = hops * hop * max(1 - call.queries * inner / min_queries, 0) if is_pair else 0
+        exposed["usp" if is_pair else "ulysses"] = moved + ring
+    return exposed
+
+
+def _hops_and_sends(
+    shards: int | tuple[int, int], queries: int, keys: int, mask: Mask, layout: str | None
+) -> tuple[int, int]:
+    """Returns the hops of the outer ring, and all sends of a ring, nested if `shards` is a pair."""
+    outer, inner = shards if isinstance(shards, tuple) else (shards, 1)
+    hops = outer - 1 if layout is None else len(needed_distances(mask, layout, outer * inner, queries, keys, inner))
+    return hops, (hops + 1) * inner - 1
 
 
 def min_local_queries(

@@ -9,8 +9,8 @@ FamilyName = Literal["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3"]
 LayerKind = Literal["window", "full"]
 RopeScaling = Literal["none", "linear", "ntk", "yarn", "llama3"]
 Dtype = Literal["float32", "bfloat16"]
-Remat = Literal["off", "on", "offload", "offload_inputs", "offload_groups"]
-"""Values of `model.remat`, in order of their cost in time."""
+Remat = Literal["off", "on", "offload", "offload_inputs", "offload_groups", "auto"]
+"""Values of `model.remat`, in order of their cost in time; auto: the first with which a step fits."""
 Resume = Literal["never", "auto", "must"]
 Scoring = Literal["logits", "generation"]
 

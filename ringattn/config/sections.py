@@ -77,12 +77,15 @@ class Mesh:
     """Size of the context axis. Each row is sharded over context_outer * context devices. -1: the remaining devices."""
     tensor: int = 1
     """Number of devices over which heads, feed-forward and vocabulary are sharded; -1: the remaining devices."""
+    auto: bool = False
+    """Choose the sizes of all four axes by estimated step time and by memory. Leave the axes out. In evaluation and
+    generation: all devices on axis context."""
     simulate: int = 0
     """Number of simulated CPU devices. 0: use the real devices."""
 
     def __post_init__(self) -> None:
         check_types(self)
-        sizes = {name: size for name, size in vars(self).items() if name != "simulate"}
+        sizes = {name: size for name, size in vars(self).items() if name not in ("auto", "simulate")}
         for name, size in sizes.items():
             require(size >= 1 or size == -1, self, name, "at least 1, or -1 for the remaining devices")
         inferred = [option(f"mesh.{name}") for name, size in sizes.items() if size == -1]
@@ -90,6 +93,12 @@ class Mesh:
             values = " and ".join(f"{name}=-1" for name in inferred)
             raise ValueError(f"{values}: only one axis can take the remaining devices; use --{inferred[0]} 1")
         at_least(0, self, "simulate")
+        defaults = {"data": 1, "context_outer": 1, "context": -1, "tensor": 1}
+        given = [name for name, size in sizes.items() if self.auto and size != defaults[name]]
+        if given:
+            values = " and ".join(f"{option(f'mesh.{name}')}={sizes[name]}" for name in given)
+            fix = " ".join(f"--{option(f'mesh.{name}')} {defaults[name]}" for name in given)
+            raise ValueError(f"{values} must be left out with mesh.auto=True; use {fix}, or --mesh.auto False")
 
 
 @section("attention.")
@@ -98,7 +107,7 @@ class Attention:
     """Order of a row's tokens across devices. zigzag and striped balance causal attention."""
     strategy: Strategy = "ring"
     """Communication strategy. ring: K/V rotate; gather: K/V are all-gathered; ulysses: all-to-all between sequence and
-    heads; usp: ulysses over mesh.context, ring over mesh.context_outer; auto: least exposed communication."""
+    heads; usp: ulysses over mesh.context, ring over mesh.context_outer; auto: the fastest by estimate."""
     kernel: KernelName = "auto"
     """Attention kernel. auto: the fastest for the device; xla: any device; pallas: TPU; cudnn: GPU."""
 

@@ -140,7 +140,7 @@ def _run(origin: Origin, c: config.Evaluation) -> Subject:
     directory, stage = origin.source.directory, origin.source.stage()[0]
     attention = replace(stage.attention, layout=c.layout, strategy=c.strategy, kernel="auto")
     name = directory.resolve().name + f"@{origin.source.step}" * origin.source.is_explicit
-    return Subject(name, directory, origin, replace(stage, mesh=c.mesh, attention=attention))
+    return Subject(name, directory, origin, replace(stage, mesh=c.mesh, attention=attention, model=_model(stage.model)))
 
 
 def _weights(c: config.Evaluation) -> Subject:
@@ -150,12 +150,17 @@ def _weights(c: config.Evaluation) -> Subject:
     origin.check(c.model)
     if isinstance(origin.source, SavedCheckpoint):
         run = _run(origin, c)
-        return replace(run, stage=replace(run.stage, model=replace(c.model, weights=None)))
+        return replace(run, stage=replace(run.stage, model=_model(replace(c.model, weights=None))))
     if origin.tokenizer_name is None:
         raise ValueError(origin.no_tokenizer)
     path = origin.path.resolve()
     name = path.stem if path.is_file() else path.name
     data = config.Data(tokenizer=origin.tokenizer_name)
     attention = config.Attention(layout=c.layout, strategy=c.strategy)
-    stage = config.Config(name=name, model=c.model, data=data, mesh=c.mesh, attention=attention)
+    stage = config.Config(name=name, model=_model(c.model), data=data, mesh=c.mesh, attention=attention)
     return Subject(name, Path("runs") / name, origin, stage)
+
+
+def _model(c: config.Model) -> config.Model:
+    """Returns `c` for a forward pass alone, which needs no choice of `remat`: 'on' computes it in chunks."""
+    return replace(c, remat="on") if c.remat == "auto" else c

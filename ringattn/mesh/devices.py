@@ -17,9 +17,9 @@ from ringattn.mesh.axes import (
     CONTEXT,
     CONTEXT_OUTER,
     DATA,
+    SEQUENCE,
     TENSOR,
     VOCABULARY_MULTIPLE,
-    context_shards,
     describe_sizes,
 )
 from ringattn.mesh.gpu_flags import add_gpu_flags
@@ -122,12 +122,17 @@ def _nearest(fixed: Mapping[str, int], devices: int) -> str:
 
 def check_divisible(run: config.Config, mesh: jax.sharding.Mesh) -> None:
     """Raises ValueError, with valid sizes, unless batch, sequence and parameters of `run` divide over `mesh`."""
-    data, context, tensor = mesh.shape[DATA], mesh.shape[CONTEXT], mesh.shape[TENSOR]
+    check_sizes(run, mesh.shape)
+
+
+def check_sizes(run: config.Config, sizes: Mapping[str, int]) -> None:
+    """Raises ValueError as `check_divisible`, for a mesh with axes of `sizes`."""
+    data, context, tensor = sizes[DATA], sizes[CONTEXT], sizes[TENSOR]
     data_name, context_name = option("mesh.data"), option("mesh.context")
     sequence_name = context_name
-    if mesh.shape[CONTEXT_OUTER] > 1:
+    if sizes[CONTEXT_OUTER] > 1:
         sequence_name = f"{option('mesh.context_outer')} * {context_name}"
-    sequence = (sequence_name, context_shards(mesh))
+    sequence = (sequence_name, math.prod(sizes[name] for name in SEQUENCE))
     check_length(run.data.seq_len, run.attention.layout, sequence[1], option("data.seq_len"), sequence_name)
     microbatches = (f"{data_name} * train.accumulate", data * run.train.accumulate)
     _check_multiple(option("train.batch_size"), run.train.batch_size, *microbatches)

@@ -21,8 +21,11 @@ MakeModel = Callable[[], Transformer]
 def model_factory(c: config.Config, vocabulary: int) -> MakeModel:
     """Returns a function that creates the model of `c`, initialized from train.seed. Call it under a mesh.
 
-    Raises ValueError if `model.vocabulary` is smaller than `vocabulary`, the tokenizer's vocabulary size.
+    Raises ValueError if `model.vocabulary` is smaller than `vocabulary`, the tokenizer's vocabulary size, or if
+    `model.remat` is not chosen yet.
     """
+    if c.model.remat == "auto":
+        raise ValueError("model.remat='auto' must be chosen before the model is built; use ringattn.planning.choose")
     model_vocabulary = vocabulary if c.model.vocabulary is None else c.model.vocabulary
     if model_vocabulary < vocabulary:
         rule = f"model.vocabulary={model_vocabulary} must be at least {vocabulary}, the tokenizer's vocabulary size"

@@ -4,7 +4,8 @@ transfers and time.
 .. include:: README.md
 """
 
-from ringattn.planning.compile import Plan, compile_plan, plan, prepare
+from ringattn.planning.choice import choose, plan
+from ringattn.planning.compile import Plan, compile_plan, prepare
 from ringattn.planning.decoding import DecodePlan, plan_decode
 from ringattn.planning.reach import max_context
 from ringattn.planning.report import report, write_report
@@ -12,6 +13,7 @@ from ringattn.planning.report import report, write_report
 __all__ = [
     "DecodePlan",
     "Plan",
+    "choose",
     "compile_plan",
     "max_context",
     "plan",

@@ -6,6 +6,8 @@ from typing import Literal
 
 from ringattn import config
 from ringattn.planning.cache import Cache, user_directory
+from ringattn.planning.candidates import Open
+from ringattn.planning.choice import plan_open
 from ringattn.planning.compile import Plan, Target, prepare
 from ringattn.planning.decoding import DecodePlan, plan_decode
 from ringattn.planning.reach import max_context
@@ -35,6 +37,8 @@ class Options(config.Options):
     """If the step does not fit, also compile each change that reduces its memory. Default: False."""
     cache: bool | None = None
     """Read steps that were compiled before from the user's cache directory. Not for cpu:N. Default: True."""
+    ranking: bool | None = None
+    """Also rank strategies, layouts, meshes and rematerializations, and compile the best four. Default: False."""
 
 
 def run(c: config.Config, options: Options) -> Plan | DecodePlan:
@@ -53,7 +57,7 @@ def run(c: config.Config, options: Options) -> Plan | DecodePlan:
         plan = plan_decode(c, topology, display.waiting("compiling the step"))
         _write_json(options.json, asdict(plan))
         return plan
-    target = prepare(c, topology)
+    target = None if any(Open.of(c)) else prepare(c, topology)
     directory = c.run_directory / "plan"
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -61,8 +65,12 @@ def run(c: config.Config, options: Options) -> Plan | DecodePlan:
     except OSError as error:
         raise cannot_write(directory, error.strerror or str(error)) from None
     cache = Cache(None if options.cache is False else user_directory())
-    with display.waiting("compiling the step"):
-        plan = cache.plan(c, target)
+    if target is None or options.ranking:
+        c, plan = plan_open(c, topology, cache.plan, display.print, everything=bool(options.ranking))
+        target = prepare(c, topology)
+    else:
+        with display.waiting("compiling the step"):
+            plan = cache.plan(c, target)
     plan = _with_searches(plan, c, target, options, display, cache)
     with writing(directory):
         write_report(plan, directory)
@@ -72,9 +80,9 @@ def run(c: config.Config, options: Options) -> Plan | DecodePlan:
 
 
 def _check_decode(options: Options) -> None:
-    for name, value in (("max-context", options.max_context), ("sweep", options.sweep), ("changes", options.changes)):
-        if value:
-            raise ValueError(f"--{name} {value} plans train steps; leave out --decode True")
+    for name in ("max_context", "sweep", "changes", "ranking"):
+        if value := vars(options)[name]:
+            raise ValueError(f"--{name.replace('_', '-')} {value} plans train steps; leave out --decode True")
 
 
 def _with_searches(

@@ -2,8 +2,7 @@
 
 import math
 import time
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -33,6 +32,7 @@ from ringattn.planning.memory import (
     reason_against,
     refused_bytes,
 )
+from ringattn.planning.rank import Ranked
 from ringattn.planning.schedule import Collective
 from ringattn.planning.timing import StepTime, analyse, compiling_step_kernels
 from ringattn.training.optimizer import learning_rate, optimizer
@@ -74,6 +74,10 @@ class Plan:
     """In order of devices."""
     cached: str | None = None
     """The date when the step was compiled, if the plan is from the cache."""
+    ranking: list[Ranked] = field(default_factory=list)
+    """Candidates of strategy, layout, mesh and rematerialization; empty unless requested or left open by the config."""
+    reasons: list[str] = field(default_factory=list)
+    """Sentences that say which candidate is chosen, and why."""
 
     @property
     def need(self) -> Need:
@@ -85,20 +89,6 @@ class Plan:
         if self.time is not None:
             seconds, utilisation = self.time.seconds, self.time.utilisation
         return asdict(self) | {"step_seconds": seconds, "utilisation": utilisation}
-
-
-def plan(c: config.Config, topology: str, compiling: AbstractContextManager[Any] | None = None) -> Plan:
-    """Compiles one update of `c` for a topology such as 'v5e:8x8', 'h100:2x8' or 'cpu:8'; allocates nothing on it.
-
-    After all checks, it compiles inside the context `compiling`, such as a display.
-
-    Raises ValueError if the topology does not exist, if its compiler (the extras `tpu` and `gpu-compiler`) is not
-    installed, if `c` does not fit its mesh, if the step needs more than `COMPILED` times the memory of a device, or if
-    `c` has several stages; `c.stage(2)` is the config of one stage.
-    """
-    target = prepare(c, topology)
-    with compiling or nullcontext():
-        return compile_plan(c, target)
 
 
 class Target(NamedTuple):
@@ -116,8 +106,7 @@ class Target(NamedTuple):
 
 def prepare(c: config.Config, topology: str) -> Target:
     """Returns the mesh of a topology, after all checks of `plan`. Raises ValueError as `plan`."""
-    if len(c.stages) > 1:
-        raise ValueError(f"{c.name} has {len(c.stages)} stages, but a plan covers one; choose one, such as --stage 2")
+    check_stages(c)
     devices = devices_of(topology)
     # The devices are given, as simulated ones are: `resolve` must not propose to simulate others.
     mesh = arrange_devices(resolve(replace(c.mesh, simulate=len(devices)), len(devices)), devices)
@@ -126,6 +115,12 @@ def prepare(c: config.Config, topology: str) -> Target:
     check_minimum(c, mesh, target.limit, factor=COMPILED)
     required_vocabulary(c.model)
     return target
+
+
+def check_stages(c: config.Config) -> None:
+    """Raises ValueError if `c` has several stages."""
+    if len(c.stages) > 1:
+        raise ValueError(f"{c.name} has {len(c.stages)} stages, but a plan covers one; choose one, such as --stage 2")
 
 
 class Compiled(NamedTuple):

@@ -11,6 +11,8 @@ from ringattn.planning.compile import Plan
 from ringattn.planning.decoding import DecodePlan, report_decode
 from ringattn.planning.longest import MaxContext, Reach
 from ringattn.planning.pictures import length_picture, memory_picture, reach_picture, ring_picture
+from ringattn.planning.ranking_table import HEADER as RANKED
+from ringattn.planning.ranking_table import ranked_cells, ranking_lines
 from ringattn.planning.schedule import Collective
 from ringattn.planning.timing import StepTime
 from ringattn.runs.files import write_figure, write_json, write_text
@@ -72,6 +74,7 @@ def report(plan: Plan | DecodePlan) -> Iterator[str]:
         yield from (f"  {name:<28}{value:>12}" for name, value in time_lines(plan.time))
     elif plan.fits:
         yield f"time per step: unknown, because the speed of {plan.device_kind} is unknown"
+    yield from ranking_lines(plan.ranking, plan.reasons)
     if plan.sweep is not None:
         yield "longest rows by devices:"
         yield from aligned([REACH_HEADER, *reach_rows(plan.sweep)])
@@ -184,6 +187,11 @@ def _markdown(plan: Plan, has_ring: bool) -> Iterator[str]:
         yield from _table(HEADER, (row.cells for row in rows(plan.collectives)))
     if has_ring:
         yield "\n![a hop of the ring, forward and backward](plots/ring.png)"
+    if plan.ranking:
+        yield "\n## Ranking\n"
+        yield from (f"- {line}" for line in plan.reasons)
+        yield ""
+        yield from _table(RANKED, map(ranked_cells, plan.ranking))
     yield from _longest(plan)
     yield f"\nThe step was {compiled(plan)}."
 

@@ -3,7 +3,8 @@
 .. include:: README.md
 """
 
+from ringattn.training.launch import Choose, Chosen
 from ringattn.training.loop import train
 from ringattn.training.step import TrainState
 
-__all__ = ["TrainState", "train"]
+__all__ = ["Choose", "Chosen", "TrainState", "train"]

@@ -10,11 +10,10 @@ import jax
 
 from ringattn import config, weights
 from ringattn.cost.flops import peak_flops, step_flops
-from ringattn.cost.minimum import check_free_memory
 from ringattn.cost.step_statistics import describe_statistics
-from ringattn.data import Splits, VideoTokenizer, prefetch, read
+from ringattn.data import VideoTokenizer, prefetch
 from ringattn.mesh.axes import abstract, context_shards
-from ringattn.mesh.devices import build_mesh, check_divisible, start
+from ringattn.mesh.devices import start
 from ringattn.mesh.processes import check_same
 from ringattn.runs.checkpoint import Checkpoints, saved_steps
 from ringattn.runs.directory import check_data, check_resumable, write_description
@@ -25,15 +24,19 @@ from ringattn.runs.shared import check_shared, claimed, newest_step
 from ringattn.runs.signals import Stop, stopped_by_signal
 from ringattn.runs.writers import Writers
 from ringattn.training.frames import plot_frames
+from ringattn.training.launch import Choose, Launch, as_given, checked_mesh, prepare_launch
 from ringattn.training.plots import plot_loss
 from ringattn.training.profile import Profile
 from ringattn.training.recorder import DIVERGENCE_FACTOR, LogConfig, Recorder
-from ringattn.training.stage import Run, compile_step, describe, prepare_stage, rebatch, tokens_per_step
+from ringattn.training.stage import Run, compile_step, describe, prepare_stage, tokens_per_step
 from ringattn.training.step import TrainState, TrainStep, skip
 
 
-def train(c: config.Config) -> int:
+def train(c: config.Config, choose: Choose = as_given) -> int:
     """Trains all stages, resuming from the newest checkpoint, and writes everything to the run directory.
+
+    `choose` chooses the values that a stage leaves open (mesh.auto, attention.strategy and model.remat): see
+    `planning.choose`. config.json keeps the config as given, so that a resumed run chooses again.
 
     Returns the exit status of the process: 0, or 128 + signal number if a signal stopped the run.
 
@@ -45,24 +48,23 @@ def train(c: config.Config) -> int:
     with claimed([directory], c.mesh, "use another --name", "use another --log.directory"):
         check_same("config", repr(c))
         check_shared(directory)
-        return _train_claimed(c, directory)
+        return _train_claimed(c, directory, choose)
 
 
-def _train_claimed(c: config.Config, directory: Path) -> int:
+def _train_claimed(c: config.Config, directory: Path, choose: Choose) -> int:
     """Trains the run in `directory`, which no other launch uses. Returns the exit status of the process."""
     launch_step = newest_step(directory)
     check_resumable(c, directory)
     current = _current_stage(c, directory)
     with config.stage_errors(c.stages, current):
         start(c.stage(current).mesh)
-    origin = _origin(c)
-    splits = _checked_data(c, current, origin)
+    launch = prepare_launch(c, current, choose)
     status = None
     while status is None:
         # Each stage starts from the newest checkpoint, like a resumed run.
         current = _current_stage(c, directory)
         with config.stage_errors(c.stages, current):
-            status = _train_stage(c, current, splits, directory, launch_step, origin)
+            status = _train_stage(c, current, launch, directory, launch_step)
     return status
 
 
@@ -71,51 +73,16 @@ def _current_stage(c: config.Config, directory: Path) -> int:
     return c.stage_after(newest_step(directory))
 
 
-def _origin(c: config.Config) -> weights.Origin | None:
-    """Returns the checkpoint that the run starts from; None if there is none, or if the run has its own checkpoints."""
-    if c.model.weights is None or saved_steps(c.run_directory / "checkpoints"):
-        return None
-    origin = weights.find_origin(c.model.weights)
-    origin.check(c.model)
-    if jax.process_count() > 1:
-        check_same("model.weights", origin.digest())
-    return origin
-
-
-def _checked_data(c: config.Config, current: int, origin: weights.Origin | None) -> Splits:
-    """Reads the dataset once. Raises ValueError if a stage >= `current` does not fit the dataset or the devices."""
-    splits, tokenizer_directory = None, c.run_directory if saved_steps(c.run_directory / "checkpoints") else None
-    for number in range(current, len(c.stages) + 1):
-        with config.stage_errors(c.stages, number):
-            stage = c.stage(number)
-            check_free_memory(stage, _checked_mesh(stage))
-            if splits is None:
-                splits = read(stage.data, tokenizer_directory, None if origin is None else origin.tokenizer(stage.data))
-                display = Display(None)
-                for line in splits.notes:
-                    display.print(line)
-            rebatch(splits, stage, number)
-    assert splits is not None
-    return splits
-
-
-def _checked_mesh(stage: config.Config) -> jax.sharding.Mesh:
-    mesh = build_mesh(stage.mesh)
-    check_divisible(stage, mesh)
-    return mesh
-
-
-def _train_stage(
-    c: config.Config, number: int, splits: Splits, directory: Path, launch_step: int, origin: weights.Origin | None
-) -> int | None:
+def _train_stage(c: config.Config, number: int, launch: Launch, directory: Path, launch_step: int) -> int | None:
     """Trains stage `number`. Returns the exit status of the process, or None if another stage follows.
 
     `launch_step` is the step at which this launch, with all its stages, started.
     """
-    mesh = _checked_mesh(c.stage(number))
+    chosen, origin = launch.stage(number), launch.origin
+    mesh = checked_mesh(chosen.config)
     steps = c.steps_before(len(c.stages) + 1)
     with jax.set_mesh(mesh):
-        run = prepare_stage(c, mesh, number, splits)
+        run = prepare_stage(c, mesh, number, launch.splits, chosen.config)
         check_same("data", repr(run.fingerprints()))
         state, damage = _initial_or_restored(run, directory, origin)
         done = int(state.step)
@@ -124,7 +91,7 @@ def _train_stage(
             for line in damage:
                 display.print(line)
             return None
-        for line in [*_describe_stage(run), *describe(run, state), *damage]:
+        for line in [*_describe_stage(run), *describe(run, state), *chosen.reasons, *damage]:
             display.print(line)
         if done >= run.end_step:
             if not (directory / "plots" / "loss.png").is_file():  # an error in `finish`, such as a full disk

@@ -115,13 +115,17 @@ def _validation_batches(held_out: Loader, c: config.Config) -> int:
 
 
 def prepare_stage(
-    full_config: config.Config, mesh: jax.sharding.Mesh, stage_number: int = 1, splits: Splits | None = None
+    full_config: config.Config,
+    mesh: jax.sharding.Mesh,
+    stage_number: int = 1,
+    splits: Splits | None = None,
+    stage: config.Config | None = None,
 ) -> Run:
     """Prepares a stage, without allocating device memory. Call it under `jax.set_mesh(mesh)`.
 
-    Reads the dataset if `splits` is None.
+    Reads the dataset if `splits` is None. `stage` is the config of the stage, if `full_config` leaves values open.
     """
-    c, start_step = full_config.stage(stage_number), full_config.steps_before(stage_number)
+    c, start_step = stage or full_config.stage(stage_number), full_config.steps_before(stage_number)
     check_packages(c.log)
     splits = splits or read(c.data)
     training, held_out = rebatch(splits, c, stage_number)
