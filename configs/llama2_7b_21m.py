@@ -21,7 +21,7 @@ config = replace(
         rope_scaling="yarn",
         rope_original=4096,
         rope_factor=5120.0,
-        remat="offload",
+        remat="offload_inputs",
         head_groups=4,
     ),
     data=replace(llama3.data, seq_len=20_971_520),

@@ -21,8 +21,9 @@ from ringattn.cost.memory import program_memory
 from ringattn.cost.minimum import minimum_memory
 from ringattn.mesh.devices import ring_mesh
 from ringattn.planning import command as command_module
+from ringattn.planning import compile as compile_module
 from ringattn.planning import memory as memory_module
-from ringattn.planning.compile import Target, abstract_step, compile_plan
+from ringattn.planning.compile import Compiled, Target, abstract_step, compile_plan
 from ringattn.planning.devices import devices_of
 from ringattn.planning.schedule import Collective
 from ringattn.planning.timing import StepTime
@@ -303,3 +304,14 @@ def test_pictures_and_tables_of_a_ring(tmp_path):
     planning.write_report(plan, tmp_path)
     assert imread(tmp_path / "plots/ring.png").shape[2] == 4
     assert "![a hop of the ring, forward and backward](plots/ring.png)" in (tmp_path / "report.md").read_text()
+
+
+def test_the_report_of_a_step_that_the_compiler_refuses(tmp_path, monkeypatch):
+    refused = Compiled(None, "5 GiB exceed 4 GiB", 5 * 2**30)
+    step = compile_module.compile_step
+    monkeypatch.setattr(compile_module, "compile_step", lambda c, target: (refused, *step(c, target)[1:]))
+    plan = planning.plan(SMALL, "cpu:8")
+    assert (plan.fits, plan.device_bytes.peak, plan.device_bytes.temporaries) == (False, 5 * 2**30, None)
+    planning.write_report(plan, tmp_path)
+    assert "it does not fit: 5 GiB exceed 4 GiB" in (tmp_path / "report.md").read_text()
+    assert (tmp_path / "plots/memory.png").is_file()

@@ -24,7 +24,7 @@ from ringattn.planning import choice as choice_module
 from ringattn.planning import compile as compile_module
 from ringattn.planning.candidates import RUNGS, Candidate, Open, candidates
 from ringattn.planning.choice import choose, chosen_config
-from ringattn.planning.command import Request, run
+from ringattn.planning.command import Options, run
 from ringattn.planning.compile import Target, compile_step
 from ringattn.planning.estimate import RECOMPUTED, Machine, estimate, least_bytes, visible_pairs
 from ringattn.planning.rank import Limits, Outcome, Ranking, rank
@@ -315,7 +315,7 @@ def test_a_run_chooses_what_the_plan_said(tight):
 def test_the_script_writes_the_ranking(tight, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(choice_module, "TO_COMPILE", 1)
     c = with_values(tight, {"model.vocabulary": 257})
-    plan = run(c, Request("cpu:8", json=str(tmp_path / "plan.json"), ranking=True))
+    plan = run(c, Options(topology="cpu:8", json=str(tmp_path / "plan.json"), ranking=True))
     assert capsys.readouterr().out.count("compiling") == 2, "the steps with remat off and on, once each"
     found = json.loads((tmp_path / "plan.json").read_text())
     keys = {"mesh", "strategy", "layout", "remat", "estimated_seconds", "step_seconds", "peak", "fits", "reason"}
@@ -330,7 +330,7 @@ def test_the_script_writes_the_ranking(tight, tmp_path, monkeypatch, capsys):
     assert len([line for line in lines if line.startswith("  *  ")]) == 1
     assert all(f"  {reason}" in lines for reason in plan.reasons)
     with pytest.raises(ValueError, match="--ranking True plans train steps; leave out --decode True"):
-        run(c, Request("cpu:8", decode=True, ranking=True))
+        run(c, Options(topology="cpu:8", decode=True, ranking=True))
 
 
 @pytest.mark.slow

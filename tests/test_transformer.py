@@ -195,7 +195,7 @@ def shapes(mesh, section=SMALL, batch=(ROWS, LENGTH)):
     return jax.eval_shape(partial(make_params, section)), [ids] * 3
 
 
-MEMORY = [*((remat, 1) for remat in get_args(Remat)), ("off", 2), ("on", 2), ("offload_groups", 2)]
+MEMORY = [*((remat, 1) for remat in get_args(Remat)), ("off", 2), ("on", 2), ("offload_inputs", 2)]
 """Values of remat and head_groups."""
 
 

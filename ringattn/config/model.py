@@ -78,6 +78,10 @@ class Model:
         require(self.heads % self.kv_heads == 0, self, "heads", multiple)
         divisor = f"a divisor of model.kv_heads={self.kv_heads}"
         require(self.kv_heads % self.head_groups == 0, self, "head_groups", divisor)
+        # The TPU compiler cannot slice an array in host memory by layer and by group.
+        rule = f"1, because model.remat={self.remat!r} keeps the output of attention in host memory; "
+        rule += f"use {option('model.remat')} on or offload_inputs"
+        require(self.head_groups == 1 or self.remat not in ("offload", "offload_groups"), self, "head_groups", rule)
         even = f"even, because RoPE rotates pairs of dimensions; use {nearest_multiples(self.head_dim, 2)}"
         require(self.head_dim % 2 == 0, self, "head_dim", even)
         self._check_window()

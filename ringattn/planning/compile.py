@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import P
 
 from ringattn import config
-from ringattn.cost.memory import program_memory
+from ringattn.cost.memory import ProgramMemory, program_memory
 from ringattn.cost.minimum import check_minimum, saved_bytes
 from ringattn.cost.program import Program
 from ringattn.data import Batch
@@ -145,13 +145,21 @@ def compile_step(c: config.Config, target: Target) -> tuple[Compiled, TrainState
             return Compiled(None, *refused_bytes(str(error))), state, batch
 
 
+def _memory(program: jax.stages.Compiled, target: Target) -> ProgramMemory:
+    """Returns the memory of a compiled program, at the peak at most the limit of the TPU compiler, which accepted it."""
+    memory = program_memory(program)
+    assert memory is not None
+    if target.device.platform == "tpu" and target.limit is not None:
+        memory = memory._replace(peak=min(memory.peak, target.limit - memory.program))
+    return memory
+
+
 def needed(c: config.Config, target: Target) -> Need:
     """Compiles the step and returns the memory that it needs, without the rest of a plan."""
     (program, refusal, refused), _, _ = compile_step(c, target)
     if program is None:
         return Need(refusal, refused, None)
-    memory = program_memory(program)
-    assert memory is not None
+    memory = _memory(program, target)
     parts = {"parameters": 0, "optimizer": 0, "batch": 0, "gradients": 0}  # only the peak is of interest
     device = device_bytes(memory, target.limit, parts, 0, None)
     against = reason_against(target.device, target.mesh.size, device, memory.host, host_limit(target.device))
@@ -166,7 +174,7 @@ def compile_plan(c: config.Config, target: Target) -> Plan:
     with compiling_step_kernels(c, topology, mesh) as kernels:
         (program, refusal, refused), state, batch = compile_step(c, target)
         if program is not None:
-            memory = program_memory(program)
+            memory = _memory(program, target)
             text = program.as_text() or ""
             times, collectives = analyse(text, c, mesh, kernels)
             saved = compiled_saved_bytes(Program(text), c, mesh.shape) if saved is None else saved

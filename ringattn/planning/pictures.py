@@ -17,7 +17,7 @@ def memory_picture(plan: Plan) -> Figure:
     figure = Figure(figsize=(8, 3), layout="constrained")
     axes = figure.subplots()
     left = 0.0
-    for colour, (name, size) in zip(COLOURS, plan.device_bytes.parts.items(), strict=True):
+    for colour, (name, size) in zip(COLOURS, plan.device_bytes.parts.items(), strict=False):
         axes.barh(0, size / GIB, left=left, color=colour, label=f"{name} {size / GIB:.2f}")
         left += size / GIB
     if plan.device_bytes.limit is not None:
