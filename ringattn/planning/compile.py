@@ -146,7 +146,7 @@ def compile_step(c: config.Config, target: Target) -> tuple[Compiled, TrainState
 
 
 def _memory(program: jax.stages.Compiled, target: Target) -> ProgramMemory:
-    """Returns the memory of a compiled program, at the peak at most the limit of the TPU compiler, which accepted it."""
+    """Returns the memory of a compiled program; the peak at most the limit of the TPU compiler, which accepted it."""
     memory = program_memory(program)
     assert memory is not None
     if target.device.platform == "tpu" and target.limit is not None:
