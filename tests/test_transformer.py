@@ -316,6 +316,25 @@ def test_the_program_does_not_grow_with_depth(make_mesh, section, layers):
         assert deep < 1.02 * shallow
 
 
+def test_long_rows_are_embedded_in_parts(make_mesh, monkeypatch):
+    def run(table, tokens):
+        embedded, pullback = jax.vjp(lambda table: parallel.embed.__wrapped__(tokens, table, "float32"), table)
+        return embedded, pullback(jnp.cos(embedded))[0]
+
+    with jax.set_mesh(mesh := make_mesh(data=2, context=2, tensor=2)):
+        tokens = place(np.arange(2 * 96, dtype=np.int32).reshape(2, 96) % 50, mesh, TOKENS)
+        table = place(np.random.default_rng(0).normal(size=(64, 8)).astype(np.float32), mesh, P(TENSOR, FSDP))
+        whole = jax.device_get(jax.jit(run)(table, tokens))
+        np.testing.assert_array_equal(whole[0], np.asarray(table)[np.asarray(tokens)])
+        for size, loops in ((4 * 16, True), (4 * 17, True), (4 * 48, False)):  # a device has 48 tokens
+            monkeypatch.setattr(parallel, "EMBEDDED", size)
+            program = jax.jit(partial(run)).lower(table, tokens)
+            assert ("stablehlo.while" in program.as_text()) == loops
+            parts = jax.device_get(program.compile()(table, tokens))
+            np.testing.assert_array_equal(parts[0], whole[0])
+            np.testing.assert_allclose(parts[1], whole[1], rtol=1e-6)
+
+
 def test_the_gradient_of_the_embedding_is_summed_in_float32(make_mesh):
     """A token that occurs 4,096 times: in bfloat16 its gradient would not grow beyond 256."""
     with jax.set_mesh(mesh := make_mesh(data=2, context=2, tensor=2)):

@@ -4,6 +4,7 @@ Parameters are float32. One dim is sharded over the FSDP axes; heads, feed-forwa
 tensor axis. Each layer all-gathers its parameters just before it uses them.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +24,10 @@ from ringattn.model.rope import rotate
 
 CHUNK = 1024
 """Number of tokens of each local sequence that `token_wise` computes at a time with `in_chunks`."""
+
+EMBEDDED = 2**20
+"""Number of tokens, of all devices together, that `embed` looks up at a time. A device's columns of the table are few,
+and TPUs pad them to 128: 256 bytes per token in bfloat16."""
 
 Params = Any
 """An nnx.State: the parameters of a model as a pytree."""
@@ -195,15 +200,23 @@ def embed(tokens: Int[Array, "B L"], table: Float[Array, "V E"], dtype: str) -> 
     """Looks up `tokens` in the sharded embedding `table`, in `dtype`; the gradient of the table is float32.
 
     Each device looks up the tokens of all devices in its shard of the table. An all-to-all then sends the embedding
-    columns to the devices that hold the tokens.
+    columns to the devices that hold the tokens. Long rows are looked up in parts of EMBEDDED tokens.
     """
 
     @partial(jax.shard_map, in_specs=(TOKENS, P(TENSOR, FSDP)), out_specs=ACTIVATIONS)
     def local(tokens, table):
-        all_tokens = lax.all_gather(tokens, FSDP)
-        rows = all_tokens - lax.axis_index(TENSOR) * table.shape[0]
-        columns = table.at[rows].get(mode="fill", fill_value=0, wrap_negative_indices=False).astype(dtype)
-        return lax.psum(lax.all_to_all(columns, FSDP, split_axis=0, concat_axis=3, tiled=True)[0], TENSOR)
+        def lookup(tokens):
+            all_tokens = lax.all_gather(tokens, FSDP)
+            rows = all_tokens - lax.axis_index(TENSOR) * table.shape[0]
+            columns = table.at[rows].get(mode="fill", fill_value=0, wrap_negative_indices=False).astype(dtype)
+            return lax.psum(lax.all_to_all(columns, FSDP, split_axis=0, concat_axis=3, tiled=True)[0], TENSOR)
+
+        length, most = tokens.shape[1], EMBEDDED // lax.axis_size(FSDP)
+        size = math.gcd(length, 2 ** max(most.bit_length() - 1, 0))
+        if length <= most or size < most // 16:  # too few tokens, or too many parts
+            return lookup(tokens)
+        parts = lax.map(lookup, rearrange(tokens, "b (parts part) -> parts b part", part=size))
+        return rearrange(parts, "parts b part e -> b (parts part) e")
 
     return local(tokens, table)
 
