@@ -63,6 +63,16 @@ def saved_bytes(c: config.Config, sizes: Mapping[str, int]) -> Saved:
     return Saved((size + rest) * lse, groups * layer_input + (size + rest) * both)
 
 
+def host_bytes(c: config.Config, sizes: Mapping[str, int]) -> int:
+    """Returns a lower bound of the host's memory per device: saved activations, and moments that stay on the host."""
+    return saved_bytes(c, sizes).host + host_moments(c, math.prod(sizes.values()))
+
+
+def host_moments(c: config.Config, devices: int) -> int:
+    """Returns the bytes of AdamW's moments per device that stay in the host's memory."""
+    return 2 * 4 * product_weights(c.model, c.model.vocabulary or 0) // devices if c.optimizer.offload else 0
+
+
 class MinimumMemory(NamedTuple):
     """Lower bounds in bytes per device. A compiled train step needs at least `total`."""
 

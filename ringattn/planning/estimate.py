@@ -28,7 +28,7 @@ from ringattn.attn.traffic import traffic
 from ringattn.config.stages import with_values
 from ringattn.cost.attention_kernels import DIRECTIONS
 from ringattn.cost.flops import attention_flops, product_weights
-from ringattn.cost.minimum import minimum_memory, saved_bytes
+from ringattn.cost.minimum import host_moments, minimum_memory, saved_bytes
 from ringattn.hardware import CHIPS, NETWORKS, Chip, platform
 from ringattn.mesh.axes import CONTEXT, CONTEXT_OUTER, DATA, SEQUENCE, TENSOR
 from ringattn.model.families import layer_kinds, layer_mask
@@ -115,7 +115,7 @@ def estimate(c: config.Config, sizes: Mapping[str, int], machine: Machine) -> Es
     tokens = c.train.batch_size * c.data.seq_len
     products = (6 * weights + 2 * repeated_products * layer_weights) * tokens / machine.devices
     compute += products / (PRODUCT_UTILISATION * machine.chip.flops)
-    copies = 2 * (_copied_bytes(c, sizes) * c.train.accumulate + _moments(c, machine.devices)) / HOST_BANDWIDTH
+    copies = 2 * (_copied_bytes(c, sizes) * c.train.accumulate + host_moments(c, machine.devices)) / HOST_BANDWIDTH
     return Estimate(
         compute=compute,
         attention=attention,
@@ -227,16 +227,6 @@ def _parameter_seconds(c: config.Config, sizes: Mapping[str, int], machine: Mach
     weights = product_weights(c.model, c.model.vocabulary or 0) / sizes[TENSOR]
     sent = weights * (gathers * jnp.dtype(c.model.dtype).itemsize + 4) * (members - 1) / members
     return c.train.accumulate * sent / (machine.bandwidth(machine.devices) * (1 + machine.is_torus))
-
-
-def host_bytes(c: config.Config, sizes: Mapping[str, int]) -> int:
-    """Returns a lower bound of the host's memory per device: saved activations, and offloaded moments."""
-    return saved_bytes(c, sizes).host + _moments(c, math.prod(sizes.values()))
-
-
-def _moments(c: config.Config, devices: int) -> int:
-    """Returns the bytes of AdamW's moments per device that stay in the host's memory."""
-    return 2 * 4 * product_weights(c.model, c.model.vocabulary or 0) // devices if c.optimizer.offload else 0
 
 
 def least_bytes(c: config.Config, sizes: Mapping[str, int]) -> int:

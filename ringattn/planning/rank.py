@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ringattn import config
+from ringattn.cost.minimum import host_bytes
 from ringattn.mesh.devices import check_sizes
 from ringattn.planning.candidates import RUNGS, STRATEGIES, Candidate, Open, candidates
-from ringattn.planning.estimate import NOMINAL, Estimate, Machine, estimate, host_bytes, least_bytes
+from ringattn.planning.estimate import NOMINAL, Estimate, Machine, estimate, least_bytes
 from ringattn.units import bytes_in_words
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ringattn import config
 from ringattn.config.stages import with_values
-from ringattn.cost.minimum import minimum_memory, saved_bytes
+from ringattn.cost.minimum import host_bytes, minimum_memory
 from ringattn.mesh.axes import context_shards
 from ringattn.planning.compile import Target, needed
 from ringattn.planning.longest import MaxContext, Need
@@ -147,5 +147,5 @@ def could_fit(c: config.Config, length: int, target: Target) -> bool:
     """Returns False if state and saved activations of rows of `length` alone exceed the memory of device or host."""
     longer = with_values(c, {"data.seq_len": length})
     host, limit = host_limit(target.device), target.limit
-    fits_host = host is None or saved_bytes(longer, target.mesh.shape).host <= host
+    fits_host = host is None or host_bytes(longer, target.mesh.shape) <= host
     return fits_host and (limit is None or minimum_memory(longer, target.mesh.shape).total <= limit)
