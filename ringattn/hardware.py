@@ -52,7 +52,7 @@ NETWORKS = {"NVIDIA H100 80GB HBM3": 50e9, "NVIDIA H200": 50e9, "NVIDIA B200": 5
 
 HOST_MEMORY = {
     "TPU v3": 340e9 / 8,  # v3-8
-    "TPU v4": 407e9 / 4,  # ct4p-hightpu-4t
+    "TPU v4": 407e9 / 8,  # ct4p-hightpu-4t; plans compile for half chips
     "TPU v5 lite": 192e9 / 4,  # ct5lp-hightpu-4t
     "TPU v5": 448e9 / 4,  # ct5p-hightpu-4t
     "TPU v6 lite": 720e9 / 4,  # ct6e-standard-4t

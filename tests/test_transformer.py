@@ -3,7 +3,7 @@
 import re
 from dataclasses import replace
 from functools import partial
-from typing import Any, get_args
+from typing import Any
 
 import chex
 import flax
@@ -16,11 +16,10 @@ from jax import P
 from wire import permuted
 
 from ringattn import attention, config
-from ringattn.config.choices import Remat
 from ringattn.mesh.axes import FSDP, SEQUENCE, TENSOR, TOKENS, abstract, place
 from ringattn.model import parallel
 from ringattn.model.loss import cross_entropy
-from ringattn.model.transformer import Transformer, count_parameters
+from ringattn.model.transformer import REMAT_POLICIES, Transformer, count_parameters
 
 VOCABULARY, PADDED = 257, 384
 ROWS, LENGTH = 4, 32
@@ -195,23 +194,28 @@ def shapes(mesh, section=SMALL, batch=(ROWS, LENGTH)):
     return jax.eval_shape(partial(make_params, section)), [ids] * 3
 
 
-MEMORY = [*((remat, 1) for remat in get_args(Remat)), ("off", 2), ("on", 2), ("offload_inputs", 2)]
+MEMORY = [*((remat, 1) for remat in REMAT_POLICIES), ("off", 2), ("on", 2), ("offload_inputs", 2)]
 """Values of remat and head_groups."""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("section", "dtype"),
-    [(SMALL, "float32"), (SMALL, "bfloat16"), (replace(SMALL, layers=8), "float32"), (PATTERN, "float32")],
+    ("section", "dtype", "policies"),
+    [
+        (SMALL, "float32", MEMORY[1:]),
+        (SMALL, "bfloat16", [("on", 1), ("offload", 1), ("offload_inputs", 2)]),
+        (replace(SMALL, layers=8), "float32", [("offload_groups", 1)]),
+        (PATTERN, "float32", [("offload_groups", 1)]),
+    ],
     ids=["float32", "bfloat16", "two-groups", "pattern"],
 )
-def test_rematerialization_changes_no_gradient(make_mesh, monkeypatch, section, dtype):
+def test_rematerialization_changes_no_gradient(make_mesh, monkeypatch, section, dtype, policies):
     monkeypatch.setattr(parallel, "CHUNK", 5)  # three chunks of a device's 16 tokens, and a remainder
     section = replace(section, kv_heads=4, dtype=dtype)  # two groups of heads on two devices
     results = {}
     with jax.set_mesh(mesh := make_mesh(data=2, context=2, tensor=2)):
         params, arrays = jax.jit(partial(make_params, section))(), place_tokens(mesh)
-        for remat, groups in MEMORY:
+        for remat, groups in [("off", 1), *policies]:
             loss = partial(mean_loss, replace(section, remat=remat, head_groups=groups))
             results[remat, groups] = jax.device_get(jax.jit(jax.value_and_grad(loss))(params, arrays))
     off = results["off", 1]
@@ -236,7 +240,7 @@ def test_a_layer_rotates_its_kv_twice(make_mesh, remat, groups):
     assert sent[unit] == 8 * groups * 2 * (3 * rotations(remat) + 3)
 
 
-@pytest.mark.parametrize("remat", get_args(Remat))
+@pytest.mark.parametrize("remat", REMAT_POLICIES)
 def test_a_window_layer_skips_hops_also_in_a_pattern(make_mesh, remat):
     with jax.set_mesh(mesh := make_mesh(context=4)):
         unit = (ROWS, SMALL.kv_heads, LENGTH // 4, SMALL.head_dim), "float32"
@@ -317,8 +321,10 @@ def test_the_program_does_not_grow_with_depth(make_mesh, section, layers):
 
 
 def test_long_rows_are_embedded_in_parts(make_mesh, monkeypatch):
+    embed: Any = parallel.embed
+
     def run(table, tokens):
-        embedded, pullback = jax.vjp(lambda table: parallel.embed.__wrapped__(tokens, table, "float32"), table)
+        embedded, pullback = jax.vjp(lambda table: embed(tokens, table, "float32"), table)
         return embedded, pullback(jnp.cos(embedded))[0]
 
     with jax.set_mesh(mesh := make_mesh(data=2, context=2, tensor=2)):
@@ -328,11 +334,13 @@ def test_long_rows_are_embedded_in_parts(make_mesh, monkeypatch):
         np.testing.assert_array_equal(whole[0], np.asarray(table)[np.asarray(tokens)])
         for size, loops in ((4 * 16, True), (4 * 17, True), (4 * 48, False)):  # a device has 48 tokens
             monkeypatch.setattr(parallel, "EMBEDDED", size)
+            embed.clear_cache()
             program = jax.jit(partial(run)).lower(table, tokens)
             assert ("stablehlo.while" in program.as_text()) == loops
             parts = jax.device_get(program.compile()(table, tokens))
             np.testing.assert_array_equal(parts[0], whole[0])
             np.testing.assert_allclose(parts[1], whole[1], rtol=1e-6)
+    embed.clear_cache()
 
 
 def test_the_gradient_of_the_embedding_is_summed_in_float32(make_mesh):

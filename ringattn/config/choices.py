@@ -10,7 +10,7 @@ LayerKind = Literal["window", "full"]
 RopeScaling = Literal["none", "linear", "ntk", "yarn", "llama3"]
 Dtype = Literal["float32", "bfloat16"]
 Remat = Literal["off", "on", "offload", "offload_inputs", "offload_groups", "auto"]
-"""Values of `model.remat`, in order of their cost in time; auto: the first with which a step fits."""
+"""Values of `model.remat`, in order of their cost in time; auto: the fastest by estimate that fits."""
 Resume = Literal["never", "auto", "must"]
 Scoring = Literal["logits", "generation"]
 

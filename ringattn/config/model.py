@@ -60,8 +60,8 @@ class Model:
     remat: Remat = "off"
     """Rematerialization. off: save all activations; on: save only each layer's input and attention output; offload:
     save these in host memory; offload_inputs: save only the inputs in host memory, and compute attention again;
-    offload_groups: only the input of every group of at most 4 layers, and compute all again; auto: the first of these
-    with which a train step fits."""
+    offload_groups: only the input of every group of at most 4 layers, and compute all again; auto: the fastest
+    of these, by estimate, with which a train step fits."""
     head_groups: int = 1
     """Number of groups of heads whose attention is computed one after another. More groups need less memory for
     queries, keys, values and their gradients. Must divide kv_heads."""

@@ -8,6 +8,9 @@ from ringattn.data import Batch
 from ringattn.hardware import CHIPS
 from ringattn.model.families import layer_kinds, layer_mask
 
+RECOMPUTED = {"off": (0, 0), "on": (1, 0), "offload": (1, 0), "offload_inputs": (1, 1), "offload_groups": (2, 1)}
+"""Forward passes computed again by each `model.remat`: of all but attention, and of attention."""
+
 
 def step_flops(c: config.Config, vocabulary: int, batch: Batch) -> int:
     """Returns the model FLOPs of one update with `batch` [B, L], forward and backward, over all devices.

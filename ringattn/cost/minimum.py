@@ -60,6 +60,8 @@ def saved_bytes(c: config.Config, sizes: Mapping[str, int]) -> Saved:
     pattern = len(layer_pattern(model)) if len(layer_kinds(model)) > 1 else 1
     size = group_size(model.layers, pattern)
     groups, rest = divmod(model.layers, size)
+    if pattern > 1 and groups < 2:  # no group, see `scan_layers`
+        return Saved(model.layers * lse, model.layers * both)
     return Saved((size + rest) * lse, groups * layer_input + (size + rest) * both)
 
 
@@ -81,8 +83,7 @@ class MinimumMemory(NamedTuple):
     gradient: int
     """Gradient of the matrix weights, float32; with the moments if these are on the device for the update only."""
     activations: int
-    """What the forward pass saves for the backward pass on the device: of each layer at least its input and the output
-    of attention."""
+    """Saved on the device for the backward pass: of each layer at least its input and the output of attention."""
     batch: int
     """Four arrays of int32 and one of float32."""
 

@@ -8,6 +8,7 @@ import jax
 from ringattn import config
 from ringattn.attn.auto import strategy_for
 from ringattn.attn.traffic import Traffic, traffic
+from ringattn.cost.flops import RECOMPUTED
 from ringattn.cost.memory import device_memory, program_memory
 from ringattn.mesh.axes import DATA, SEQUENCE, TENSOR, context_shards
 from ringattn.model.families import layer_kinds, layer_mask
@@ -29,7 +30,8 @@ def memory_statistics(compiled: jax.stages.Compiled) -> dict[str, int | None] | 
 def attention_statistics(c: config.Config, mesh: jax.sharding.Mesh) -> Statistics:
     """Returns the bytes that one device sends per step, and the strategy and hops of a layer of each of the `kinds`.
 
-    A rematerialized layer does not rotate K/V a third time, but repeats the all-to-all of ulysses and usp.
+    A layer that saves the output of attention does not rotate K/V a third time, but repeats the all-to-all of ulysses
+    and usp.
     """
     sizes, (outer, inner) = mesh.shape, (mesh.shape[name] for name in SEQUENCE)
     rows, tokens = c.train.batch_size // (sizes[DATA] * c.train.accumulate), c.data.seq_len // context_shards(mesh)
@@ -50,7 +52,8 @@ def attention_statistics(c: config.Config, mesh: jax.sharding.Mesh) -> Statistic
         exchanged = traffic("ulysses", inner if strategy == "usp" else outer * inner, query, key, mask, layout)
         calls = layers * c.train.accumulate
         forward += calls * sent.forward
-        backward += calls * (sent.backward + repeated * exchanged.forward)
+        again = sent.forward if RECOMPUTED[c.model.remat][1] else repeated * exchanged.forward
+        backward += calls * (sent.backward + again)
         kinds[kind] = {"layers": layers, "strategy": strategy, "hops": sent.hops, "max_hops": sent.max_hops}
     return {"kinds": kinds, "forward_bytes_sent": forward, "backward_bytes_sent": backward}
 

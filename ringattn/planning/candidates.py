@@ -6,16 +6,17 @@ from dataclasses import replace
 from typing import NamedTuple, get_args
 
 from ringattn import config
-from ringattn.config.choices import Layout, Remat
+from ringattn.config.choices import Layout
 from ringattn.config.stages import with_values
+from ringattn.cost.flops import RECOMPUTED
 from ringattn.mesh.axes import AXES, describe_sizes
 from ringattn.mesh.devices import resolve
-from ringattn.planning.estimate import RECOMPUTED, Machine
+from ringattn.planning.estimate import Machine
 
 MAX_TENSOR = 8
 """Largest tensor axis tried: its all-reduces must stay within a host of GPUs."""
 STRATEGIES = ("ring", "gather", "ulysses", "usp")
-RUNGS = tuple(rung for rung in RECOMPUTED if rung in get_args(Remat))
+RUNGS = tuple(RECOMPUTED)
 """The values of `model.remat`, from the one with the least recomputation and the most memory on the device."""
 
 
@@ -53,6 +54,11 @@ class Candidate(NamedTuple):
     def group(self) -> tuple[object, ...]:
         """All values but the rematerialization."""
         return self.sizes, self.strategy, self.layout
+
+    @property
+    def kind(self) -> tuple[str, str]:
+        """Name of the strategy, and rematerialization."""
+        return self.name, self.remat
 
     def apply(self, c: config.Config) -> config.Config:
         """Returns `c` with the values of the candidate."""

@@ -3,23 +3,20 @@
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from ringattn import config
-from ringattn.config.choices import Remat
 from ringattn.config.stages import with_values
-from ringattn.cost.minimum import minimum_memory, saved_bytes
+from ringattn.cost.minimum import host_bytes, minimum_memory, saved_bytes
 from ringattn.mesh.axes import CONTEXT, DATA, TENSOR
 from ringattn.mesh.devices import check_divisible
+from ringattn.planning.candidates import RUNGS
 from ringattn.planning.longest import Need
 from ringattn.planning.topologies import double
 from ringattn.units import bytes_in_words
-
-LADDER = [remat for remat in get_args(Remat) if remat != "auto"]
-"""Values of `model.remat` in order of their cost."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +74,7 @@ def candidates(c: config.Config, mesh: jax.sharding.Mesh, topology: str, refusal
 
 def _values(c: config.Config, mesh: jax.sharding.Mesh) -> Iterator[dict[str, Any]]:
     """Yields values of fields: rungs of remat, groups of heads, offloaded moments, microbatches, half the length."""
-    for remat in LADDER[LADDER.index(c.model.remat) + 1 :]:
+    for remat in RUNGS[RUNGS.index(c.model.remat) + 1 :]:
         yield {"model.remat": remat}
     groups = c.model.kv_heads // mesh.shape[TENSOR]
     if groups > c.model.head_groups:
@@ -100,12 +97,11 @@ def _estimated(c: config.Config, sizes: dict[str, int]) -> tuple[int, int]:
     if device is None:  # inputs and results of the norms, of attention and of the feed-forward layer
         device = model.layers * tokens * (4 * model.dim + attention + 3 * model.feed_forward // tensor) * itemsize
     device += 2 * tokens * attention * itemsize // model.head_groups  # values and gradients
-    moments = 2 * minimum.state if c.optimizer.offload else 0
-    return minimum.state + minimum.batch + max(minimum.gradient, device), saved.host + moments
+    return minimum.state + minimum.batch + max(minimum.gradient, device), host_bytes(c, sizes)
 
 
 def order(found: Sequence[Change]) -> str:
-    """Returns in which order the changes are."""
+    """Returns the order of the changes in words."""
     if found[0].tried is not None:
         return "each compiled"
     return "by estimated effect (--changes True compiles each)"

@@ -61,7 +61,7 @@ class Plan:
     """Changes that reduce the memory, in order of their effect; empty if it fits."""
     device_bytes: DeviceBytes
     host_bytes: int | None
-    """Activations in the host's memory; None if the compiler refused the step."""
+    """Activations and moments in the host's memory; None if the compiler refused the step."""
     host_limit: int | None
     """Memory of a host per device; None if unknown, or if it is the device's memory."""
     collectives: list[Collective]

@@ -27,7 +27,7 @@ from ringattn.attn.mask import Mask
 from ringattn.attn.traffic import traffic
 from ringattn.config.stages import with_values
 from ringattn.cost.attention_kernels import DIRECTIONS
-from ringattn.cost.flops import attention_flops, product_weights
+from ringattn.cost.flops import RECOMPUTED, attention_flops, product_weights
 from ringattn.cost.minimum import host_moments, minimum_memory, saved_bytes
 from ringattn.hardware import CHIPS, NETWORKS, Chip, platform
 from ringattn.mesh.axes import CONTEXT, CONTEXT_OUTER, DATA, SEQUENCE, TENSOR
@@ -39,8 +39,6 @@ HOST_BANDWIDTH = 16e9
 """Bandwidth between a device and its host in bytes/s, one way: half of a PCIe 4.0 x16 slot."""
 NOMINAL = "TPU v5 lite"
 """Chip whose ratios of compute, memory and links are assumed for devices of unknown speed, such as CPUs."""
-RECOMPUTED = {"off": (0, 0), "on": (1, 0), "offload": (1, 0), "offload_inputs": (1, 1), "offload_groups": (2, 1)}
-"""Forward passes computed again by each `model.remat`: of all but attention, and of attention."""
 
 
 class Machine(NamedTuple):
@@ -239,8 +237,10 @@ def least_bytes(c: config.Config, sizes: Mapping[str, int]) -> int:
     call, least = _call(c, sizes), minimum_memory(c, sizes)
     width, tensor, activations = jnp.dtype(call.dtype).itemsize, sizes[TENSOR], least.activations
     if c.model.remat == "off":
-        own = (call.heads + 2 * call.kv_heads) * call.head_dim + 3 * c.model.dim + 4 * c.model.feed_forward // tensor
+        own = 3 * c.model.dim + 4 * c.model.feed_forward // tensor
+        if c.model.head_groups == 1:  # groups of heads compute them again
+            own += (call.heads + 2 * call.kv_heads) * call.head_dim
         activations += c.model.layers * call.batch * call.queries * own * width
     if c.attention.strategy == "gather":
-        activations += call.batch * c.data.seq_len * 2 * call.kv_heads * call.head_dim * width
+        activations += call.batch * c.data.seq_len * 2 * call.kv_heads // c.model.head_groups * call.head_dim * width
     return least.state + least.batch + max(least.gradient, activations)

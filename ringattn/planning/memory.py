@@ -18,6 +18,7 @@ from ringattn.cost.program import Program
 from ringattn.cost.roofline import arrays
 from ringattn.hardware import CHIPS, HOST_MEMORY
 from ringattn.mesh.axes import SEQUENCE
+from ringattn.mesh.gpu_flags import MEMORY_FRACTION
 from ringattn.units import bytes_in_words
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "P": 2**50}
@@ -31,7 +32,7 @@ class DeviceBytes:
     peak: int | None
     """The most that is in use at one time; None if the compiler refused the step without a figure."""
     limit: int | None
-    """Limit of a program's memory: the compiler's on TPUs, the memory on GPUs, a share of this machine's for a CPU
+    """Limit of a program's memory: the compiler's on TPUs, 90 % of the memory on GPUs, a share of this machine's for a CPU
     device; None if unknown."""
     parameters: int
     """This device's shards of the parameters, float32."""
@@ -107,7 +108,7 @@ def device_limit(devices: Sequence[Any]) -> int | None:
         return None if memory is None else memory // len(devices)
     chip = CHIPS.get(device.device_kind)
     if chip is None or device.platform != "tpu":
-        return None if chip is None else int(chip.memory)
+        return None if chip is None else int(MEMORY_FRACTION * chip.memory)
     return _compiler_limit(devices) or int(chip.memory)
 
 

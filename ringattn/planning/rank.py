@@ -34,6 +34,8 @@ class Outcome(NamedTuple):
     """Bytes per device at the peak; None if unknown."""
     seconds: float | None = None
     """Step time by the compiled schedule; None if unknown."""
+    compiled: bool = True
+    """False if another candidate's refusal stands for this one."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ def rank(
     """
     machine, found = Machine.of(devices), _estimated(c, devices, limits, dimensions, layouts)
     possible = [each for each in found if each.dropped is None and each.candidate.layout == c.attention.layout]
-    if len(possible) == 1 and compiled == 1:
+    if len(found) == 1 and possible and compiled == 1:
         outcomes, chosen = {}, possible[0].candidate
     else:
         outcomes = _outcomes(c, possible, attempt, compiled)
@@ -126,8 +128,8 @@ def _outcomes(
     """Compiles candidates in order until `compiled` fit, and returns the outcomes in this order.
 
     First it compiles one of each strategy, so that strategies are compared, then others that differ in the mesh. A
-    candidate that needs at least as much memory as one of the same `remat` that does not fit is refused without
-    compiling it.
+    candidate whose lower bound of the memory is at least that of one of the same strategy and `remat` that does not fit
+    is not compiled.
     """
     outcomes: dict[Candidate, Outcome] = {}
     refused: list[_Estimated] = []
@@ -139,10 +141,10 @@ def _outcomes(
             break
         if candidate in outcomes or candidate.group in groups or (is_first and candidate.name in strategies):
             continue
-        smaller = [one for one in refused if one.candidate.remat == candidate.remat and one.least <= each.least]
-        if smaller:
-            reason = f"needs at least as much memory as {smaller[0].candidate}, which does not fit"
-            outcomes[candidate] = Outcome(reason, None)
+        alike = [one for one in refused if one.candidate.kind == candidate.kind and one.least <= each.least]
+        if alike:
+            reason = f"not compiled: needs at least as much by estimate as {alike[0].candidate}, which does not fit"
+            outcomes[candidate] = Outcome(reason, None, compiled=False)
             continue
         outcomes[candidate] = outcome = attempt(candidate.apply(c))
         if outcome.refusal is None:
@@ -159,8 +161,9 @@ def _estimated(
     """Returns the candidates with their estimates, in order. Raises ValueError if none divides over the devices."""
     machine, found, errors = Machine.of(devices), [], []
     for candidate in candidates(c, machine, dimensions, layouts):
-        concrete, sizes = candidate.apply(c), candidate.mesh
+        sizes = candidate.mesh
         try:
+            concrete = candidate.apply(c)
             check_sizes(concrete, sizes)
         except ValueError as error:
             errors.append(error)
@@ -185,7 +188,8 @@ def _ranked(each: _Estimated, outcome: Outcome | None, is_chosen: bool) -> Ranke
     candidate, fits = each.candidate, None if each.dropped is None else False
     reason = each.dropped or _parts(each.estimate)
     if outcome is not None:
-        fits, reason = outcome.refusal is None, outcome.refusal or reason
+        fits = outcome.refusal is None if outcome.compiled else None
+        reason = outcome.refusal or reason
     return Ranked(
         mesh=candidate.mesh,
         strategy=candidate.strategy,
@@ -214,7 +218,7 @@ def _reasons(
     if machine.is_nominal:
         yield f"the speed of {machine.kind} is unknown: estimated for the compute, memory and links of {NOMINAL}"
     for candidate, outcome in outcomes.items():
-        if outcome.refusal is not None and outcome.peak is not None:
+        if outcome.refusal is not None and outcome.compiled:
             yield f"{candidate}: {outcome.refusal}"
     if chosen is None:
         yield "no candidate fits"

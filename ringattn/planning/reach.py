@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ringattn import config
 from ringattn.config.stages import with_values
-from ringattn.cost.minimum import host_bytes, minimum_memory
+from ringattn.cost.minimum import host_bytes, host_moments, minimum_memory
 from ringattn.mesh.axes import context_shards
 from ringattn.planning.compile import Target, needed
 from ringattn.planning.longest import MaxContext, Need
@@ -97,7 +97,7 @@ def predicted(c: config.Config, target: Target, tried: Mapping[int, Need], slope
     host = {length: need.host for length, need in tried.items() if need.host}
     lines = (
         _predicted(device, target.limit, state, slopes.device),
-        _predicted(host, host_limit(target.device), 0, slopes.host),
+        _predicted(host, host_limit(target.device), host_moments(c, target.mesh.size), slopes.host),
     )
     return min((line for line in lines if line is not None), default=(None, False))
 

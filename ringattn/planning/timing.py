@@ -19,7 +19,7 @@ from ringattn.cost.attention_kernels import (
     xla_trips,
 )
 from ringattn.cost.cycles import CYCLE_FLOPS, KernelSchedule
-from ringattn.cost.flops import product_weights, useful_step_flops
+from ringattn.cost.flops import RECOMPUTED, product_weights, useful_step_flops
 from ringattn.cost.program import KernelCall, Op, Program, kernel_call
 from ringattn.cost.roofline import Roofline
 from ringattn.cost.visited import ring_counts
@@ -96,7 +96,8 @@ def analyse(
     devices = list(mesh.devices.flat)
     kind, chip = devices[0].device_kind, CHIPS.get(devices[0].device_kind)
     program, links = Program(text, _trips(c, mesh, kind)), Links(devices)
-    if chip is None or devices[0].platform == "cpu":
+    halves = kind == "TPU v4" and any(device.core_on_chip for device in devices)  # `chip` is a whole chip
+    if chip is None or halves or devices[0].platform == "cpu":
         return None, Timeline(program, None, links).collectives()
     kernels, roofline = _kernel_seconds(program, c, mesh, dict(schedules)), Roofline(program)
     if kind in CYCLE_FLOPS:
@@ -200,6 +201,8 @@ def _assumed(
     """Returns the seconds of a kernel call that is no hop of a ring: its share of the attention of a step."""
     tokens = c.train.batch_size * c.data.seq_len
     attention = useful_step_flops(c) - 6 * product_weights(c.model, c.model.vocabulary or 0) * tokens
-    share = DIRECTIONS.get(call.name.removeprefix("ringattn_"), 1.0) / 3 * attention / mesh.size
+    direction = call.name.removeprefix("ringattn_")
+    passes = 1 + RECOMPUTED[c.model.remat][1] if direction == "forward" else 1
+    share = DIRECTIONS.get(direction, 1.0) * passes / 3 * attention / mesh.size
     same = sum(times for other, times in calls.items() if other.name == call.name)
     return share / same / (KERNEL_UTILISATION * CHIPS[mesh.devices.flat[0].device_kind].flops)

@@ -42,7 +42,7 @@ def as_given(c: config.Config, vocabulary: int, say: Callable[[str], None]) -> C
 
 
 class Launch(NamedTuple):
-    """What a launch trains on."""
+    """Config and data of a launch, and the stages chosen so far."""
 
     config: config.Config
     splits: Splits
