@@ -8,6 +8,8 @@ import pytest
 
 from ringattn.mesh import gpu_flags
 
+FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+
 
 @pytest.fixture
 def driver(tmp_path, monkeypatch):
@@ -15,12 +17,15 @@ def driver(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_flags, "NVIDIA_DRIVERS", (tmp_path,))
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=somewhere")
+    monkeypatch.setenv(FRACTION, "")
+    monkeypatch.delenv(FRACTION)
 
 
 def test_flags_are_added_and_shown(driver, capsys):
     added = gpu_flags.add_gpu_flags()
     assert len(added) == len(gpu_flags.GPU_FLAGS)
     assert os.environ["XLA_FLAGS"].split() == ["--xla_dump_to=somewhere", *added]
+    assert os.environ[FRACTION] == str(gpu_flags.MEMORY_FRACTION)
     assert " ".join(added) in capsys.readouterr().err
     assert gpu_flags.add_gpu_flags() == ()
     assert capsys.readouterr().err == ""
@@ -29,8 +34,10 @@ def test_flags_are_added_and_shown(driver, capsys):
 def test_the_users_values_are_kept(driver, monkeypatch):
     mine = "--xla_gpu_enable_latency_hiding_scheduler=false"
     monkeypatch.setenv("XLA_FLAGS", mine)
+    monkeypatch.setenv(FRACTION, "0.5")
     (other,) = gpu_flags.add_gpu_flags()
     assert os.environ["XLA_FLAGS"] == f"{mine} {other}"
+    assert os.environ[FRACTION] == "0.5"
 
 
 def test_nothing_is_added_without_a_gpu(driver, monkeypatch, tmp_path):

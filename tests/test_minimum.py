@@ -57,6 +57,12 @@ def test_the_parts():
             (0, 0, 3 + 2),
             (2 + 3 + 2, 3 + 2, 0),
         ),
+        (
+            {"model.remat": "offload_groups", "model.layers": 5, "model.window": 5}
+            | {"model.pattern": ("window", "window", "full")},
+            (0, 0, 5),
+            (5, 5, 0),
+        ),
     ],
     ids=str,
 )

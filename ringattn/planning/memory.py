@@ -32,8 +32,8 @@ class DeviceBytes:
     peak: int | None
     """The most that is in use at one time; None if the compiler refused the step without a figure."""
     limit: int | None
-    """Limit of a program's memory: the compiler's on TPUs, 90 % of the memory on GPUs, a share of this machine's for a CPU
-    device; None if unknown."""
+    """Limit of a program's memory: the compiler's on TPUs, 90 % of the memory on GPUs, a share of this machine's for a
+    CPU device; None if unknown."""
     parameters: int
     """This device's shards of the parameters, float32."""
     optimizer: int
