@@ -102,7 +102,7 @@ SCRIPT_OPTIONS = {
     "benchmark.py": {"--config"},
     "generate.py": {"--config", "--json"},
     "plan.py": {"--config", "--topology", "--json", "--stage", "--decode"}
-    | {"--max_context", "--sweep", "--changes", "--cache"},
+    | {"--max_context", "--sweep", "--changes", "--ranking", "--cache"},
     "prepare.py": {"--config", "--output"},
     "convert.py": {"--to"},
 }

@@ -25,8 +25,10 @@ from ringattn.runs.files import write_text
 
 SECTIONS = ("model", "data", "mesh", "attention", "optimizer", "train")
 """Config sections that the compiled step depends on."""
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "libtpu", "jax-cuda13-plugin", "jax-cuda12-plugin", "nvidia-cuda-nvcc")
-FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
+_CUDA = (f"jax-cuda{number}-{part}" for number in (12, 13) for part in ("plugin", "pjrt"))
+_NVIDIA = ("nvidia-cuda-nvcc", "nvidia-cuda-nvcc-cu12", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "libtpu", *_CUDA, *_NVIDIA)
+FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION")
 Figures = TypeVar("Figures", Plan, Need)
 
 

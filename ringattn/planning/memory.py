@@ -37,7 +37,7 @@ class DeviceBytes:
     parameters: int
     """This device's shards of the parameters, float32."""
     optimizer: int
-    """This device's shards of the optimizer state, float32."""
+    """This device's shards of the optimizer state, float32; 0 if its moments are in the host's memory."""
     batch: int
     gradients: int
     """This device's shards of the gradient, float32."""
@@ -69,7 +69,7 @@ def _shards(sizes: Mapping[str, int]) -> int:
 
 
 def compiled_saved_bytes(program: Program, c: config.Config, sizes: Mapping[str, int]) -> int:
-    """Returns the same from a compiled program, for any policy: arrays [layers, ...] of tokens of a forward loop.
+    """Returns the bytes that layers save on the device, of a program: arrays [layers, ...] of tokens of a forward loop.
 
     0 if layers of several kinds share no loop.
     """

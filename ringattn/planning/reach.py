@@ -57,7 +57,7 @@ def search(
     slopes: Slopes = Slopes(),
     known: Need | None = None,
 ) -> MaxContext:
-    """Returns the same as `max_context`, with 0 tokens if no rows fit.
+    """Searches for `max_context`. Returns 0 tokens if no rows fit.
 
     Memory grows linearly with the length, so the memory of the lengths tried predicts the longest that fits. The next
     length tried is a 32nd shorter, so that it is likely to fit and to end the search. If prediction and compiler
@@ -105,7 +105,10 @@ def predicted(c: config.Config, target: Target, tried: Mapping[int, Need], slope
 def _predicted(
     sizes: Mapping[int, int], limit: int | None, fixed: int, slope: float | None
 ) -> tuple[float, bool] | None:
-    """Returns the same from sizes by length: from the two nearest to the limit, from one and `slope`, or from one."""
+    """Returns what `predicted` does, for one memory: from the two sizes nearest to the limit, or from one and `slope`.
+
+    Without both, the size without `fixed` counts as proportional to the length.
+    """
     if limit is None or not sizes:
         return None
     points = [(size, length) for length, size in sizes.items()]
