@@ -325,6 +325,7 @@ def test_the_script_writes_the_ranking(tight, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(choice_module, "TO_COMPILE", 1)
     c = with_values(tight, {"model.vocabulary": 257})
     plan = run(c, Options(topology="cpu:8", json=str(tmp_path / "plan.json"), ranking=True))
+    assert isinstance(plan, planning.Plan)
     assert 2 <= capsys.readouterr().out.count("compiling") <= 6, "remat off of each strategy, and on, once each"
     found = json.loads((tmp_path / "plan.json").read_text())
     keys = {"mesh", "strategy", "layout", "remat", "estimated_seconds", "step_seconds", "peak", "fits", "reason"}
