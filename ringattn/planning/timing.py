@@ -24,6 +24,7 @@ from ringattn.cost.program import KernelCall, Op, Program, kernel_call
 from ringattn.cost.roofline import Roofline
 from ringattn.cost.visited import ring_counts
 from ringattn.hardware import CHIPS, Chip
+from ringattn.mesh.axes import DATA
 from ringattn.planning.kernel_schedules import Found, compiling_kernels
 from ringattn.planning.links import Links
 from ringattn.planning.schedule import Collective, OpSeconds, Timeline
@@ -188,8 +189,9 @@ def _kernel_seconds(
         tilings = pallas_tilings(next(iter(schedules)), kind)
         counts = mean_counts([(layers, ring_counts(ring, tilings)) for layers, ring in step_rings(c, mesh)])
         own = {call: tiles for call, tiles in counts.items() if call in calls}
+        rows = c.train.batch_size // (mesh.shape[DATA] * c.train.accumulate)  # of a device; the counts are of one row
         known = {
-            call: each.total * CYCLE_FLOPS[kind] / chip.flops
+            call: rows * each.total * CYCLE_FLOPS[kind] / chip.flops
             for call, each in call_cycles(kind, schedules, own).items()
         }
     return known | {call: _assumed(call, calls, c, mesh) for call in calls if call not in known}
