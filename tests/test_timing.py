@@ -4,6 +4,7 @@ import pytest
 
 from ringattn import config
 from ringattn.attn.mask import Mask
+from ringattn.config.stages import with_values
 from ringattn.cost.attention_kernels import (
     CallCycles,
     Heads,
@@ -83,6 +84,9 @@ def test_kernels_count_by_their_tiles(mesh):
     assert time.tokens_per_day == pytest.approx(4 * LOCAL / time.seconds * 86_400)
     assert time.device_hours == pytest.approx(10 * 4 * time.seconds / 3600)
     assert time.device_hours_per_billion_tokens == pytest.approx(time.device_hours * 1e8 / (4 * LOCAL))
+    two_rows, _ = analyse(program(LOCAL), with_values(C, {"train.batch_size": 2}), mesh, list(schedules.items()))
+    assert two_rows is not None
+    assert two_rows.kernel_seconds == pytest.approx(2 * kernels)
 
 
 def test_kernels_that_are_no_hops_take_their_share_of_attention(mesh):
