@@ -14,7 +14,7 @@ from ringattn.config.choices import Remat
 from ringattn.cost.minimum import saved_bytes
 from ringattn.mesh.devices import ring_mesh
 from ringattn.planning import changes, resize, trials
-from ringattn.planning.changes import Change, candidates, order
+from ringattn.planning.changes import Change, changed_steps, order
 from ringattn.planning.compile import Target
 from ringattn.planning.longest import Need
 
@@ -36,8 +36,8 @@ def options(found) -> list[str]:
 
 @pytest.fixture
 def found(mesh, unchecked):
-    """found(c, refusal): the candidates on 64 TPUs."""
-    return lambda c, refusal="exceeds hbm": candidates(c, mesh, "v5p:4x4x4", refusal)
+    """found(c, refusal): the changed_steps on 64 TPUs."""
+    return lambda c, refusal="exceeds hbm": changed_steps(c, mesh, "v5p:4x4x4", refusal)
 
 
 def test_changes_are_ordered_by_estimated_effect(found):
@@ -98,7 +98,7 @@ def test_fixed_rings_are_doubled_with_the_devices(found):
 
 def test_cpu_devices_share_the_memory_of_the_machine():
     c = replace(SMALL, data=config.Data(seq_len=64))
-    names = options(candidates(c, ring_mesh(8), "cpu:8", "8 devices need more, but this machine has less"))
+    names = options(changed_steps(c, ring_mesh(8), "cpu:8", "8 devices need more, but this machine has less"))
     assert not [name for name in names if "topology" in name or "context" in name]
 
 
@@ -121,7 +121,7 @@ def test_each_change_is_compiled(monkeypatch):
     assert str(found[3]) == "--model.remat offload_groups: does not fit: 120 exceeds 100"
     assert order(found) == "each compiled"
     assert sorted(line.partition("] ")[2] for line in said) == sorted(map(str, found))
-    by_estimate = candidates(c, target.mesh, "cpu:8", "200 exceeds 100")
+    by_estimate = changed_steps(c, target.mesh, "cpu:8", "200 exceeds 100")
     assert [line.partition("] ")[2].partition(": ")[0] for line in said] == options(by_estimate)
     assert str(by_estimate[0].change).startswith("--model.remat offload_inputs: about ")
     assert "--changes True" in order([by_estimate[0].change])
@@ -131,7 +131,7 @@ def test_a_larger_topology_is_compiled_for(monkeypatch):
     """As for a TPU; here the devices are those of the CPU."""
     target, places = Target("v5e:2x2", ring_mesh(4), 100), list[Target]()
     larger = Change("--topology v5e:2x4", 10)
-    monkeypatch.setattr(trials, "candidates", lambda *arguments: [changes.Candidate(larger, SMALL, "v5e:2x4")])
+    monkeypatch.setattr(trials, "changed_steps", lambda *arguments: [changes.ChangedStep(larger, SMALL, "v5e:2x4")])
     monkeypatch.setattr(resize, "devices_of", lambda topology: list(ring_mesh(8).devices.flat))
 
     def measure(c: config.Config, place: Target) -> Need:

@@ -14,6 +14,7 @@ from ringattn import config, planning
 from ringattn.attn.mask import Mask
 from ringattn.config.choices import Remat
 from ringattn.config.stages import with_values
+from ringattn.cost.flops import document_pairs
 from ringattn.cost.memory import program_memory
 from ringattn.evaluation import evaluate
 from ringattn.generation import Generator
@@ -26,7 +27,7 @@ from ringattn.planning.candidates import RUNGS, Candidate, Open, candidates
 from ringattn.planning.choice import choose, chosen_config
 from ringattn.planning.command import Options, run
 from ringattn.planning.compile import Target, compile_step
-from ringattn.planning.estimate import RECOMPUTED, Machine, estimate, least_bytes, visible_pairs
+from ringattn.planning.estimate import RECOMPUTED, Machine, estimate, least_bytes
 from ringattn.planning.rank import Limits, Outcome, Ranking, rank
 from ringattn.training import train
 
@@ -88,11 +89,11 @@ def test_estimates_know_recomputation_imbalance_and_the_tensor_axis():
     assert seconds_of(windowed, mesh, layout="contiguous").compute < 1.01 * seconds_of(windowed, mesh).compute
 
 
-def test_visible_pairs():
+def test_document_pairs():
     for length, window in ((7, None), (7, 3), (7, 20), (1, 0)):
         mask = Mask(window=None if window is None else (window, 0))
         expected = sum(min(position, position if window is None else window) + 1 for position in range(length))
-        assert visible_pairs(length, mask) == expected
+        assert document_pairs(length, mask.left) == expected
 
 
 def test_short_shards_favour_gathering_and_long_ones_the_ring():

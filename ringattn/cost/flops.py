@@ -25,16 +25,19 @@ def step_flops(c: config.Config, vocabulary: int, batch: Batch) -> int:
     for kind, layers in layer_kinds(c.model).items():
         window = layer_mask(c.model, kind).left
         pairs += layers * visible_pairs(batch.positions, batch.segment_ids, window)
-    weights = product_weights(c.model, vocabulary)
-    return 6 * weights * tokens + 3 * attention_flops(c.model.heads, c.model.head_dim, pairs)
+    return _flops(c.model, vocabulary, tokens, pairs)
 
 
 def useful_step_flops(c: config.Config) -> int:
     """Returns `step_flops` of an update of `c` whose rows have one document each. `model.vocabulary` must be set."""
-    positions = np.arange(c.data.seq_len, dtype=np.int32)[None]
-    ids = np.zeros_like(positions)
-    batch = Batch(**(dict.fromkeys(Batch._fields, ids) | {"positions": positions, "segment_ids": ids}))
-    return step_flops(c, 0, batch) * c.train.batch_size
+    length, pairs = c.data.seq_len, 0
+    for kind, layers in layer_kinds(c.model).items():
+        pairs += layers * document_pairs(length, layer_mask(c.model, kind).left)
+    return _flops(c.model, c.model.vocabulary or 0, length, pairs) * c.train.batch_size
+
+
+def _flops(c: config.Model, vocabulary: int, tokens: int, pairs: int) -> int:
+    return 6 * product_weights(c, vocabulary) * tokens + 3 * attention_flops(c.heads, c.head_dim, pairs)
 
 
 def attention_flops(heads: int, head_dim: int, pairs: int) -> int:
@@ -58,6 +61,12 @@ def visible_pairs(positions: np.ndarray, segment_ids: np.ndarray, window: int | 
     """
     preceding = positions if window is None else np.minimum(positions, window)
     return int(np.sum(preceding + 1, where=segment_ids >= 0, dtype=np.int64))
+
+
+def document_pairs(length: int, window: int | None) -> int:
+    """Returns `visible_pairs` of one document of `length` tokens."""
+    reach = length if window is None else min(length, window + 1)
+    return reach * (reach + 1) // 2 + (length - reach) * reach
 
 
 def peak_flops() -> float | None:

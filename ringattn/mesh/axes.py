@@ -28,7 +28,12 @@ VOCABULARY_MULTIPLE = 128
 
 def context_shards(mesh: jax.sharding.Mesh) -> int:
     """Returns the number of devices over which each sequence is sharded."""
-    return math.prod(mesh.shape[name] for name in SEQUENCE)
+    return sequence_shards(mesh.shape)
+
+
+def sequence_shards(sizes: Mapping[str, int]) -> int:
+    """Returns `context_shards` of a mesh with axes of `sizes`."""
+    return math.prod(sizes[name] for name in SEQUENCE)
 
 
 def describe_sizes(sizes: Mapping[str, int]) -> str:

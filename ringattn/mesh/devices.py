@@ -17,10 +17,10 @@ from ringattn.mesh.axes import (
     CONTEXT,
     CONTEXT_OUTER,
     DATA,
-    SEQUENCE,
     TENSOR,
     VOCABULARY_MULTIPLE,
     describe_sizes,
+    sequence_shards,
 )
 from ringattn.mesh.gpu_flags import add_gpu_flags
 from ringattn.mesh.processes import join_processes
@@ -132,7 +132,7 @@ def check_sizes(run: config.Config, sizes: Mapping[str, int]) -> None:
     sequence_name = context_name
     if sizes[CONTEXT_OUTER] > 1:
         sequence_name = f"{option('mesh.context_outer')} * {context_name}"
-    sequence = (sequence_name, math.prod(sizes[name] for name in SEQUENCE))
+    sequence = (sequence_name, sequence_shards(sizes))
     check_length(run.data.seq_len, run.attention.layout, sequence[1], option("data.seq_len"), sequence_name)
     microbatches = (f"{data_name} * train.accumulate", data * run.train.accumulate)
     _check_multiple(option("train.batch_size"), run.train.batch_size, *microbatches)

@@ -39,7 +39,7 @@ class Change:
         return f"{self.option}: fits, {bytes_in_words(self.tried.peak or 0)}{host}"
 
 
-class Candidate(NamedTuple):
+class ChangedStep(NamedTuple):
     """A change, and the step with it."""
 
     change: Change
@@ -53,7 +53,7 @@ def lacks_host(refusal: str) -> bool:
     return "host" in refusal.lower()
 
 
-def candidates(c: config.Config, mesh: jax.sharding.Mesh, topology: str, refusal: str) -> list[Candidate]:
+def changed_steps(c: config.Config, mesh: jax.sharding.Mesh, topology: str, refusal: str) -> list[ChangedStep]:
     """Returns the changes that reduce the memory of a step, in order of their estimated effect."""
     kind = int(lacks_host(refusal))
     before = _estimated(c, dict(mesh.shape))[kind]
@@ -63,12 +63,14 @@ def candidates(c: config.Config, mesh: jax.sharding.Mesh, topology: str, refusal
             changed = with_values(c, values)
             check_divisible(changed, mesh)
             option = " ".join(f"--{name} {value}" for name, value in values.items())
-            found.append(Candidate(Change(option, before - _estimated(changed, dict(mesh.shape))[kind]), changed, None))
+            found.append(
+                ChangedStep(Change(option, before - _estimated(changed, dict(mesh.shape))[kind]), changed, None)
+            )
     larger = double(topology)
     if larger is not None and mesh.devices.flat[0].platform != "cpu":  # CPU devices share the memory of this machine
         sizes = {**mesh.shape, CONTEXT: 2 * mesh.shape[CONTEXT]}
         option = f"--topology {larger}" + ("" if c.mesh.context == -1 else f" --mesh.context {sizes[CONTEXT]}")
-        found.append(Candidate(Change(option, before - _estimated(c, sizes)[kind]), c, larger))
+        found.append(ChangedStep(Change(option, before - _estimated(c, sizes)[kind]), c, larger))
     return sorted((each for each in found if each.change.saves > 0), key=lambda each: -each.change.saves)
 
 

@@ -20,7 +20,7 @@ from ringattn.mesh.gpu_flags import compiler_options
 from ringattn.mesh.topology import arrange_devices
 from ringattn.model.build import model_factory
 from ringattn.model.transformer import count_parameters
-from ringattn.planning.changes import Change, candidates
+from ringattn.planning.changes import Change, changed_steps
 from ringattn.planning.devices import devices_of
 from ringattn.planning.longest import MaxContext, Need, Reach
 from ringattn.planning.memory import (
@@ -196,7 +196,7 @@ def compile_plan(c: config.Config, target: Target) -> Plan:
         tokens=c.data.seq_len,
         fits=refusal is None,
         refusal=refusal,
-        changes=[] if refusal is None else [each.change for each in candidates(c, mesh, topology, refusal)],
+        changes=[] if refusal is None else [each.change for each in changed_steps(c, mesh, topology, refusal)],
         device_bytes=device,
         host_bytes=None if memory is None else memory.host,
         host_limit=host,

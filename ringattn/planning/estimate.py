@@ -13,7 +13,6 @@ imbalance of a contiguous causal layout. Added are transfers and copies that not
 The links of TPUs are used in both directions. Between the hosts of GPUs, the network counts instead of NVLink.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -27,10 +26,10 @@ from ringattn.attn.mask import Mask
 from ringattn.attn.traffic import traffic
 from ringattn.config.stages import with_values
 from ringattn.cost.attention_kernels import DIRECTIONS
-from ringattn.cost.flops import RECOMPUTED, attention_flops, product_weights
+from ringattn.cost.flops import RECOMPUTED, attention_flops, document_pairs, product_weights
 from ringattn.cost.minimum import host_moments, minimum_memory, saved_bytes
 from ringattn.hardware import CHIPS, NETWORKS, Chip, platform
-from ringattn.mesh.axes import CONTEXT, CONTEXT_OUTER, DATA, SEQUENCE, TENSOR
+from ringattn.mesh.axes import CONTEXT, CONTEXT_OUTER, DATA, TENSOR, sequence_shards
 from ringattn.model.families import layer_kinds, layer_mask
 
 PRODUCT_UTILISATION = 0.8
@@ -104,7 +103,7 @@ def estimate(c: config.Config, sizes: Mapping[str, int], machine: Machine) -> Es
     kernels = (sum(DIRECTIONS.values()) + repeated_attention) * c.train.batch_size / machine.devices
     for kind, layers in layer_kinds(c.model).items():
         mask = layer_mask(c.model, kind)
-        pairs, imbalance = visible_pairs(c.data.seq_len, mask), _imbalance(c, sizes, mask)
+        pairs, imbalance = document_pairs(c.data.seq_len, mask.left), _imbalance(c, sizes, mask)
         flops = attention_flops(c.model.heads, c.model.head_dim, pairs) * imbalance
         compute += layers * kernels * flops / (UTILISATION * machine.chip.flops)
         attention += layers * c.train.accumulate * _exposed(c, sizes, machine, mask)
@@ -131,29 +130,19 @@ def _copied_bytes(c: config.Config, sizes: Mapping[str, int]) -> int:
     return own + saved_bytes(with_values(c, {"model.remat": "offload"}), sizes).host  # of each group, one at a time
 
 
-def visible_pairs(length: int, mask: Mask) -> int:
-    """Returns the number of visible pairs of one document of `length` tokens under a causal mask."""
-    reach = min(length, length if mask.left is None else mask.left + 1)
-    return reach * (reach + 1) // 2 + (length - reach) * reach
-
-
 def _imbalance(c: config.Config, sizes: Mapping[str, int], mask: Mask) -> float:
     """Returns the work of the device with most visible pairs, relative to the mean."""
-    shards = {"ulysses": 1, "usp": sizes[CONTEXT_OUTER]}.get(c.attention.strategy, _members(sizes))
+    shards = {"ulysses": 1, "usp": sizes[CONTEXT_OUTER]}.get(c.attention.strategy, sequence_shards(sizes))
     if c.attention.layout != "contiguous" or shards == 1:
         return 1.0
     length = c.data.seq_len
-    ends = [visible_pairs(length * shard // shards, mask) for shard in range(shards + 1)]
+    ends = [document_pairs(length * shard // shards, mask.left) for shard in range(shards + 1)]
     return shards * max(end - start for start, end in pairwise(ends)) / ends[-1]
-
-
-def _members(sizes: Mapping[str, int]) -> int:
-    return math.prod(sizes[name] for name in SEQUENCE)
 
 
 def _exposed(c: config.Config, sizes: Mapping[str, int], machine: Machine, mask: Mask) -> float:
     """Returns the exposed seconds of attention of one layer and microbatch, forward and backward."""
-    members = _members(sizes)
+    members = sequence_shards(sizes)
     if members == 1:
         return 0.0
     call = _call(c, sizes)
@@ -175,7 +164,7 @@ def _exposed(c: config.Config, sizes: Mapping[str, int], machine: Machine, mask:
 
 
 def _call(c: config.Config, sizes: Mapping[str, int]) -> Call:
-    tokens, tensor = c.data.seq_len // _members(sizes), sizes[TENSOR]
+    tokens, tensor = c.data.seq_len // sequence_shards(sizes), sizes[TENSOR]
     rows = max(c.train.batch_size // (sizes[DATA] * c.train.accumulate), 1)
     heads, kv_heads = c.model.heads // tensor, c.model.kv_heads // tensor
     return Call(tokens, tokens, heads, kv_heads, c.model.head_dim, rows, c.model.dtype)
@@ -214,7 +203,7 @@ def _forward_seconds(
 
 def _tensor_seconds(c: config.Config, sizes: Mapping[str, int], machine: Machine) -> float:
     tensor, passes = sizes[TENSOR], 2 + RECOMPUTED[c.model.remat][0]
-    tokens = c.train.batch_size * c.data.seq_len // (sizes[DATA] * _members(sizes))
+    tokens = c.train.batch_size * c.data.seq_len // (sizes[DATA] * sequence_shards(sizes))
     sent = 2 * (tensor - 1) / tensor * tokens * c.model.dim * jnp.dtype(c.model.dtype).itemsize
     return c.model.layers * 2 * passes * sent / (machine.bandwidth(tensor) * (1 + machine.is_torus))
 

@@ -10,9 +10,9 @@ class Need:
     refusal: str | None
     """The reason why the step does not fit; None if it fits."""
     peak: int | None
-    """Of the device; None if the compiler refused the step without a figure."""
+    """Memory of the device; None if the compiler refused the step without a figure."""
     host: int | None
-    """Of the host; None if the compiler refused the step."""
+    """Memory of the host; None if the compiler refused the step."""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 The figures come from `compiled.memory_analysis()`; `cost.memory` says what each of them means.
 """
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from ringattn.cost.memory import ProgramMemory, host_memory
 from ringattn.cost.program import Program
 from ringattn.cost.roofline import arrays
 from ringattn.hardware import CHIPS, HOST_MEMORY
-from ringattn.mesh.axes import SEQUENCE
+from ringattn.mesh.axes import sequence_shards
 from ringattn.mesh.gpu_flags import MEMORY_FRACTION
 from ringattn.units import bytes_in_words
 
@@ -63,17 +62,12 @@ class DeviceBytes:
         return {name: size for name, size in found.items() if size is not None}
 
 
-def _shards(sizes: Mapping[str, int]) -> int:
-    """Returns the number of devices over which each sequence is sharded."""
-    return math.prod(sizes[name] for name in SEQUENCE)
-
-
 def compiled_saved_bytes(program: Program, c: config.Config, sizes: Mapping[str, int]) -> int:
     """Returns the bytes that layers save on the device, of a program: arrays [layers, ...] of tokens of a forward loop.
 
     0 if layers of several kinds share no loop.
     """
-    layers, tokens, found = c.model.layers, c.data.seq_len // _shards(sizes), [0]
+    layers, tokens, found = c.model.layers, c.data.seq_len // sequence_shards(sizes), [0]
     for ops in program.computations.values():
         for op in ops:
             if op.kind == "while" and "jvp(" in op.rest and "transpose(" not in op.rest:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from ringattn import config
-from ringattn.planning.changes import Change, candidates, lacks_host
+from ringattn.planning.changes import Change, changed_steps, lacks_host
 from ringattn.planning.compile import Target
 from ringattn.planning.parallel import compile_all, needed_apart
 from ringattn.planning.reach import Measure
@@ -24,7 +24,7 @@ def try_changes(
     began = time.monotonic()
     jobs = [
         (change, changed, target if topology is None else resized(changed, target, topology))
-        for change, changed, topology in candidates(c, target.mesh, target.topology, refusal)
+        for change, changed, topology in changed_steps(c, target.mesh, target.topology, refusal)
     ]
 
     def attempt(job: tuple[Change, config.Config, Target]) -> Change:
