@@ -4,8 +4,11 @@ import errno
 import gc
 import json
 import os
+import re
 import resource
+import shutil
 import signal
+from contextlib import contextmanager
 from pathlib import Path
 
 import chex
@@ -16,8 +19,9 @@ import pytest
 from jax import P
 
 from ringattn.mesh.axes import FSDP, TENSOR
-from ringattn.runs import checkpoint
-from ringattn.runs.checkpoint import Checkpoints, params_digest, read_params, saved_steps
+from ringattn.runs import reading
+from ringattn.runs.checkpoint import Checkpoints, saved_steps
+from ringattn.runs.reading import params_digest, read_params
 from ringattn.training.step import TrainState
 
 
@@ -150,14 +154,18 @@ def test_reads_that_a_failed_restore_abandons_print_nothing(tmp_path, mesh, capf
 
 def test_checksums_detect_changed_arrays(directory, mesh, monkeypatch):
     """An array that can be read but is not the one that was written, as after a changed byte on disk."""
-    read = checkpoint._read_arrays
+    read = reading._read_arrays
 
-    def changed(manager, step, target, sums):
-        if step == 6:
-            sums = sums | {"params.matrix": sums["params.matrix"] ^ 1}
-        return read(manager, step, target, sums)
+    def changed(checkpoint, target):
+        arrays = read(checkpoint, target)
+        if checkpoint.name == "6":  # two columns exchanged: the sum of all bits is the same
+            matrix = arrays["params.matrix"]
+            order = jnp.arange(matrix.shape[1]).at[:2].set(jnp.array([1, 0]))
+            exchanged = jax.device_get(matrix)[:, order]
+            arrays["params.matrix"] = jax.device_put(exchanged, matrix.sharding)
+        return arrays
 
-    monkeypatch.setattr(checkpoint, "_read_arrays", changed)
+    monkeypatch.setattr(reading, "_read_arrays", changed)
     restored, messages = restore(directory, mesh)
     assert int(restored.step) == 4
     expected = "checkpoint 6 is damaged (the checksum of params.matrix differs); using an earlier checkpoint"
@@ -209,7 +217,7 @@ def test_an_error_that_is_no_evidence_of_damage_leaves_the_checkpoint_alone(
 
     before = listing(directory)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_read_arrays", failing)
+        patch.setattr(reading, "_read_arrays", failing)
         message = rf"6 cannot be read \({reason}.*\), but may be intact; nothing was changed; fix the cause"
         with pytest.raises(ValueError, match=message):
             restore(directory, mesh)
@@ -242,20 +250,64 @@ def test_other_entries_are_no_checkpoints(directory, mesh):
     assert {"abc", "007", "5", "damaged-9"} < {path.name for path in directory.iterdir()}
 
 
-def test_a_full_disk_is_an_error_and_loses_no_checkpoint(directory, mesh, capfd):
-    """A limit on file sizes fails the write, as a full disk does."""
+@contextmanager
+def files_up_to(size):
+    """Limits the size of files, which fails writes as a full disk does."""
     limits, ignored = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    before = files_of(directory)
     try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (64, limits[1]))
-        message = r"cannot write to \S*checkpoints \(File too large\); free disk space or make it writable"
-        with pytest.raises(ValueError, match=message), Checkpoints(directory, keep=1) as checkpoints:
-            save(checkpoints, 8, state(mesh, 8))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, ignored)
+
+
+def test_a_full_disk_is_an_error_and_loses_no_checkpoint(directory, mesh, capfd):
+    before = files_of(directory)
+    message = r"cannot write to \S*checkpoints \(File too large\); free disk space or make it writable"
+    with files_up_to(64), pytest.raises(ValueError, match=message), Checkpoints(directory, keep=1) as checkpoints:
+        save(checkpoints, 8, state(mesh, 8))
     assert files_of(directory) == before
     assert capfd.readouterr().err == ""
+
+
+def test_after_a_failed_write_the_next_is_tried_and_old_checkpoints_stay(directory, mesh, capfd):
+    lines = []
+    with Checkpoints(directory, keep=2, report=lines.append) as checkpoints:
+        for step, size in ((8, 64), (10, 64), (12, resource.RLIM_INFINITY), (14, 64)):
+            with files_up_to(size):
+                save(checkpoints, step, state(mesh, step))
+                checkpoints._manager.wait_until_finished() if size == resource.RLIM_INFINITY else checkpoints._settle()
+            assert saved_steps(directory) == ([6, 4] if step < 12 else [12, 6])
+    assert saved_steps(directory) == [12, 6]
+    assert [line.split(" to /")[0] for line in lines] == [f"checkpoint {step} was not saved" for step in (8, 10, 14)]
+    assert all("(File too large); the next one will be tried" in line for line in lines)
+    assert checkpoints.failures == 3
+    assert (int(restore(directory, mesh)[0].step), capfd.readouterr().err) == (12, "")
+
+
+def test_a_checkpoint_that_does_not_fit_the_disk_is_not_started(directory, mesh, monkeypatch):
+    before, lines = files_of(directory), []
+    usage = shutil.disk_usage(directory)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with Checkpoints(directory, keep=2, report=lines.append) as checkpoints:
+        save(checkpoints, 8, state(mesh, 8))
+    assert files_of(directory) == before
+    expected = "checkpoint 8 was not saved to .* \\(it needs .* KiB, and 1,000 bytes are free\\); the next"
+    assert re.match(expected, lines[0]), lines
+
+
+def test_the_verified_checkpoint_is_kept(directory, mesh):
+    """It may be the only one without damage: the later ones have not been read."""
+    with Checkpoints(directory, keep=1) as checkpoints:
+        assert int(checkpoints.restore(abstract(state(mesh, 0)))[0].step) == 6
+        for step in (8, 10):
+            save(checkpoints, step, state(mesh, step))
+    assert saved_steps(directory) == [10, 6]
+    with Checkpoints(directory, keep=1) as checkpoints:
+        assert int(checkpoints.restore(abstract(state(mesh, 0)))[0].step) == 10
+        save(checkpoints, 12, state(mesh, 12))
+    assert saved_steps(directory) == [12, 10]
 
 
 def test_no_readable_checkpoint_is_an_error(directory, mesh):

@@ -15,8 +15,8 @@ import pytest
 from ringattn import config
 from ringattn.config import Stage
 from ringattn.runs.checkpoint import Checkpoints, saved_steps
-from ringattn.runs.metrics import MetricsFile, read_rows, stage_ends
-from ringattn.training import launch, loop, train
+from ringattn.runs.metrics import read_rows, stage_ends
+from ringattn.training import launch, loop, steps, train
 from ringattn.training.recorder import Recorder
 
 
@@ -70,7 +70,7 @@ def finished(base, second_starts):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ringattn.runs.lock.INTERVAL", 0.001)
-        for owner, name in (launch, "read"), (loop, "compile_step"), (Recorder, "step"), (loop.Checkpoints, "save"):
+        for owner, name in (launch, "read"), (steps, "compile_step"), (Recorder, "step"), (loop.Checkpoints, "save"):
             before(patch, owner, name)
         assert train(base) == 0
     return base.run_directory
@@ -266,18 +266,18 @@ def test_the_last_checkpoint_is_confirmed_by_one_more_step(base, monkeypatch, st
 def test_a_full_disk_loses_no_checkpoint_of_a_confirmed_state(base, monkeypatch, capsys):
     """Neither while a row is written after the step that confirms it, nor after the last step."""
     c = replace(base, name="full", log=replace(base.log, every=1))
-    checkpoints, write = c.run_directory / "checkpoints", MetricsFile.write
+    checkpoints, record = c.run_directory / "checkpoints", Recorder.step
 
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(MetricsFile, "write", lambda self, row: full() if row["step"] == 4 else write(self, row))
+        patch.setattr(Recorder, "step", lambda self, step, *rest: full() if step == 5 else record(self, step, *rest))
         with pytest.raises(OSError, match="No space left"):
             train(c)
     assert saved_steps(checkpoints) == [3]
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "plot_loss", full)
+        patch.setattr(steps, "plot_loss", full)
         with pytest.raises(ValueError, match="No space left"):
             train(c)
     assert saved_steps(checkpoints) == [6, 3]
@@ -310,7 +310,7 @@ def uninterrupted(staged):
     """Directory of a run of the first two stages in one launch."""
     with pytest.MonkeyPatch.context() as patch:
         calls = []
-        for module, name in (launch, "read"), (loop, "prefetch"):
+        for module, name in (launch, "read"), (steps, "prefetch"):
             original = name, vars(module)[name]
             patch.setattr(module, name, lambda *args, _=original: calls.append((_[0], *args)) or _[1](*args))
         c = replace(staged, stages=STAGES[:2], profile="6:7")
@@ -441,3 +441,56 @@ def test_a_stage_that_does_not_fit_is_refused_before_the_first_stage_starts(stag
     with pytest.raises(ValueError, match=message):
         train(c)
     assert not c.run_directory.exists()
+
+
+def free_space(monkeypatch, steps_without):
+    """Lets `Checkpoints.save` find a full disk at some steps."""
+    save, usage = Checkpoints.save, shutil.disk_usage
+
+    def limited(self, step, tree):
+        with monkeypatch.context() as patch:
+            if step in steps_without:
+                patch.setattr(shutil, "disk_usage", lambda path: usage(path)._replace(free=0))
+            save(self, step, tree)
+
+    monkeypatch.setattr(Checkpoints, "save", limited)
+
+
+@pytest.mark.parametrize(("without", "saved"), [({3}, [6]), ({6}, [3])])
+def test_training_continues_after_a_failed_save_and_the_status_reports_it(base, monkeypatch, capsys, without, saved):
+    c = replace(base, name=f"unsaved-{saved[0]}")
+    with monkeypatch.context() as patch:
+        free_space(patch, without)
+        assert train(c) == loop.NOT_SAVED
+    out = capsys.readouterr().out
+    assert f"checkpoint {min(without)} was not saved to " in out
+    assert ("step 6 is not saved: the newest checkpoint is of step 3" in out) == (saved == [3])
+    assert saved_steps(c.run_directory / "checkpoints") == saved
+    assert read_rows(c.run_directory / "metrics.jsonl")[-1]["step"] == 6
+    assert train(c) == 0  # nothing to do, or steps 4 to 6 again
+    assert saved_steps(c.run_directory / "checkpoints")[0] == 6
+
+
+def test_a_stage_whose_last_state_is_not_saved_ends_the_run(staged, monkeypatch, capsys):
+    """The next stage starts from a checkpoint."""
+    c = replace(staged, name="unsaved-stage", stages=STAGES[:2])
+    free_space(monkeypatch, {3, 4})
+    assert train(c) == loop.NOT_SAVED
+    assert "step 4 is not saved: the newest checkpoint is of step 0" in capsys.readouterr().out
+
+
+def test_a_signal_during_a_validation_ends_it(base, monkeypatch, capsys):
+    c = replace(base, name="validating")
+    score = steps.Watchdog.progress
+
+    def interrupted(self, event):
+        if event == "a batch of the validation":
+            os.kill(os.getpid(), signal.SIGTERM)
+        score(self, event)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(steps.Watchdog, "progress", interrupted)
+        assert train(c) == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM after step 4; checkpoint saved" in capsys.readouterr().out
+    assert saved_steps(c.run_directory / "checkpoints")[0] == 4
+    assert not any("eval/loss" in row for row in read_rows(c.run_directory / "metrics.jsonl"))

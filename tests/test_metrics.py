@@ -2,6 +2,7 @@
 
 import resource
 import signal
+from contextlib import contextmanager
 
 import pytest
 
@@ -35,24 +36,42 @@ def test_a_line_that_is_not_json_is_an_error_and_a_missing_file_has_no_rows(tmp_
             read_rows(path)
 
 
-def test_a_full_disk_is_an_error_and_loses_no_row(tmp_path):
-    """A limit on file sizes cuts the second row, as a full disk does."""
-    path = tmp_path / "metrics.jsonl"
+@contextmanager
+def files_up_to(size):
+    """Limits the size of files, which cuts a row as a full disk does."""
     limits, ignored = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
-        with MetricsFile(path, after=0) as file:
-            file.write({"step": 1})
-            resource.setrlimit(resource.RLIMIT_FSIZE, (20, limits[1]))
-            for _ in range(2):  # the first write fails after a part of the row, the second at once
-                with pytest.raises(ValueError, match=r"cannot write to \S*metrics.jsonl \(.+\); free disk space or"):
-                    file.write({"step": 2})
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, ignored)
-    assert path.read_bytes() == b'{"step": 1}\n{"step":'
-    with MetricsFile(path, after=1) as file:
-        file.write({"step": 2})
-    assert read_rows(path) == [{"step": 1}, {"step": 2}]
+
+
+def test_rows_of_a_full_disk_are_written_later(tmp_path):
+    path, lines = tmp_path / "metrics.jsonl", []
+    with MetricsFile(path, after=0, report=lines.append) as file:
+        file.write({"step": 1})
+        with files_up_to(20):
+            for step in (2, 3):
+                file.write({"step": step})
+                assert path.read_bytes() == b'{"step": 1}\n'
+        file.write({"step": 4})
+        assert [row["step"] for row in read_rows(path)] == [1, 2, 3, 4]
+    assert file.lost == 0
+    assert len(lines) == 1
+    assert lines[0].startswith(f"metrics cannot be written to {path} (")
+
+
+def test_rows_that_the_disk_never_takes_are_counted(tmp_path):
+    path, lines = tmp_path / "metrics.jsonl", []
+    with files_up_to(20), MetricsFile(path, after=0, report=lines.append) as file:
+        for step in (1, 2, 3):
+            file.write({"step": step})
+    assert read_rows(path) == [{"step": 1}]
+    assert file.lost == 2
+    assert len(lines) == 2
+    assert lines[1] == f"2 rows of metrics were not written to {path}"
 
 
 def test_stage_ends():

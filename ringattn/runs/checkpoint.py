@@ -2,18 +2,17 @@
 
 Orbax writes a checkpoint under a temporary name and renames it once it is complete and confirmed, so neither a killed
 process nor a diverged run leaves a checkpoint that no run can resume from. Orbax does not detect bytes that changed on
-disk, so a checksum of each array is stored with it.
+disk, so a checksum of each array is stored with it. Several processes tell each other about failed writes and reads,
+because Orbax would let the others wait for the one that failed.
 """
 
-import hashlib
-import json
 import os
 import re
 import shutil
-import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -24,21 +23,19 @@ import jax
 import orbax.checkpoint as ocp
 
 from ringattn.config import option
-from ringattn.runs import orbax_messages
+from ringattn.mesh import board
+from ringattn.mesh.processes import gather, several_processes
 from ringattn.runs.files import cannot_write
+from ringattn.runs.reading import MismatchError, read_arrays, unreadable
 from ringattn.runs.verification import (
     Arrays,
-    Facts,
-    check_arrays,
-    check_facts,
-    difference,
     facts,
     is_damage,
     named,
     non_finite,
     reason,
-    shapes,
 )
+from ringattn.units import bytes_in_words
 
 Tree = TypeVar("Tree")
 
@@ -46,7 +43,9 @@ _MAX_SECONDS = 7 * 24 * 3600
 """Timeout of a write in seconds. It includes the step that confirms the checkpoint."""
 _MAX_BARRIER_SECONDS = 1200
 """Maximum seconds to wait for the writes of other processes."""
-orbax_messages.silence()
+_POLL_SECONDS = 0.2
+"""Seconds between two questions whether the other processes have finished."""
+_FAILED = "failed/"
 
 
 def saved_steps(directory: Path) -> list[int]:
@@ -56,16 +55,6 @@ def saved_steps(directory: Path) -> list[int]:
     """
     names = [entry.name for entry in directory.iterdir() if entry.is_dir()] if directory.is_dir() else []
     return sorted((int(name) for name in names if re.fullmatch("[1-9][0-9]*", name)), reverse=True)
-
-
-def _wait_for_processes(*, key: str, timeout_ms: int) -> None:
-    """Waits for the other processes at barrier `key`, unless the write in this process has failed.
-
-    After a failure, this process skips an earlier barrier, so the others would never reach this one.
-    """
-    if sys.exc_info()[0] is None:
-        barrier = ocp.multihost.get_barrier_sync_fn()
-        barrier(key=key, timeout_ms=min(timeout_ms, 1000 * _MAX_BARRIER_SECONDS))
 
 
 def divergence_fix() -> str:
@@ -91,25 +80,48 @@ class _StateSave(ocp.args.StandardSave):
     confirmed: Future[None] = field(default_factory=Future)
 
 
+class _PeerError(Exception):
+    """Ends the write of a checkpoint that another process could not write."""
+
+
+@dataclass
+class _Verified:
+    """Preserves checkpoint `step`, whose checksums have been compared. A policy of Orbax."""
+
+    step: int = 0
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        return [each.step == self.step for each in checkpoints]
+
+
 class Checkpoints:
-    """Writes and reads `directory`/<step>/ and keeps the newest `keep`.
+    """Writes and reads `directory`/<step>/. Keeps the newest `keep`, and the one that `restore` has verified.
 
     A checkpoint appears under its name only after `confirm`. Exiting waits for the write of a confirmed one and drops
     an unconfirmed one.
+
+    Without `report`, a failed write raises ValueError. With it, `report` takes a line about each failed write, and
+    later writes are tried. A write that fails in one of several processes fails in all.
     """
 
-    def __init__(self, directory: Path, keep: int):
-        self._directory = directory.absolute()
+    def __init__(self, directory: Path, keep: int, report: Callable[[str], None] | None = None, *, verified: int = 0):
+        """`verified` is the step that an earlier instance has restored."""
+        self._directory, self._report = directory.absolute(), report
+        self._verified = _Verified(verified)
+        policies = ocp.checkpoint_managers.LatestN(keep), self._verified
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep,
+            preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
             cleanup_tmp_directories=True,
-            async_options=ocp.AsyncOptions(timeout_secs=_MAX_SECONDS, barrier_sync_fn=_wait_for_processes),
+            async_options=ocp.AsyncOptions(timeout_secs=_MAX_SECONDS, barrier_sync_fn=self._meet),
         )
         try:
             self._manager = ocp.CheckpointManager(self._directory, options=options)
         except OSError as error:
-            raise _unreadable(self._directory, error) from error
+            raise unreadable(self._directory, error) from error
         self._unconfirmed: tuple[int, Future[None]] | None = None
+        self._writing, self._writes = 0, 0  # step and number of the last write
+        self.failures = 0
+        """Number of checkpoints that could not be written."""
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -117,8 +129,9 @@ class Checkpoints:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         with suppress(*[ValueError] * (kind is not None)):  # the first error is reported
             self._drop_unconfirmed()
-            with self._write_errors():
-                self._manager.close()
+            self._settle()
+        with suppress(Exception):  # Orbax raises the errors that `_settle` has handled again
+            self._manager.close()
         if kind is not None:
             self._remove_incomplete()  # of a write that continued after the error
 
@@ -126,50 +139,101 @@ class Checkpoints:
         """Starts an asynchronous write of `tree`, whose arrays may be donated immediately.
 
         Replaces an unconfirmed checkpoint. Raises ValueError, and writes nothing, if `tree` contains NaN
-        or infinity: no run could resume from it. Also raises ValueError if the previous write failed.
+        or infinity: no run could resume from it.
         """
         self._drop_unconfirmed()
+        self._settle()  # otherwise Orbax would raise the error of the previous write as that of this one
         arrays = named(tree)
         if names := non_finite(arrays):
             problem = f"{names[0]} contains NaN or infinity after step {step}; no checkpoint saved"
             raise ValueError(f"{problem}; {divergence_fix()}")
+        self._writing, self._writes = step, self._writes + 1
+        if lack := gather(self._lack_of_space(arrays))[0]:
+            self._fail(lack)
+            return
         state = _StateSave(arrays)
         args = ocp.args.Composite(state=state, facts=ocp.args.JsonSave(facts(arrays)))
-        with self._write_errors():
+        try:
             self._manager.save(step, args=args, force=True)
+        except Exception as error:  # the disk and the libraries that write can raise any exception
+            if several_processes():  # the others wait in a barrier of Orbax
+                raise cannot_write(self._directory, reason(error)) from error
+            self._fail(reason(error), error)
+            return
         self._unconfirmed = step, state.confirmed
+        if jax.process_index() == 0:
+            board.remove(self._key(self._writes - 1))
+
+    def _lack_of_space(self, arrays: Arrays) -> str:
+        """Returns a message if the file system has less free space than `arrays` need; else an empty string."""
+        needed = sum(array.nbytes for array in arrays.values())
+        try:
+            free = shutil.disk_usage(self._directory).free
+        except OSError as error:
+            return reason(error)
+        message = f"it needs {bytes_in_words(needed)}, and {bytes_in_words(free)} are free"
+        return message if free < needed else ""
 
     def confirm(self, step: int) -> None:
         """Confirms that runs can resume from the states up to `step`. Completes a pending checkpoint of such a state.
 
-        Raises ValueError if a write has failed. Call it after each step; it does not wait.
+        Call it after each step, in all processes; it does not wait.
         """
         if self._unconfirmed is not None and self._unconfirmed[0] <= step:
             self._unconfirmed[1].set_result(None)
             self._unconfirmed = None
         if not self._manager.is_saving_in_progress():
-            with self._write_errors():
-                self._manager.wait_until_finished()
+            self._settle()
 
     def _drop_unconfirmed(self) -> None:
         if self._unconfirmed is not None:
             self._unconfirmed[1].set_exception(_UnconfirmedError())
             self._unconfirmed = None
-            with suppress(_UnconfirmedError), self._write_errors():
-                self._manager.wait_until_finished()
+            self._settle()
             self._remove_incomplete()
             self._manager.reload()  # Orbax no longer lists the checkpoints that this one would have replaced
 
-    @contextmanager
-    def _write_errors(self) -> Iterator[None]:
-        """Converts errors of Orbax and of the disk to ValueError with a fix."""
+    def _settle(self) -> None:
+        """Waits for the current write, and reports it if it has failed."""
         try:
-            yield
+            self._manager.wait_until_finished()
         except _UnconfirmedError:
-            raise
+            pass
         except Exception as error:  # the disk and the libraries that write can raise any exception
-            self._remove_incomplete()
-            raise cannot_write(self._directory, reason(error)) from error
+            self._fail(str(error) if isinstance(error, _PeerError) else reason(error), error)
+
+    def _fail(self, problem: str, error: Exception | None = None) -> None:
+        """Tells the other processes that the current write has failed, cleans up, and reports or raises it."""
+        self.failures += 1
+        if several_processes():
+            board.post(f"{self._key(self._writes)}{_FAILED}{jax.process_index()}", problem)
+        self._remove_incomplete()
+        self._manager.reload()  # Orbax lists the checkpoint before it is written
+        if self._report is None:
+            raise cannot_write(self._directory, problem) from error
+        fix = "the next one will be tried; free disk space or make it writable"
+        self._report(f"checkpoint {self._writing} was not saved to {self._directory} ({problem}); {fix}")
+
+    @staticmethod
+    def _key(write: int) -> str:
+        return f"checkpoints/{write}/"
+
+    def _meet(self, *, key: str, timeout_ms: int) -> None:
+        """Waits, in the thread of a write, until all processes have called this function with `key`.
+
+        Raises _PeerError if the write has failed in one of them, and TimeoutError.
+        """
+        if not several_processes():
+            return
+        write = self._key(self._writes)
+        board.post(f"{write}{key}/{jax.process_index()}", "")
+        end = time.monotonic() + min(timeout_ms / 1000, _MAX_BARRIER_SECONDS)
+        while len(board.read(f"{write}{key}/")) < jax.process_count():
+            for process, problem in board.read(f"{write}{_FAILED}").items():
+                raise _PeerError(f"in process {process}: {problem}")
+            if time.monotonic() > end:
+                raise TimeoutError(f"another process has not written its part in {_MAX_BARRIER_SECONDS} s")
+            time.sleep(_POLL_SECONDS)
 
     def _remove_incomplete(self) -> None:
         if jax.process_index() == 0:
@@ -189,15 +253,16 @@ class Checkpoints:
         target = named(like)
         for step in saved_steps(self._directory):
             try:
-                arrays = _read(self._manager, step, target, "")
-            except _MismatchError as error:
+                arrays = read_arrays(self._directory / str(step), target, "")
+            except MismatchError as error:
                 raise ValueError(f"{self._directory / str(step)} does not match: {error}") from None
             except Exception as error:  # reading a damaged file can raise any exception
                 if not is_damage(error):
-                    raise _unreadable(self._directory / str(step), error) from error
+                    raise unreadable(self._directory / str(step), error) from error
                 damaged[step] = f"checkpoint {step} is damaged ({reason(error)})"
                 continue
             self._rename_damaged(list(damaged))
+            self._verified.step = step
             messages = [f"{each}; using an earlier checkpoint" for each in damaged.values()]
             return jax.tree.unflatten(jax.tree.structure(like), list(arrays.values())), messages
         reasons = ", ".join(damaged.values())
@@ -209,78 +274,5 @@ class Checkpoints:
                 names = (f"damaged-{step}" + f"-{suffix}" * bool(suffix) for suffix in count())
                 unused = next(name for name in names if not (self._directory / name).exists())
                 os.replace(self._directory / str(step), self._directory / unused)
+        gather("")  # the other processes must not list the old names
         self._manager.reload()
-
-
-def read_params(directory: Path, step: int, like: Tree) -> Tree:
-    """Returns the parameters of checkpoint `step` in `directory`, with the shardings of `like`. Writes nothing.
-
-    Raises ValueError if the checkpoint is damaged, does not match `like`, or cannot be read.
-    """
-    target = {f"params.{name}": leaf for name, leaf in named(like).items()}
-    with _read_errors(directory / str(step)), _reader(directory) as manager:
-        arrays = _read(manager, step, target, "params.")
-        return jax.tree.unflatten(jax.tree.structure(like), list(arrays.values()))
-
-
-def params_digest(directory: Path, step: int) -> str:
-    """Returns a hexadecimal digest of the parameters of checkpoint `step`. Raises ValueError if it cannot be read."""
-    with _read_errors(directory / str(step)), _reader(directory) as manager:
-        sums = _read_facts(manager, step)["sums"]
-    sums = {name: value for name, value in sums.items() if name.startswith("params.")}
-    return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()[:16]
-
-
-class _MismatchError(Exception):
-    """Raised if the arrays of an intact checkpoint do not match the model."""
-
-
-@contextmanager
-def _read_errors(checkpoint: Path) -> Iterator[None]:
-    """Converts read errors to ValueError with a fix."""
-    try:
-        yield
-    except _MismatchError as error:
-        raise ValueError(f"{checkpoint} does not match: {error}") from None
-    except Exception as error:  # reading a damaged file can raise any exception
-        if not is_damage(error):
-            raise _unreadable(checkpoint, error) from error
-        raise ValueError(f"{checkpoint} is damaged ({reason(error)}); use another checkpoint") from error
-
-
-def _unreadable(checkpoint: Path, error: Exception) -> ValueError:
-    fix = "but may be intact; nothing was changed; fix the cause and run the same command again"
-    return ValueError(f"{checkpoint} cannot be read ({reason(error)}), {fix}")
-
-
-def _reader(directory: Path) -> ocp.CheckpointManager:
-    return ocp.CheckpointManager(directory.absolute(), options=ocp.CheckpointManagerOptions(create=False))
-
-
-def _read(manager: ocp.CheckpointManager, step: int, target: Arrays, prefix: str) -> dict[str, jax.Array]:
-    """Reads the arrays named in `target`: those of the checkpoint whose names start with `prefix`.
-
-    Raises _MismatchError unless they have the same names and shapes.
-    """
-    stored = _read_facts(manager, step)
-    if {name: shape for name, shape in stored["shapes"].items() if name.startswith(prefix)} != shapes(target):
-        raise _MismatchError(difference(stored, target))
-    return _read_arrays(manager, step, target, stored["sums"])
-
-
-def _read_facts(manager: ocp.CheckpointManager, step: int) -> Facts:
-    stored = manager.restore(step, args=ocp.args.Composite(facts=ocp.args.JsonRestore()))["facts"]
-    check_facts(stored)
-    return stored
-
-
-def _read_arrays(
-    manager: ocp.CheckpointManager, step: int, target: Arrays, sums: dict[str, int]
-) -> dict[str, jax.Array]:
-    """Reads the arrays named in `target`, a subset of the checkpoint. Raises ValueError if a checksum differs."""
-    restore_args = ocp.checkpoint_utils.construct_restore_args(target)
-    args = ocp.args.PyTreeRestore(target, restore_args=restore_args, partial_restore=True)
-    arrays = manager.restore(step, args=ocp.args.Composite(state=args))["state"]
-    arrays = {name: arrays[name] for name in target}
-    check_arrays(arrays, sums)
-    return arrays

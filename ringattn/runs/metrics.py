@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,37 +18,71 @@ Row = dict[str, Any]
 class MetricsFile:
     """Appends rows to metrics.jsonl, from process 0 only, each with one write.
 
-    Raises ValueError if the file cannot be written, for example because the disk is full.
+    Rows that cannot be written, for example because the disk is full, stay in memory and are tried again.
     """
 
-    def __init__(self, path: Path, after: int):
-        """Opens `path` to continue after step `after`. Removes the rows of later steps, which will be repeated."""
+    def __init__(self, path: Path, after: int, report: Callable[[str], None] = print):
+        """Opens `path` to continue after step `after`. Removes the rows of later steps, which will be repeated.
+
+        `report` takes a line about rows that cannot be written. Raises ValueError if the file cannot be opened.
+        """
         kept = [row for row in read_rows(path) if row["step"] <= after]
-        self._path, self._file = path, None
+        self._path, self._file, self._report = path, None, report
+        self._pending, self._size, self._failing = list[bytes](), 0, False
+        self.lost = 0
+        """Number of rows that could not be written."""
         if jax.process_index() == 0:
+            content = "".join(json.dumps(row) + "\n" for row in kept)
             with writing(path):
-                write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
-                self._file = path.open("ab", buffering=0)
+                write_text(path, content)
+                self._file, self._size = path.open("ab", buffering=0), len(content.encode())
 
     def __enter__(self) -> "MetricsFile":
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._file is not None:
+            self._attempt(self._append)
             self._file.close()
+        if self._pending:
+            self.lost = len(self._pending)
+            self._report(f"{self.lost} rows of metrics were not written to {self._path}")
 
     def write(self, row: Row) -> None:
         if self._file is not None:
-            line = json.dumps(row, allow_nan=False).encode() + b"\n"
-            with writing(self._path):
-                if self._file.write(line) < len(line):  # a full disk takes a part
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._pending.append(json.dumps(row, allow_nan=False).encode() + b"\n")
+            self._attempt(self._append)
 
     def sync(self) -> None:
         """Syncs all rows to disk, so that after a power failure the metrics are as recent as any checkpoint."""
         if self._file is not None:
-            with writing(self._path):
-                os.fsync(self._file.fileno())
+            file = self._file
+            self._attempt(lambda: os.fsync(file.fileno()))
+
+    def _attempt(self, action: Callable[[], None]) -> None:
+        """Performs `action` on the file. Reports the first of several errors of the disk."""
+        try:
+            action()
+            self._failing = False
+        except OSError as error:
+            if not self._failing:
+                problem = f"metrics cannot be written to {self._path} ({error.strerror})"
+                self._report(f"{problem}; training continues, and later rows are tried with these; free disk space")
+            self._failing = True
+
+    def _append(self) -> None:
+        """Writes the pending rows. Raises OSError, with only complete rows in the file."""
+        assert self._file is not None
+        while self._pending:
+            line = self._pending[0]
+            try:
+                if self._file.write(line) < len(line):  # a full disk takes a part
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                self._file.truncate(self._size)
+                raise
+            self._size += len(line)
+            self._pending.pop(0)
 
 
 def read_rows(path: Path) -> list[Row]:

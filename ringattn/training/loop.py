@@ -1,35 +1,30 @@
 """The training loop: trains all stages of a config and writes the run directory."""
 
-import math
 import signal
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
 from pathlib import Path
 
 import jax
 
 from ringattn import config, weights
-from ringattn.cost.flops import peak_flops, step_flops
-from ringattn.cost.step_statistics import describe_statistics
-from ringattn.data import VideoTokenizer, prefetch
 from ringattn.mesh.axes import abstract, context_shards
 from ringattn.mesh.devices import start
-from ringattn.mesh.processes import check_same
+from ringattn.mesh.processes import check_same, gather
 from ringattn.runs.checkpoint import Checkpoints, saved_steps
 from ringattn.runs.directory import check_data, check_resumable, write_description
-from ringattn.runs.files import write_json, write_text, writing
-from ringattn.runs.metrics import MetricsFile, Row, read_rows
+from ringattn.runs.metrics import MetricsFile
 from ringattn.runs.progress import Display
 from ringattn.runs.shared import check_shared, claimed, newest_step
-from ringattn.runs.signals import Stop, stopped_by_signal
-from ringattn.runs.writers import Writers
-from ringattn.training.frames import plot_frames
+from ringattn.runs.signals import stopped_by_signal
+from ringattn.runs.watchdog import watched
 from ringattn.training.launch import Choose, Launch, as_given, checked_mesh, prepare_launch
-from ringattn.training.plots import plot_loss
 from ringattn.training.profile import Profile
-from ringattn.training.recorder import DIVERGENCE_FACTOR, LogConfig, Recorder
-from ringattn.training.stage import Run, compile_step, describe, prepare_stage, tokens_per_step
-from ringattn.training.step import TrainState, TrainStep, skip
+from ringattn.training.stage import Run, describe, prepare_stage
+from ringattn.training.step import TrainState
+from ringattn.training.steps import Ended, Outputs, advance, finish
+
+NOT_SAVED = 1
+"""Exit status of a run that ended as it should, but could not write a checkpoint or metrics."""
 
 
 def train(c: config.Config, choose: Choose = as_given) -> int:
@@ -38,7 +33,7 @@ def train(c: config.Config, choose: Choose = as_given) -> int:
     `choose` chooses the values that a stage leaves open (mesh.auto, attention.strategy and model.remat): see
     `planning.choose`. config.json keeps the config as given, so that a resumed run chooses again.
 
-    Returns the exit status of the process: 0, or 128 + signal number if a signal stopped the run.
+    Returns the exit status of the process: 0, NOT_SAVED, or 128 + signal number if a signal stopped the run.
 
     Raises:
       ValueError: if config, data, devices and run directory are inconsistent, if another process trains the run, or
@@ -59,13 +54,14 @@ def _train_claimed(c: config.Config, directory: Path, choose: Choose) -> int:
     with config.stage_errors(c.stages, current):
         start(c.stage(current).mesh)
     launch = prepare_launch(c, current, choose)
-    status = None
+    status, failures = None, 0
     while status is None:
         # Each stage starts from the newest checkpoint, like a resumed run.
         current = _current_stage(c, directory)
         with config.stage_errors(c.stages, current):
-            status = _train_stage(c, current, launch, directory, launch_step)
-    return status
+            status, failed = _train_stage(c, current, launch, directory, launch_step)
+        failures += failed
+    return status or NOT_SAVED * (failures > 0)
 
 
 def _current_stage(c: config.Config, directory: Path) -> int:
@@ -73,8 +69,12 @@ def _current_stage(c: config.Config, directory: Path) -> int:
     return c.stage_after(newest_step(directory))
 
 
-def _train_stage(c: config.Config, number: int, launch: Launch, directory: Path, launch_step: int) -> int | None:
+def _train_stage(
+    c: config.Config, number: int, launch: Launch, directory: Path, launch_step: int
+) -> tuple[int | None, int]:
     """Trains stage `number`. Returns the exit status of the process, or None if another stage follows.
+
+    Also returns the number of checkpoints and rows of metrics that could not be written.
 
     `launch_step` is the step at which this launch, with all its stages, started.
     """
@@ -90,7 +90,7 @@ def _train_stage(c: config.Config, number: int, launch: Launch, directory: Path,
         if done < run.start_step:  # the newest checkpoint was damaged, and the restored one is from an earlier stage
             for line in damage:
                 display.print(line)
-            return None
+            return None, 0
         for line in [*_describe_stage(run), *describe(run, state), *chosen.reasons, *damage]:
             display.print(line)
         if done >= run.end_step:
@@ -98,25 +98,38 @@ def _train_stage(c: config.Config, number: int, launch: Launch, directory: Path,
                 finish(run, state, directory)
             fix = f"to continue, raise --{config.flag(c.stages, number, 'train.steps')}"
             display.print(f"nothing to do: {directory} is at step {done} of {steps}; {fix}")
-            return 0
+            return 0, 0
         if done:
             display.print(f"resuming from step {done} of {directory}")
         write_description(directory, c, run.fingerprints(), run.tokenizer.files | (origin.chat_files if origin else {}))
         with (
             stopped_by_signal(display.print) as stop,  # outermost: exiting Checkpoints waits for the last write
-            MetricsFile(directory / "metrics.jsonl", after=done) as file,
-            Checkpoints(directory / "checkpoints", c.checkpoint.keep) as checkpoints,
+            MetricsFile(directory / "metrics.jsonl", done, display.print) as file,
+            Checkpoints(directory / "checkpoints", c.checkpoint.keep, display.print, verified=done) as checkpoints,
+            watched(directory / f"hang-{jax.process_index()}.txt") as watchdog,
         ):
             profile = Profile(c.profile, launch_step, steps, directory / "profile", display)
-            status, result = advance(run, state, display, file, checkpoints, stop, profile)
-        if status == 0 and number < len(c.stages):
-            if not stop.number:
-                return None
-            # After a signal in a stage's last step, the next stage must not start.
-            status, name = 128 + stop.number, signal.Signals(stop.number).name
-            result = f"stopped by {name} after step {run.end_step}; checkpoint saved"
-        display.print(f"{result}; run directory {directory}")
-        return status
+            ended = advance(run, state, Outputs(display, file, checkpoints, watchdog), stop, profile)
+        failures = checkpoints.failures + int(gather(str(file.lost))[0])  # only process 0 writes the file
+        return _status(run, ended, directory, display), failures
+
+
+def _status(run: Run, ended: Ended, directory: Path, display: Display) -> int | None:
+    """Reports the end of a stage. Returns the exit status of the process, or None if another stage follows."""
+    newest = newest_step(directory)
+    saved = "checkpoint saved" if newest == ended.step else f"the newest checkpoint is of step {newest}"
+    if ended.signal:
+        name = signal.Signals(ended.signal).name
+        display.print(f"stopped by {name} after step {ended.step}; {saved}; run directory {directory}")
+    elif newest < ended.step:
+        display.print(f"{ended.result}; step {ended.step} is not saved: {saved}; run directory {directory}")
+    elif run.completes(ended.step):
+        display.print(f"{ended.result}; run directory {directory}")
+    else:
+        return None
+    if newest < ended.step:
+        return NOT_SAVED
+    return 128 + ended.signal if ended.signal else 0
 
 
 def _initial_or_restored(run: Run, directory: Path, origin: weights.Origin | None) -> tuple[TrainState, list[str]]:
@@ -142,126 +155,3 @@ def _describe_stage(run: Run) -> Iterator[str]:
         size, shards = run.config.train.batch_size, context_shards(run.mesh)
         rows = f"{size} row{'s' * (size > 1)} of {run.config.data.seq_len:,} tokens, {shards} devices per row"
         yield f"stage {run.stage_number} of {stages}, steps {run.start_step + 1} to {run.end_step}: {rows}"
-
-
-def finish(run: Run, state: TrainState, directory: Path) -> None:
-    """Writes samples and plots of a completed run."""
-    samples = run.samples(state.params)
-    if jax.process_index() > 0:
-        return
-    with writing(directory):
-        write_text(directory / "samples.txt", samples)
-        if isinstance(run.tokenizer, VideoTokenizer):
-            plot_frames(run.tokenizer.preview, run.tokenizer.reconstruct_preview(), directory / "plots" / "frames.png")
-        # Written last: if it is missing, an error interrupted this function.
-        plot_loss(read_rows(directory / "metrics.jsonl"), directory / "plots" / "loss.png", run.full_config.name)
-
-
-def advance(
-    run: Run,
-    state: TrainState,
-    display: Display,
-    file: MetricsFile,
-    checkpoints: Checkpoints,
-    stop: Stop,
-    profile: Profile,
-) -> tuple[int, str]:
-    """Trains the remaining steps and completes the last stage. Returns the exit status and a summary of the result."""
-    c, restored_step, result = run.config, int(state.step), ""
-    with profile, Writers(run.full_config, restored_step, display) as writers:
-        train_step = _compile(run, state, display)
-
-        def write(row: Row) -> None:
-            for log in (file, writers):
-                log.write(row | {"stage": run.stage_number})
-
-        recorder = Recorder(write, display, _log_config(run))
-        first, end = restored_step - run.start_step, run.end_step - run.start_step
-        stop.arm()
-        with display, _confirming(checkpoints, recorder), closing(prefetch(run.training, first, end)) as batches:
-            for step, batch in enumerate(batches, restored_step + 1):
-                profile.before(step, recorder)
-                with jax.profiler.StepTraceAnnotation("step", step_num=step):
-                    has_targets = batch.weights.any()
-                    state, metrics = train_step(state, run.place(batch)) if has_targets else (skip(state), None)
-                recorder.step(step, metrics, step_flops(c, run.tokenizer.size, batch) if has_targets else 0)
-                profile.after(step, recorder)
-                is_last, signal_number = step == run.end_step, stop.number
-                to_validate = is_last or step % c.validation.every == 0
-                to_save = is_last or signal_number > 0 or step % c.checkpoint.every == 0
-                if to_validate or to_save:
-                    recorder.flush()
-                checkpoints.confirm(recorder.confirmed_step)
-                if to_validate:
-                    with display.subtask("validation", run.validation_batches, compiles=not result) as advance_bar:
-                        values = run.validate(state.params, advance_bar)
-                    result = recorder.validation(step, values)
-                if to_save:
-                    file.sync()
-                    checkpoints.save(step, state)
-                if to_validate or to_save:
-                    recorder.restart_clock()
-                if is_last or signal_number:
-                    _conclude(run, train_step, state, display, recorder)
-                if signal_number and not is_last:
-                    stopped = f"stopped by {signal.Signals(signal_number).name} after step {step}; checkpoint saved"
-                    return 128 + signal_number, stopped
-    return 0, result
-
-
-@contextmanager
-def _confirming(checkpoints: Checkpoints, recorder: Recorder) -> Iterator[None]:
-    """Confirms the checkpoints of confirmed states, also after an error: a full disk must not lose them."""
-    try:
-        yield
-    finally:
-        checkpoints.confirm(recorder.confirmed_step)
-
-
-def _conclude(run: Run, train_step: TrainStep, state: TrainState, display: Display, recorder: Recorder) -> None:
-    """Completes a run that ends with `state`, and confirms `state` by a discarded extra step.
-
-    Raises ValueError if no run can resume from `state`.
-    """
-    with display.subtask("samples, plots and checkpoint", compiles=True):
-        try:
-            if int(state.step) == run.full_config.steps_before(len(run.full_config.stages) + 1):
-                finish(run, state, run.config.run_directory)
-        finally:  # an error in `finish` must not lose the last checkpoint
-            _confirm(run, train_step, state, recorder)
-
-
-def _confirm(run: Run, train_step: TrainStep, state: TrainState, recorder: Recorder) -> None:
-    """Computes an extra step from `state`, which is donated. Raises ValueError if training has diverged."""
-    step, per_epoch = int(state.step), run.training.rows_per_epoch // run.config.train.batch_size
-    start = step - run.start_step
-    batches = map(run.training.batch, range(start, start + per_epoch + 1))
-    batch = next((batch for batch in batches if batch.weights.any()), None)
-    if batch is None:
-        raise ValueError("all training targets are masked out of the loss; use more data")
-    recorder.check(step + 1, train_step(state, run.place(batch))[1])
-
-
-def _compile(run: Run, state: TrainState, display: Display) -> jax.stages.Compiled:
-    """Compiles the train step; prints its statistics and writes compiled.json."""
-    with display.waiting("compiling the train step"):
-        train_step, statistics = compile_step(run, state)
-    if jax.process_index() == 0:
-        with writing(run.config.run_directory):
-            write_json(run.config.run_directory / "compiled.json", statistics)
-    for line in describe_statistics(statistics):
-        display.print(line)
-    return train_step
-
-
-def _log_config(run: Run) -> LogConfig:
-    tokens = tokens_per_step(run.config)
-    return LogConfig(
-        every=run.config.log.every,
-        end_step=run.end_step,
-        tokens_per_step=tokens,
-        peak_flops=peak_flops(),
-        token_offset=run.earlier_tokens - run.start_step * tokens,
-        always=(run.start_step + 1, run.end_step),  # the plot requires rows, even for stages shorter than `every`
-        max_loss=DIVERGENCE_FACTOR * math.log(run.tokenizer.size),
-    )

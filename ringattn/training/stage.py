@@ -55,6 +55,10 @@ class Run:
         """Places a host batch [B, L] on the mesh, as [microbatches, B / microbatches, L] for the train step."""
         return place_batch(batch, self.mesh, self.config.attention.layout, self.config.train.accumulate)
 
+    def completes(self, step: int) -> bool:
+        """Returns True if `step` is the last one of the last stage."""
+        return step == self.full_config.steps_before(len(self.full_config.stages) + 1)
+
     @property
     def validation_batches(self) -> int:
         return _validation_batches(self.held_out, self.config)

@@ -13,8 +13,8 @@ from ringattn.data import Tokenizer, find_tokenizer
 from ringattn.mesh.axes import DATA, abstract, context_shards
 from ringattn.mesh.devices import check_divisible, start
 from ringattn.model.parallel import Params
-from ringattn.runs.checkpoint import read_params
 from ringattn.runs.directory import find_checkpoint, locate
+from ringattn.runs.reading import read_params
 from ringattn.weights.chat_template import read_token_ids
 from ringattn.weights.loaded import Loaded, make_model
 from ringattn.weights.names import letter_sizes

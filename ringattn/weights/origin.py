@@ -12,8 +12,9 @@ from ringattn.data import Tokenizer, find_tokenizer
 from ringattn.data.chat import ChatTemplate
 from ringattn.data.file_tokenizer import FileTokenizer
 from ringattn.model.parallel import Params
-from ringattn.runs.checkpoint import params_digest, read_params, saved_steps
+from ringattn.runs.checkpoint import saved_steps
 from ringattn.runs.directory import SavedCheckpoint, find_checkpoint
+from ringattn.runs.reading import params_digest, read_params
 from ringattn.weights.chat_template import read_chat_template
 from ringattn.weights.loading import Advance, is_run, open_source, read_source
 from ringattn.weights.source import Source, chat_files, read_files

@@ -1,0 +1,92 @@
+"""Ends a run that hangs, with the stacks of all its threads."""
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ringattn.units import duration_in_words
+
+HUNG = 4
+"""Exit status of a run that hangs."""
+FACTOR = 10
+"""A run hangs if nothing has completed for this many times the longest time that anything took before."""
+LEAST_SECONDS = 600.0
+"""Minimum seconds without progress before a run counts as hanging."""
+PATIENT_SECONDS = 1800.0
+"""The same before anything has completed, and while a program is compiled."""
+
+
+class Watchdog:
+    """Measures the time between calls of `progress`, and ends the process if it becomes far too long."""
+
+    def __init__(self, file: Path):
+        """`file` receives the stacks, such as hang-0.txt in a run directory."""
+        self._file, self._ended = file, threading.Event()
+        self._waited, self._longest, self._last = 0.0, 0.0, ""
+        self._patient, self._since = False, time.monotonic()
+
+    @property
+    def limit(self) -> float:
+        """Maximum seconds without progress."""
+        return max(LEAST_SECONDS if self._last and not self._patient else PATIENT_SECONDS, FACTOR * self._longest)
+
+    @contextmanager
+    def patient(self) -> Iterator[None]:
+        """Allows more time inside the context, which compiles programs."""
+        self._patient = True
+        try:
+            yield
+        finally:
+            self._patient = False
+            self._waited, self._since = 0.0, time.monotonic()
+
+    def progress(self, event: str) -> None:
+        """Notes that `event`, such as 'step 12', has completed."""
+        now = time.monotonic()
+        if self._last and not self._patient:
+            self._longest = max(self._longest, now - self._since)
+        self._waited, self._since, self._last = 0.0, now, event
+
+    def watch(self) -> None:
+        """Counts the seconds without progress, in a thread of its own. A suspended process does not count them."""
+        before = time.monotonic()
+        while not self._ended.wait(min(1.0, self.limit / 10)):
+            now = time.monotonic()
+            self._waited, before = self._waited + min(now - before, 2.0), now
+            if self._waited > self.limit:
+                self._end()
+
+    def _end(self) -> None:
+        after = f"after {self._last}" if self._last else "at the first step"
+        waited = f"nothing has completed for {duration_in_words(self._waited)} {after}"
+        if self._longest:
+            waited += f" (at most {duration_in_words(self._longest)} before)"
+        try:
+            with self._file.open("w") as file:
+                faulthandler.dump_traceback(file, all_threads=True)
+            stacks = f"stacks of all threads: {self._file}"
+        except OSError:
+            faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
+            stacks = "stacks of all threads: above"
+        fix = "run the same command again to resume"
+        os.write(2, f"error: the run hangs: {waited}; {stacks}; {fix}\n".encode())
+        os._exit(HUNG)
+
+    def stop(self) -> None:
+        self._ended.set()
+
+
+@contextmanager
+def watched(file: Path) -> Iterator[Watchdog]:
+    """Yields a Watchdog that watches inside the context. `file` is that of `Watchdog`."""
+    watchdog = Watchdog(file)
+    threading.Thread(target=watchdog.watch, name="watchdog", daemon=True).start()
+    try:
+        yield watchdog
+    finally:
+        watchdog.stop()
