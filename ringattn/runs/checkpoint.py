@@ -106,22 +106,26 @@ class Checkpoints:
 
     def __init__(self, directory: Path, keep: int, report: Callable[[str], None] | None = None, *, verified: int = 0):
         """`verified` is the step that an earlier instance has restored."""
-        self._directory, self._report = directory.absolute(), report
+        self._directory, self._keep, self._report = directory.absolute(), keep, report
         self._verified = _Verified(verified)
-        policies = ocp.checkpoint_managers.LatestN(keep), self._verified
+        self._manager = self._new_manager()
+        self._unconfirmed: tuple[int, Future[None]] | None = None
+        self._writing, self._writes = 0, 0  # step and number of the last write
+        self._broken = False  # after an error, Orbax would raise it again in later writes
+        self.failures = 0
+        """Number of checkpoints that could not be written."""
+
+    def _new_manager(self) -> ocp.CheckpointManager:
+        policies = ocp.checkpoint_managers.LatestN(self._keep), self._verified
         options = ocp.CheckpointManagerOptions(
             preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
             cleanup_tmp_directories=True,
             async_options=ocp.AsyncOptions(timeout_secs=_MAX_SECONDS, barrier_sync_fn=self._meet),
         )
         try:
-            self._manager = ocp.CheckpointManager(self._directory, options=options)
+            return ocp.CheckpointManager(self._directory, options=options)
         except OSError as error:
             raise unreadable(self._directory, error) from error
-        self._unconfirmed: tuple[int, Future[None]] | None = None
-        self._writing, self._writes = 0, 0  # step and number of the last write
-        self.failures = 0
-        """Number of checkpoints that could not be written."""
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -148,9 +152,14 @@ class Checkpoints:
             problem = f"{names[0]} contains NaN or infinity after step {step}; no checkpoint saved"
             raise ValueError(f"{problem}; {divergence_fix()}")
         self._writing, self._writes = step, self._writes + 1
-        if lack := gather(self._lack_of_space(arrays))[0]:
+        answers = gather(f"{self._broken:d}{self._lack_of_space(arrays)}")
+        if lack := answers[0][1:]:
             self._fail(lack)
             return
+        if any(answer.startswith("1") for answer in answers):
+            with suppress(Exception):
+                self._manager.close()
+            self._manager, self._broken = self._new_manager(), False
         state = _StateSave(arrays)
         args = ocp.args.Composite(state=state, facts=ocp.args.JsonSave(facts(arrays)))
         try:
@@ -191,14 +200,13 @@ class Checkpoints:
             self._unconfirmed = None
             self._settle()
             self._remove_incomplete()
-            self._manager.reload()  # Orbax no longer lists the checkpoints that this one would have replaced
 
     def _settle(self) -> None:
         """Waits for the current write, and reports it if it has failed."""
         try:
             self._manager.wait_until_finished()
         except _UnconfirmedError:
-            pass
+            self._broken = True
         except Exception as error:  # the disk and the libraries that write can raise any exception
             self._fail(str(error) if isinstance(error, _PeerError) else reason(error), error)
 
@@ -208,7 +216,7 @@ class Checkpoints:
         if several_processes():
             board.post(f"{self._key(self._writes)}{_FAILED}{jax.process_index()}", problem)
         self._remove_incomplete()
-        self._manager.reload()  # Orbax lists the checkpoint before it is written
+        self._broken = True
         if self._report is None:
             raise cannot_write(self._directory, problem) from error
         fix = "the next one will be tried; free disk space or make it writable"
