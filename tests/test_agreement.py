@@ -72,7 +72,7 @@ def test_a_failed_save_and_a_signal_of_one_process_are_those_of_both(text, faili
     assert [status for *_, status in done] == [143, 143], done
     out = done[0][0]
     place = "" if failing == 0 else "in process 1: "
-    assert f"({place}File too large); the next one will be tried" in out
+    assert f"({place}File too large); later ones will be tried" in out
     assert out.count("was not saved to") == 1
     assert "stopped by SIGTERM after step 1" in out  # one or two steps after step 9
     last = int(out.split("stopped by SIGTERM after step ")[1].split(";")[0])

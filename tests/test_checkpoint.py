@@ -176,14 +176,29 @@ def files_of(directory):
     return sorted(path for path in directory.rglob("*") if path.is_file())
 
 
-def test_one_flipped_bit_in_any_file_is_detected_or_has_no_effect(directory, mesh):
-    """Each file of the checkpoint, metadata of Orbax and TensorStore included, with a bit flipped in its middle."""
+def flipped(content):
+    return bytes(byte ^ (4 * (at == len(content) // 2)) for at, byte in enumerate(content))
+
+
+def truncated(content):
+    return content[: len(content) // 2]
+
+
+def zeroed(content):
+    return bytes(len(content))
+
+
+@pytest.mark.parametrize(
+    "change", [flipped, *(pytest.param(change, marks=pytest.mark.slow) for change in (truncated, zeroed, None))]
+)
+def test_damage_of_any_file_is_detected_or_has_no_effect(directory, mesh, change):
+    """Each file of the checkpoint, metadata of Orbax and TensorStore included. Without `change`, it is deleted."""
     names, effects = [path.relative_to(directory / "6") for path in files_of(directory / "6")], []
     assert len(names) > 8
     for name in names:
         path = directory / "6" / name
         content = path.read_bytes()
-        path.write_bytes(bytes(byte ^ (4 * (at == len(content) // 2)) for at, byte in enumerate(content)))
+        path.unlink() if change is None else path.write_bytes(change(content))
         restored, messages = restore(directory, mesh)
         chex.assert_trees_all_equal(restored, state(mesh, int(restored.step)))
         assert saved_steps(directory) == ([4] if messages else [6, 4]), name
@@ -281,7 +296,7 @@ def test_after_a_failed_write_the_next_is_tried_and_old_checkpoints_stay(directo
             assert saved_steps(directory) == ([6, 4] if step < 12 else [12, 6])
     assert saved_steps(directory) == [12, 6]
     assert [line.split(" to /")[0] for line in lines] == [f"checkpoint {step} was not saved" for step in (8, 10, 14)]
-    assert all("(File too large); the next one will be tried" in line for line in lines)
+    assert all("(File too large); later ones will be tried" in line for line in lines)
     assert checkpoints.failures == 3
     assert (int(restore(directory, mesh)[0].step), capfd.readouterr().err) == (12, "")
 

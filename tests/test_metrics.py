@@ -55,6 +55,7 @@ def test_rows_of_a_full_disk_are_written_later(tmp_path):
         with files_up_to(20):
             for step in (2, 3):
                 file.write({"step": step})
+                file.sync()
                 assert path.read_bytes() == b'{"step": 1}\n'
         file.write({"step": 4})
         assert [row["step"] for row in read_rows(path)] == [1, 2, 3, 4]

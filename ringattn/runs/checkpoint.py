@@ -219,7 +219,7 @@ class Checkpoints:
         self._broken = True
         if self._report is None:
             raise cannot_write(self._directory, problem) from error
-        fix = "the next one will be tried; free disk space or make it writable"
+        fix = "later ones will be tried; free disk space or make it writable"
         self._report(f"checkpoint {self._writing} was not saved to {self._directory} ({problem}); {fix}")
 
     @staticmethod

@@ -63,7 +63,7 @@ class MetricsFile:
         """Performs `action` on the file. Reports the first of several errors of the disk."""
         try:
             action()
-            self._failing = False
+            self._failing = bool(self._pending)
         except OSError as error:
             if not self._failing:
                 problem = f"metrics cannot be written to {self._path} ({error.strerror})"

@@ -5,7 +5,9 @@ import re
 import sys
 import warnings
 
-_ABANDONED = re.compile(r"Event loop is closed$|coroutine 'Store\..*' was never awaited")
+_ABANDONED = re.compile(
+    r"Event loop is closed$|coroutine '(Store\..*|_read_array_\w+)' was never awaited|Encountered error while reading array"
+)
 
 
 def silence() -> None:
@@ -19,7 +21,7 @@ def silence() -> None:
 
     def report(unraisable: "sys.UnraisableHookArgs") -> None:
         error = unraisable.exc_value
-        if not isinstance(error, RuntimeError | RuntimeWarning) or not _ABANDONED.match(str(error)):
+        if not isinstance(error, Exception) or not _ABANDONED.match(str(error)):
             hook(unraisable)
 
     def is_reported(record: logging.LogRecord) -> bool:
