@@ -308,7 +308,7 @@ def test_a_checkpoint_that_does_not_fit_the_disk_is_not_started(directory, mesh,
     with Checkpoints(directory, keep=2, report=lines.append) as checkpoints:
         save(checkpoints, 8, state(mesh, 8))
     assert files_of(directory) == before
-    expected = "checkpoint 8 was not saved to .* \\(it needs .* KiB, and 1,000 bytes are free\\); the next"
+    expected = "checkpoint 8 was not saved to .* \\(it needs .* KiB, and 1,000 bytes are free\\); later"
     assert re.match(expected, lines[0]), lines
 
 

@@ -6,7 +6,7 @@ import sys
 import warnings
 
 _ABANDONED = re.compile(
-    r"Event loop is closed$|coroutine '(Store\..*|_read_array_\w+)' was never awaited|Encountered error while reading array"
+    r"Event loop is closed$|coroutine '(Store\..*|_read_array_\w+)' was never awaited|Encountered error while reading"
 )
 
 
