@@ -181,7 +181,7 @@ class Checkpoint:
     every: int = 50
     """Steps between checkpoints. The last step of each stage is always saved."""
     keep: int = 2
-    """Number of most recent checkpoints to keep."""
+    """Number of newest checkpoints to keep, besides the one that the launch resumed from."""
 
     def __post_init__(self) -> None:
         check_types(self)
