@@ -12,11 +12,16 @@ if __name__ == "__main__":  # first, because the imports below take seconds
 import sys
 
 from ringattn import config, planning, training, weights
+from ringattn.runs import local
 
 
 def main() -> int:
-    run = config.parse(sys.argv[1:], __doc__ or "", adopt=weights.adopt)
+    options, run = config.parse_with(local.Options, sys.argv[1:], __doc__ or "", adopt=weights.adopt)
     with config.reported_errors():
+        run = local.simulated(run, options)
+        if options.launches:
+            return local.launch(run, options, [sys.executable, *sys.argv])
+        local.end_with_launcher()
         return training.train(run, planning.choose)
 
 

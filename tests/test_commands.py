@@ -63,6 +63,7 @@ PARSED = {
     "--changes True": "test_changes.py: each change is compiled",
     "configs/auto.py --topology cpu:8": "test_rank.py: the script ranks a config that leaves all open",
     "--topology cpu:8 --json plan.json": "test_planning.py: the script writes its report as JSON",
+    "--log.directory /shared/runs": "needs several hosts; test_multiprocess.py",
     "configs/benchmark_masks.py": "test_benchmark.py: masks of subjects",
     "configs/benchmark_cycles.py": "needs the TPU compiler, for half an hour; tests/test_cycles.py compiles a kernel",
 }

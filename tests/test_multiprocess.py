@@ -30,16 +30,35 @@ def environ():
     return kept | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": FAST_COMPILATION}
 
 
-def run_processes(*commands, directories=(None, None)):
-    """Runs two commands, each in its directory, as one job. Returns (stdout, stderr, exit status) of each."""
+def explicit(port, count, index):
+    places = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": str(count)}
+    return places | {"JAX_PROCESS_ID": str(index)}
+
+
+def slurm(port, count, index):
+    """The environment of a task of srun on this host."""
+    step = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_NUM_TASKS": str(count)}
+    step |= {"SLURM_STEP_NUM_NODES": "1", "SLURM_PROCID": str(index), "SLURM_LOCALID": str(index)}
+    return step | {"JAX_COORDINATOR_PORT": str(port)}
+
+
+def open_mpi(port, count, index):
+    """The environment of a process of mpirun, as of Open MPI 5.0.11."""
+    size, rank = str(count), str(index)
+    own = {"OMPI_COMM_WORLD_SIZE": size, "OMPI_COMM_WORLD_LOCAL_SIZE": size, "OMPI_COMM_WORLD_RANK": rank}
+    own |= {"OMPI_COMM_WORLD_LOCAL_RANK": rank, "PMIX_NAMESPACE": "prterun-localhost-32051@1"}
+    return own | {"JAX_COORDINATOR_PORT": str(port)}
+
+
+def run_processes(*commands, directories=None, launcher=explicit):
+    """Runs commands, each in its directory, as one job. Returns (stdout, stderr, exit status) of each."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    joined = environ() | {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+        port, count = free.getsockname()[1], len(commands)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     processes = [
-        subprocess.Popen(each, env=joined | {"JAX_PROCESS_ID": str(index)}, cwd=directory, **pipes)
-        for index, (each, directory) in enumerate(zip(commands, directories, strict=True))
+        subprocess.Popen(each, env=environ() | launcher(port, count, index), cwd=directory, **pipes)
+        for index, (each, directory) in enumerate(zip(commands, directories or [None] * count, strict=True))
     ]
     try:
         outputs = [process.communicate(timeout=240) for process in processes]
@@ -178,7 +197,8 @@ attempt(lambda: shared.newest_step(own))
     assert not (tmp_path / "free").exists()
 
 
-def test_processes_join_into_one_mesh():
+@pytest.mark.parametrize("launcher", [slurm, open_mpi])
+def test_processes_join_into_one_mesh(launcher):
     code = """
 import jax, numpy as np
 from ringattn import config
@@ -189,5 +209,5 @@ rows = place(np.arange(8, dtype=np.int32)[None], mesh, TOKENS)
 with jax.set_mesh(mesh):
     print(jax.process_count(), mesh.shape["context"], int(jax.jit(lambda x: x.sum())(rows)), flush=True)
 """
-    for stdout, stderr, _ in run_processes(*[[sys.executable, "-c", code]] * 2):
+    for stdout, stderr, _ in run_processes(*[[sys.executable, "-c", code]] * 2, launcher=launcher):
         assert "2 4 28\n" in stdout, stderr

@@ -97,7 +97,7 @@ def test_a_path_that_cannot_be_read(tmp_path):
 
 
 SCRIPT_OPTIONS = {
-    "train.py": {"--config"},
+    "train.py": {"--config", "--processes", "--simulate", "--restarts"},
     "eval.py": {"--config"},
     "benchmark.py": {"--config"},
     "generate.py": {"--config", "--json"},

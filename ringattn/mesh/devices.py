@@ -37,14 +37,13 @@ def start(section: config.Mesh) -> jax.sharding.Mesh:
     """Initializes JAX's devices and returns a mesh over all of them, with four explicit axes, for `jax.set_mesh`.
 
     Call it before any other use of JAX devices. It creates the simulated CPU devices (per process;
-    XLA_FLAGS=--xla_force_host_platform_device_count=N takes precedence) and calls `jax.distributed.initialize` in a
-    multi-process environment: JAX_COORDINATOR_ADDRESS with JAX_NUM_PROCESSES and JAX_PROCESS_ID, a Slurm step or a TPU
-    pod. With an NVIDIA GPU it adds flags to XLA_FLAGS: see `gpu_flags.py`. On several CPU devices it disables JAX's
-    persistent compilation cache: see `compilation_cache.py`.
+    XLA_FLAGS=--xla_force_host_platform_device_count=N takes precedence) and joins the other processes of a run of
+    several: see `launchers.find_place`. With an NVIDIA GPU it adds flags to XLA_FLAGS: see `gpu_flags.py`. On several
+    CPU devices it disables JAX's persistent compilation cache: see `compilation_cache.py`.
 
     Raises:
       ValueError: if the axis sizes do not multiply to the number of devices (the message suggests a mesh), if JAX is
-        already initialized on other devices, if it finds no device, or if `jax.distributed.initialize` fails.
+        already initialized on other devices, if it finds no device, or if the processes cannot join.
     """
     join(section)
     mesh = build_mesh(section)

@@ -2,32 +2,47 @@
 
 import hashlib
 import os
+import sys
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+
+from ringattn.mesh import peers
+from ringattn.mesh.launchers import find_place
+from ringattn.mesh.relay import start_relay
+from ringattn.mesh.rendezvous import AbsentError, meet
 
 LONGEST = 4096
 """Maximum number of bytes that `gather` sends."""
 
 
 def join_processes() -> None:
-    """Calls `jax.distributed.initialize` in a multi-process environment: see `devices.start`. Raises ValueError."""
-    environ = os.environ
-    tasks, hosts = environ.get("SLURM_STEP_NUM_TASKS", "1"), environ.get("TPU_WORKER_HOSTNAMES", "")
-    multi_process = "JAX_COORDINATOR_ADDRESS" in environ or tasks != "1" or "," in hosts
-    if not multi_process or jax.distributed.is_initialized():
+    """Joins the other processes, with `jax.distributed.initialize`: see `devices.start`.
+
+    If a process does not join within `rendezvous.PATIENCE`, reports it and ends this process with `peers.STATUS`.
+
+    Raises ValueError if the environment is incomplete, or if process 0 cannot listen or refuses this process.
+    """
+    if jax.distributed.is_initialized() or (place := find_place(os.environ)) is None:
         return
+    try:
+        meeting = meet(place)
+    except AbsentError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(peers.STATUS) from None
+    peers.watch(place, meeting)
     # JAX's preemption service would replace the SIGTERM handler, and SIGTERM would have no effect: see `runs.signals`.
     jax.config.update("jax_enable_preemption_service", False)
-    count, index = environ.get("JAX_NUM_PROCESSES"), environ.get("JAX_PROCESS_ID")
-    try:  # JAX itself reads only the address from the environment; with None, it detects the cluster
-        jax.distributed.initialize(
-            num_processes=int(count) if count else None, process_id=int(index) if index else None
-        )
-    except ValueError as error:
-        fix = "set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
-        raise ValueError(f"cannot join the other processes ({error}); {fix}") from None
+    jax.distributed.initialize(
+        place.address if place.index == 0 else start_relay(place.address),
+        place.count,
+        place.index,
+        place.devices,
+        cluster_detection_method="deactivate",
+        shutdown_timeout_seconds=60,
+    )
 
 
 def several_processes() -> bool:
@@ -38,6 +53,12 @@ def several_processes() -> bool:
 def is_first() -> bool:
     """Returns True in process 0. Never initializes devices in a single process."""
     return not several_processes() or jax.process_index() == 0
+
+
+def host_of(device: Any) -> str:
+    """Returns a name for the host of a JAX device. Absent devices, as for compilation, have one process per host."""
+    names = peers.hosts()
+    return names[device.process_index] if names else str(device.process_index)
 
 
 def gather(text: str) -> list[str]:

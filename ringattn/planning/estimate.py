@@ -30,6 +30,7 @@ from ringattn.cost.flops import RECOMPUTED, attention_flops, document_pairs, pro
 from ringattn.cost.minimum import host_moments, minimum_memory, saved_bytes
 from ringattn.hardware import CHIPS, NETWORKS, Chip, platform
 from ringattn.mesh.axes import CONTEXT, CONTEXT_OUTER, DATA, TENSOR, sequence_shards
+from ringattn.mesh.processes import host_of
 from ringattn.model.families import layer_kinds, layer_mask
 
 PRODUCT_UTILISATION = 0.8
@@ -60,7 +61,7 @@ class Machine(NamedTuple):
         chip, network = CHIPS.get(first.device_kind, CHIPS[NOMINAL]), NETWORKS.get(first.device_kind)
         per_host = count
         if network is not None:
-            per_host = sum(device.process_index == first.process_index for device in devices)
+            per_host = sum(host_of(device) == host_of(first) for device in devices)
         is_torus = platform(first.device_kind) == "tpu"
         return cls(first.device_kind, count, chip, is_torus, per_host, network or chip.link_bandwidth)
 

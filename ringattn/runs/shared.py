@@ -10,10 +10,12 @@ from pathlib import Path
 
 from ringattn import config
 from ringattn.config import option
+from ringattn.mesh import peers
 from ringattn.mesh.devices import join
 from ringattn.mesh.processes import gather, is_first, several_processes
 from ringattn.runs.checkpoint import saved_steps
 from ringattn.runs.lock import check_free, locked
+from ringattn.runs.signals import before_ending
 
 LOCK = ".lock"
 """Name of the lock file in an output directory."""
@@ -25,7 +27,7 @@ PATIENCE = 5.0
 def claimed(directories: Sequence[Path], section: config.Mesh, fix: str, unwritable_fix: str) -> Iterator[None]:
     """Joins the processes of `section`, and holds the locks of `directories` inside the context, in process 0 only.
 
-    Does not initialize the devices of a single process.
+    Does not initialize the devices of a single process. When another process ends early, ends this one: see `peers`.
 
     Raises:
       ValueError: in every process, if another launch holds a lock or a directory cannot be written (see
@@ -46,7 +48,8 @@ def claimed(directories: Sequence[Path], section: config.Mesh, fix: str, unwrita
         refusal = gather(refusal)[0]
         if refusal:
             raise ValueError(refusal)
-        yield
+        with peers.announced_errors(), before_ending(peers.announce_stop, immediately=True):
+            yield
 
 
 def check_shared(directory: Path) -> None:
