@@ -45,8 +45,8 @@ def test_a_file_is_read_and_overridden(base):
     assert parsed.optimizer.learning_rate == 1.0
     assert type(parsed.optimizer.learning_rate) is float
     assert parsed.train == Train()
-    again = config.parse(["--config", str(base), "--model.window", "None"], "A test.")
-    assert again.model.window is None
+    again = config.parse(["--config", str(base), "--model.window", "3", "--model.window", "None"], "A test.")
+    assert again.model.window is None  # the last counts
 
 
 def test_a_config_file_can_import_a_file_of_its_directory(tmp_path, base):
@@ -89,6 +89,11 @@ def test_a_misspelt_config_option_is_named(capsys, base):
         (["--attention.layout", "x"], "--attention.layout x must be one of 'contiguous', 'striped', 'zigzag'"),
         (["--model.tied", "1"], "--model.tied 1 must be True or False"),
         (["--train.steps"], "--train.steps needs a value: an integer"),
+        (
+            ["--attention.layout", "a\nb\x1b"],
+            r"--attention.layout a\nb\x1b must be one of 'contiguous', 'striped', 'zigzag'",
+        ),
+        (["--train.steps", "9" * 5000], f"--train.steps {'9' * 400}...{'9' * 100} must be an integer"),
         (["--train.steps", "--train.seed", "1"], "--train.steps needs a value: an integer"),
         (["train.steps", "3"], "unexpected 'train.steps'; write options as --option VALUE"),
         (["--model.heads", "9"], "model.heads=9 must be a multiple of model.kv_heads=4; use 8 or 12"),
@@ -119,6 +124,7 @@ def test_a_mistake_on_the_command_line_is_one_message(capsys, base, words, messa
         ("config = Config(train=9)", "{path}, line 2: train=9 must be a section Train(...)"),
         ("config = Config(", "{path}, line 2: '(' was never closed"),
         ("1 / 0", "{path}, line 2: ZeroDivisionError: division by zero"),
+        ("\0", "{path}, line 1: source code string cannot contain null bytes"),
         ("", "{path} defines no `config`; write `config = Config(...)`, from ringattn.config"),
         ("config = 3", "{path} defines `config` as int; write `config = Config(...)`, from ringattn.config"),
     ],
@@ -146,6 +152,9 @@ def test_a_mistake_in_an_imported_file_names_that_file(capsys, tmp_path):
         ('{"train": 5}', "train=5 must be a JSON object"),
         ("[]", "config=[] must be a JSON object"),
         ('{"train"', "Expecting ':' delimiter: line 1 column 9 (char 8)"),
+        ('{"train": {"steps": 1, "steps": 2}}', "the key 'steps' occurs twice"),
+        ("[" * 100_000, "it is nested too deeply, so it is not a config"),
+        (" " * 2**24 + "{}", "it has 16,777,218 bytes, more than 16,777,216, so it is not a config"),
     ],
 )
 def test_a_mistake_in_json_is_one_message(capsys, tmp_path, text, message):
@@ -157,6 +166,8 @@ def test_a_mistake_in_json_is_one_message(capsys, tmp_path, text, message):
 def test_a_config_is_required_and_must_exist(capsys, base):
     assert refusal(capsys, []) == "--config is required, such as --config configs/quickstart.py"
     assert refusal(capsys, ["--config", "missing.py"]) == "config file missing.py does not exist"
+    long = "x" * 300
+    assert refusal(capsys, ["--config", long]) == f"config file {long} cannot be opened (File name too long)"
     misspelt = base.with_name("bsae.py")
     message = f"config file {misspelt} does not exist: did you mean {base}?"
     assert refusal(capsys, ["--config", str(misspelt)]) == message

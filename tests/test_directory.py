@@ -60,9 +60,13 @@ def test_other_data_are_refused(tmp_path):
         check_data(tmp_path, {"training": "0b"}, "text")
 
 
-@pytest.mark.parametrize("content", [b"", b"{}}", b"[]", b"\xff"])
+@pytest.mark.parametrize("content", [b"", b"{}}", b"[]", b"\xff", b"[" * 100_000, 2**43])
 def test_damaged_data_json_is_refused(tmp_path, content):
-    (tmp_path / "data.json").write_bytes(content)
+    if isinstance(content, int):
+        with (tmp_path / "data.json").open("wb") as file:
+            file.truncate(content)  # takes no space on the disk
+    else:
+        (tmp_path / "data.json").write_bytes(content)
     message = r"^\S*data.json cannot be read \(.+\); restore it, or remove it to continue without a check that"
     with pytest.raises(ValueError, match=message):
         check_data(tmp_path, {"training": "0a"}, "text")

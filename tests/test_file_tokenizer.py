@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import re
 import sys
 from dataclasses import replace
@@ -106,6 +107,14 @@ def test_invalid_files_raise(tmp_path: Path):
         load_tokenizer("byte")
     with pytest.raises(ValueError, match="directory"):
         load_tokenizer(str(tmp_path))
+    os.mkfifo(tmp_path / "pipe.json")
+    for special in (tmp_path / "pipe.json", Path("/dev/zero")):
+        with pytest.raises(ValueError, match=rf"{special} is a pipe or a device, not a regular file"):
+            load_tokenizer(str(special))
+    with (tmp_path / "t.json").open("wb") as file:
+        file.truncate(2**40)  # takes no space on the disk
+    with pytest.raises(ValueError, match=r"t.json has 1,099,511,627,776 bytes, more than .*: it is damaged"):
+        load_tokenizer(str(tmp_path / "t.json"))
     for content in (b"{", b"\xff\xfe", b'{"version": "1.0"}', b""):
         (tmp_path / "t.json").write_bytes(content)
         with pytest.raises(ValueError, match=r"is not a valid tokenizer.json"):

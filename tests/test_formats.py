@@ -79,6 +79,11 @@ def test_an_invalid_parquet_file_is_named(tmp_path: Path):
     with pytest.raises(ValueError, match=r'p.parquet:1: "text" is None, not a string; each row must'):
         list(read_parquet(table(tmp_path / "p.parquet", text=["a", None])))
     whole = table(tmp_path / "p.parquet", text=["some text"] * 1000).read_bytes()
+    page = whole[:4] + b"\r" + whole[5:]
+    (tmp_path / "p.parquet").write_bytes(page)
+    with pytest.raises(ValueError, match=r"p.parquet cannot be read \(.*\); check its permissions") as refusal:
+        list(read_parquet(tmp_path / "p.parquet"))
+    assert "\n" not in str(refusal.value)
     for damaged in (whole[:-100], b"PAR1" + bytes(50), b""):
         (tmp_path / "p.parquet").write_bytes(damaged)
         with pytest.raises(ValueError, match=r"p.parquet is not a readable Parquet file \(.*\); write it again"):
@@ -122,6 +127,20 @@ def test_invalid_fasta_raises(tmp_path: Path, content: bytes, message: str):
     (tmp_path / "g.fa").write_bytes(content)
     with pytest.raises(ValueError, match=rf"g\.fa.*{message}"):
         list(read_fasta(tmp_path / "g.fa"))
+
+
+@pytest.mark.parametrize("read", [read_jsonl, read_fasta])
+def test_the_length_of_a_line_is_bounded(read, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("ringattn.data.formats.MAX_LINE", 40)
+    for name, opener in (("a.fa", open), ("a.fa.gz", gzip.open)):
+        path = tmp_path / name
+        with opener(path, "wb") as file:
+            file.write(b'{"text": "a"}\n' if read is read_jsonl else b">a\nACGT\n")
+        assert len(list(read(path))) == 1
+        with opener(path, "wb") as file:
+            file.write(bytes(100))
+        with pytest.raises(ValueError, match=r"a\.fa.* has a line of more than 40 bytes; break its lines"):
+            list(read(path))
 
 
 def test_damaged_gzip_raises(tmp_path: Path):

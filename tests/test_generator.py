@@ -170,6 +170,13 @@ def test_a_damaged_or_foreign_cache_is_refused(make_mesh, generator, tmp_path):
         (saved / "cache.bin").write_bytes(damaged)
         with pytest.raises(ValueError, match="is damaged: its SHA-256"):
             generator.load_cache(saved)
+    (saved / "cache.bin").write_bytes(content)
+    intact = json.loads((saved / "cache.json").read_text())
+    for token, problem in ((intact["tokens"][1] ^ 1, "is damaged: its SHA-256"), (True, "has another format")):
+        changed = intact | {"tokens": [intact["tokens"][0], token, *intact["tokens"][2:]]}
+        (saved / "cache.json").write_text(json.dumps(changed))
+        with pytest.raises(ValueError, match=problem):
+            generator.load_cache(saved)
     (saved / "cache.json").write_text(json.dumps({"format": 0}))
     with pytest.raises(ValueError, match="has another format; prefill the prompt again"):
         generator.load_cache(saved)

@@ -206,6 +206,16 @@ def test_a_model_that_cannot_fit_is_refused_before_data_are_read(base, monkeypat
     assert not absurd.run_directory.exists()
 
 
+def test_a_kernel_that_cannot_train_is_refused_before_data_are_read(base, monkeypatch):
+    """JAX cannot compute the interpreter of the kernel "pallas" again, as the train step does with each layer."""
+    monkeypatch.setattr(launch, "read", lambda *_: pytest.fail("data were read"))
+    interpreted = replace(base, name="interpreted", attention=replace(base.attention, kernel="pallas"))
+    with pytest.raises(
+        ValueError, match=r"attention.kernel='pallas' trains on TPUs only: .*; use --attention.kernel auto"
+    ):
+        train(interpreted)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_stops_the_run_after_a_checkpoint(base, monkeypatch, capsys, number):
     c = replace(base, name=f"stopped-{number.name}", train=replace(base.train, steps=8))

@@ -27,10 +27,21 @@ def test_rows_can_be_read_while_the_file_is_open(tmp_path):
     assert read_rows(tmp_path / "metrics.jsonl") == [{"step": 1, "mfu": None}]
 
 
+def test_the_length_of_a_line_is_bounded(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with path.open("wb") as file:
+        file.write(b'{"step": 1}\n')
+        file.truncate(2**43)  # takes no space on the disk
+    with pytest.raises(ValueError, match=r"line 2 of .* is not a row of metrics \(it has more than 1,048,576 bytes\)"):
+        read_rows(path)
+
+
 def test_a_line_that_is_not_json_is_an_error_and_a_missing_file_has_no_rows(tmp_path):
     path = tmp_path / "metrics.jsonl"
     assert read_rows(path) == []
-    for line in (b'{"st', b'{"stfp": 2}', b"2", b'{"step": "2"}', b'{"s\xfftep": 2}'):
+    wrong = [b'{"st', b'{"stfp": 2}', b"2", b'{"step": "2"}', b'{"s\xfftep": 2}', b"[" * 100_000, b'{"step": null}']
+    wrong += [b'{"step": 2, %s}' % each for each in (b'"stage": null', b'"loss": "3"', b'"loss": 1' + b"0" * 400)]
+    for line in wrong:
         path.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 3}\n')
         with pytest.raises(ValueError, match=r"line 2 of \S*metrics.jsonl is not a row .* or use another --name"):
             read_rows(path)
@@ -79,3 +90,4 @@ def test_stage_ends():
     rows = [{"step": step, "stage": stage} for step, stage in ((1, 1), (4, 1), (5, 2), (8, 2), (9, 3))]
     assert stage_ends(rows) == [4, 8]
     assert stage_ends(rows[:2]) == []
+    assert stage_ends([*rows, {"step": 10}]) == [4, 8]

@@ -102,6 +102,28 @@ def test_a_config_that_was_not_adopted_is_an_error(directory):
         train(tuned(directory, "new", directory / "hf"))
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"added_tokens": [', "is not a valid JSON object"),
+        ('{"added_tokens": [{"id": 1}]}', "added_tokens must be a list"),
+    ],
+)
+def test_a_damaged_tokenizer_is_named(directory, tmp_path, content, message):
+    shutil.copytree(directory / "hf", tmp_path / "hf")
+    (tmp_path / "hf" / "tokenizer.json").write_text(content)
+    origin = weights.find_origin(str(tmp_path / "hf"))
+    with pytest.raises(ValueError, match=rf"hf/tokenizer.json:? {message}"):
+        origin.tokenizer(Data())
+
+
+@pytest.mark.parametrize("user", ["~no-such-user/model"])
+def test_an_unknown_home_directory_is_no_checkpoint(user):
+    for read in (weights.find_origin, weights.load):
+        with pytest.raises(ValueError, match=f"{user} does not exist; use a Hugging Face directory"):
+            read(user)
+
+
 def test_a_missing_checkpoint_is_an_error(directory):
     with pytest.raises(ValueError, match="nowhere does not exist; use a Hugging Face directory"):
         weights.adopt(tuned(directory, "new", directory / "nowhere"))

@@ -23,6 +23,7 @@ from ringattn.mesh.devices import ring_mesh
 from ringattn.planning import command as command_module
 from ringattn.planning import compile as compile_module
 from ringattn.planning import memory as memory_module
+from ringattn.planning.choice import plan_open
 from ringattn.planning.compile import Compiled, Target, abstract_step, compile_plan
 from ringattn.planning.devices import devices_of
 from ringattn.planning.schedule import Collective
@@ -304,6 +305,15 @@ def test_pictures_and_tables_of_a_ring(tmp_path):
     planning.write_report(plan, tmp_path)
     assert imread(tmp_path / "plots/ring.png").shape[2] == 4
     assert "![a hop of the ring, forward and backward](plots/ring.png)" in (tmp_path / "report.md").read_text()
+
+
+def test_a_kernel_that_cannot_train_on_the_devices_is_refused():
+    c = replace(SMALL, attention=replace(SMALL.attention, kernel="pallas"))
+    with pytest.raises(ValueError, match=r"attention.kernel='pallas' trains on TPUs only"):
+        planning.plan(c, "cpu:8")
+    auto = replace(c, attention=replace(c.attention, strategy="auto"))
+    with pytest.raises(ValueError, match=r"attention.kernel='pallas' trains on TPUs only"):
+        plan_open(auto, "cpu:8", lambda *_: pytest.fail("the step was compiled"), print)
 
 
 def test_the_report_of_a_step_that_the_compiler_refuses(tmp_path, monkeypatch):

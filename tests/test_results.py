@@ -34,8 +34,27 @@ def test_an_unfinished_line_is_removed(tmp_path):
     assert path.read_bytes() == before
 
 
-def test_a_damaged_line_is_an_error(tmp_path):
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda line: '{"key": "0123"}\n',
+        lambda line: "[" * 100_000 + "\n",
+        lambda line: line.replace("1.5", "1.4"),
+        lambda line: line.replace("first", "fist"),
+        lambda line: line.replace('{"loss": 1.5}', "[]"),
+        lambda line: line.replace("1.5", "1.5\xff"),
+    ],
+)
+def test_a_damaged_line_is_an_error(tmp_path, damage):
     path = tmp_path / "cells.jsonl"
-    path.write_text('{"key": "0123"}\n')
+    ResultFile(path).add("first", {"loss": 1.5})
+    path.write_bytes(damage(path.read_text()).encode("latin-1"))
     with pytest.raises(ValueError, match=r"cells.jsonl has a damaged line \(.*\); remove it, or use another --name"):
         ResultFile(path)
+
+
+def test_a_file_that_could_fill_the_memory_is_an_error(tmp_path):
+    with (tmp_path / "cells.jsonl").open("wb") as file:
+        file.truncate(2**43)  # takes no space on the disk
+    with pytest.raises(ValueError, match=r"8,796,093,022,208 bytes, more than .*; remove it, or use another --name"):
+        ResultFile(tmp_path / "cells.jsonl")

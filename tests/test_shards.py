@@ -176,6 +176,10 @@ def test_a_missing_or_truncated_index_raises(tmp_path: Path):
         with pytest.raises(ValueError, match=r"index.json is not a valid index"):
             open_shards(directory)
         (directory / "index.json").unlink(missing_ok=True)
+    with (directory / "index.json").open("wb") as file:
+        file.truncate(2**40)  # takes no space on the disk
+    with pytest.raises(ValueError, match=r"index.json is not a valid index .* has 1,099,511,627,776 bytes, more than"):
+        open_shards(directory)
 
 
 def test_other_directories_are_not_shards(tmp_path: Path):

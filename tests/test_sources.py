@@ -124,6 +124,16 @@ def test_a_binary_file_raises_if_it_is_the_path_or_the_only_file(tmp_path: Path)
         contents(tmp_path)
 
 
+@pytest.mark.parametrize("video", [False, True])
+def test_a_document_larger_than_the_memory_is_not_read(tmp_path: Path, video: bool):
+    with (tmp_path / "a.mp4").open("wb") as file:
+        file.truncate(2**43)  # takes no space on the disk
+    with pytest.raises(
+        ValueError, match=r"a.mp4 is one document of 8 TiB, but this machine has .* of memory; split it"
+    ):
+        list(read_documents(str(tmp_path / "a.mp4"), video))
+
+
 def test_unreadable_paths_raise(directory: Path, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(ValueError, match=r"data.path='aaa"):
         contents("a" * 300)

@@ -3,6 +3,7 @@
 import importlib
 import io
 import logging
+import os
 import tempfile
 from pathlib import Path
 
@@ -139,6 +140,14 @@ def test_a_codebook_round_trips_through_its_files(tmp_path: Path):
 def test_an_invalid_codebook_raises(tmp_path: Path, content: bytes, message: str):
     (tmp_path / "codebook.npy").write_bytes(content)
     with pytest.raises(ValueError, match=message):
+        load_tokenizer(str(tmp_path / "codebook.npy"), SIZE)
+
+
+def test_a_pipe_is_not_opened(tmp_path: Path):
+    os.mkfifo(tmp_path / "codebook.npy")
+    with pytest.raises(
+        ValueError, match=r"is not a readable .npy file \(.* is a pipe or a device, not a regular file\)"
+    ):
         load_tokenizer(str(tmp_path / "codebook.npy"), SIZE)
 
 

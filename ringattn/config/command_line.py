@@ -55,8 +55,14 @@ def reported_errors() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def one_line(message: str) -> str:
+    """Returns a message as one printable line. Shortens long words, which come from a command line or a file."""
+    printable = "".join(each if each.isprintable() else repr(each)[1:-1] for each in message)
+    return re.sub(r"\S{600,}", lambda word: f"{word[0][:400]}...{word[0][-100:]}", printable)
 
 
 Adopt = Callable[[Kind, Collection[str]], Kind]
@@ -68,7 +74,8 @@ def parse(
 ) -> Kind:
     """Returns the config of a command line: `--config FILE`, then `--section.field VALUE` overrides, then `adopt`.
 
-    Several values of one option are separate words. --help prints all options and exits. On an invalid command line,
+    Several values of one option are separate words. Of an option that is given twice, the last counts, so that a script
+    can append options. --help prints all options and exits. On an invalid command line,
     prints a one-line message that suggests the nearest option and exits with status 2.
     """
     return parse_with(Options, argv, description, kind, adopt=adopt)[1]

@@ -24,11 +24,17 @@ SCRIPTS: dict[type, tuple[str, str]] = {
     Generation: ("scripts/generate.py", "configs/generate.py"),
 }
 """For each kind of config, a script that takes it and an example file."""
+MAX_BYTES = 2**24
+"""Maximum size of a JSON file."""
 
 
 def read(path: Path, kind: type[Kind] = Config) -> Kind:
     """Reads the config from a Python file that defines `config`, or from a JSON file. Raises ValueError."""
-    if not path.is_file():
+    try:
+        is_file = path.is_file()
+    except OSError as error:  # such as a name that is too long
+        raise ValueError(f"config file {path} cannot be opened ({error.strerror})") from None
+    if not is_file:
         if path.is_dir():
             raise ValueError(f"config file {path} is a directory; use a .py or .json file in it")
         files = {file.name: file for place in (Path("configs"), path.parent) for file in place.glob("*.*")}
@@ -66,7 +72,7 @@ def _run(path: Path) -> dict[str, Any]:
 def _located(error: Exception, path: Path) -> str:
     """Returns the message of `error`, prefixed with the file and line of the user's code that raised it."""
     if isinstance(error, SyntaxError):
-        return f"{error.filename}, line {error.lineno}: {error.msg}"
+        return f"{error.filename or path}, line {error.lineno or 1}: {error.msg}"
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
@@ -85,7 +91,11 @@ def _other_kind(path: Path, kind: type, expected: type) -> str:
 def load(path: Path, kind: type[Kind] = Config) -> Kind:
     """Reads a config written by `to_json`. Raises ValueError that names the file and the problem."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        if path.stat().st_size > MAX_BYTES:
+            raise ValueError(f"it has {path.stat().st_size:,} bytes, more than {MAX_BYTES:,}, so it is not a config")
+        values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=distinct)
+    except RecursionError:
+        raise ValueError(f"{path}: it is nested too deeply, so it is not a config") from None
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
     for other in SCRIPTS:
@@ -96,6 +106,16 @@ def load(path: Path, kind: type[Kind] = Config) -> Kind:
         return _build(kind, values, "")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns the pairs of a JSON object. Raises ValueError for a name that occurs twice: json would take the last."""
+    values: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in values:
+            raise ValueError(f"the key {name[:80]!r} occurs twice")
+        values[name] = value
+    return values
 
 
 def _build(kind: type, values: Any, prefix: str) -> Any:

@@ -19,6 +19,7 @@ from ringattn.data.shards import Shards, are_shards, open_shards
 from ringattn.data.sources import read_documents
 from ringattn.data.tokenizer import ByteTokenizer, Tokenizer
 from ringattn.data.video import load_video
+from ringattn.runs.files import expanded
 
 TASK_TOKENS = 2**22
 """Tokens generated per task, for training and validation. With far fewer, a small model memorizes them."""
@@ -79,7 +80,7 @@ def _open(
     data: Data, run_directory: Path | None, tokenizer: Tokenizer | None = None
 ) -> tuple[dict[str, Shards], Tokenizer]:
     """Opens the paths of `data` that are shards, and loads the tokenizer unless it is given."""
-    shards = {path: open_shards(Path(path).expanduser()) for path in data.paths if are_shards(path)}
+    shards = {path: open_shards(expanded(path)) for path in data.paths if are_shards(path)}
     return shards, tokenizer or find_tokenizer(data, list(shards.values()), run_directory)
 
 

@@ -7,7 +7,6 @@ import re
 import unicodedata
 from functools import cached_property
 from itertools import chain, zip_longest
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from numpy.typing import ArrayLike
 
 from ringattn.data.text_bytes import Aligned, Corrections, counted, uncovered
 from ringattn.data.tokenizer import check_ids
+from ringattn.runs.files import expanded, read_small
 
 # End-of-text tokens of common model families, the most specific first.
 BOUNDARIES = (
@@ -193,7 +193,7 @@ def _open(path: str, content: bytes | None) -> tuple[Any, bytes]:
         fix = "run pip install 'ringattn[tokenizers]', or use data.tokenizer=bytes"
         raise ValueError(f"data.tokenizer={path!r} requires the package tokenizers; {fix}") from error
     try:
-        content = Path(path).expanduser().read_bytes() if content is None else content
+        content = read_small(expanded(path)) if content is None else content
     except OSError as error:
         fix = "use a readable tokenizer.json, or 'bytes'"
         raise ValueError(f"data.tokenizer={path!r} cannot be read ({error.strerror}); {fix}") from error

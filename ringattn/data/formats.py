@@ -7,8 +7,11 @@ import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from io import BufferedIOBase, BufferedReader
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
+
+from ringattn.units import first_line
 
 FASTA = (".fa", ".fasta", ".fna", ".ffn")
 JSONL = (".jsonl", ".ndjson")
@@ -18,6 +21,9 @@ VIDEO = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg")
 
 BGZF_END = bytes.fromhex("1f8b08040000000000ff0600424302001b0003000000000000000000")
 """The empty gzip member that ends a file written by bgzip. The first member of such a file has the subfield BC."""
+
+MAX_LINE = 2**30
+"""Maximum number of bytes of a line of JSONL and FASTA."""
 
 _RECORD = 'with a string under "text", or strings under "prompt" and "completion"'
 
@@ -61,7 +67,7 @@ def reader_for(file: Path) -> Callable[[Path], Iterator[Document]] | None:
 
 
 @contextmanager
-def _open(file: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
+def _open(file: Path) -> Iterator[tuple[BufferedIOBase, BufferedReader]]:
     """Opens a plain or gzip file; yields its uncompressed content and the raw file.
 
     Raises ValueError for corrupt or truncated gzip data.
@@ -71,14 +77,22 @@ def _open(file: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
         with file.open("rb") as raw, gzip.GzipFile(fileobj=raw) if compressed else raw as content:
             if compressed:
                 _check_end(raw)
-            yield content, raw  # pyright: ignore[reportReturnType]
+            yield content, raw
     except EOFError as error:
         raise ValueError(f"{file} has truncated gzip data; copy or download it again") from error
     except (gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{file} has corrupt gzip data ({error}); copy or download it again") from error
 
 
-def _check_end(raw: IO[bytes]) -> None:
+def _lines(file: Path, content: BufferedIOBase) -> Iterator[bytes]:
+    """Yields the lines of a file. Raises ValueError for a line that could fill the memory."""
+    while line := content.readline(MAX_LINE):
+        if len(line) == MAX_LINE:
+            raise ValueError(f"{file} has a line of more than {MAX_LINE:,} bytes; break its lines, or write it again")
+        yield line
+
+
+def _check_end(raw: BufferedReader) -> None:
     """Raises EOFError if a file written by bgzip lacks its last member.
 
     The gzip module accepts a file that was truncated between two members.
@@ -94,9 +108,9 @@ def _check_end(raw: IO[bytes]) -> None:
 
 def read_jsonl(file: Path) -> Iterator[Document]:
     """Yields a document per line of a plain or gzip file. Raises ValueError with the file and line."""
-    with _open(file) as (lines, raw):
+    with _open(file) as (content, raw):
         previous = 0
-        for line_number, line in enumerate(lines, start=1):
+        for line_number, line in enumerate(_lines(file, content), start=1):
             if line.strip():
                 yield _from_json(file, line_number, line, raw.tell() - previous)
                 previous = raw.tell()
@@ -152,9 +166,11 @@ def read_parquet(file: Path) -> Iterator[Document]:
                     yield _from_record(file, index, record, bytes_read, rule)
                     index += 1
     except arrow.ArrowException as error:
-        raise ValueError(f"{file} is not a readable Parquet file ({error}); write it again") from error
+        raise ValueError(f"{file} is not a readable Parquet file ({first_line(error)}); write it again") from error
     except OSError as error:  # pyarrow also raises OSError for damaged pages
-        raise ValueError(f"{file} cannot be read ({error}); check its permissions, or write it again") from error
+        raise ValueError(
+            f"{file} cannot be read ({first_line(error)}); check its permissions, or write it again"
+        ) from error
 
 
 def read_fasta(file: Path) -> Iterator[Document]:
@@ -163,11 +179,11 @@ def read_fasta(file: Path) -> Iterator[Document]:
     Raises ValueError for a record without bases, for a file that does not start with the header of a record, and for
     corrupt or truncated gzip data.
     """
-    with _open(file) as (lines, raw):
-        yield from _records(file, lines, raw)
+    with _open(file) as (content, raw):
+        yield from _records(file, _lines(file, content), raw)
 
 
-def _records(file: Path, lines: Iterable[bytes], raw: IO[bytes]) -> Iterator[Document]:
+def _records(file: Path, lines: Iterable[bytes], raw: BufferedReader) -> Iterator[Document]:
     name, sequence, start = "", [], 0
 
     def record() -> Document:

@@ -8,6 +8,7 @@ from ringattn.data.corpus import encode
 from ringattn.data.dataset import find_tokenizer
 from ringattn.data.shards import are_shards, open_shards, write_shards
 from ringattn.data.sources import read_documents, total_bytes
+from ringattn.runs.files import expanded
 from ringattn.runs.lock import locked
 from ringattn.runs.progress import Display
 
@@ -46,13 +47,13 @@ def prepare(data: Data, output: str) -> None:
     if isinstance(data.path, tuple):
         fix = "write each path to its own directory, and train with --data.path DIRECTORY DIRECTORY"
         raise ValueError(f"data.path={data.path} must be a single path; {fix}")
-    directory = Path(output).expanduser()
+    directory = expanded(output)
     if not directory.name:
         raise ValueError(f"--output {output!r} must name a directory, such as --output shards")
     if are_shards(data.path):
         raise ValueError(f"data.path={data.path!r} already contains shards; pass it to scripts/train.py")
     if not directory.exists():
-        source = Path(data.path).expanduser().resolve()
+        source = expanded(data.path).resolve()
         if source.is_dir() and directory.resolve().is_relative_to(source):
             problem = f"--output {directory} is inside data.path={data.path!r}, which would then contain its own shards"
             raise ValueError(f"{problem}; choose a directory outside it")

@@ -23,7 +23,7 @@ from ringattn.data.corpus import DIGEST, Corpus, Documents, EncodedDocument, Sha
 from ringattn.data.text_bytes import TABLE, Corrections, TextBytes, concatenate, from_table
 from ringattn.data.tokenizer import Tokenizer
 from ringattn.data.video import as_npy, read_npy
-from ringattn.runs.files import complete_directory
+from ringattn.runs.files import complete_directory, expanded, read_small
 from ringattn.runs.progress import Display
 
 FORMAT = "ringattn shards 2"
@@ -98,7 +98,7 @@ class Shards:
 
 def are_shards(path: str) -> bool:
     """Returns True if `path` is a directory of shards, even if incomplete."""
-    directory = Path(path).expanduser()
+    directory = expanded(path)
     index = directory / "index.json"
     try:
         if any((directory / name).is_file() for name in ("documents.npy", "shard-00000.bin")):
@@ -196,7 +196,7 @@ def open_shards(directory: Path) -> Shards:
     """
     path = directory / "index.json"
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        index = json.loads(read_small(path))
         if index["format"] != FORMAT:
             raise ValueError(f"format={index['format']!r} must be {FORMAT!r}")
         dtype, size = np.dtype(_TYPES[index["dtype"]]), int(index["tokenizer"]["size"])

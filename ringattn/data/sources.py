@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ringattn.data.formats import VIDEO, Document, reader_for
+from ringattn.units import bytes_in_words
 
 STDLIB = "stdlib"
 # Excludes tests, which are repetitive; pydoc_data, whose topics are added as documents; lib2to3, absent in Python 3.13.
@@ -93,7 +94,10 @@ def _read(path: str, video: bool) -> Iterator[Document]:
     for file in files:
         if not single and not file.is_file():
             skipped += 1
-        elif video:
+            continue
+        if reader_for(file) is None or video:
+            _check_memory(file)
+        if video:
             if single or file.suffix.lower() in VIDEO:
                 yield _document(str(file), file.read_bytes())
             else:
@@ -125,6 +129,14 @@ def _files(directory: Path, excluded: frozenset[str] = frozenset()) -> list[Path
 
 def _raise(error: OSError) -> NoReturn:
     raise error
+
+
+def _check_memory(file: Path) -> None:
+    """Raises ValueError if a file that is one document is larger than the memory of this machine."""
+    size, memory = file.stat().st_size, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if size > memory:
+        problem = f"{file} is one document of {bytes_in_words(size)}, but this machine has {bytes_in_words(memory)}"
+        raise ValueError(f"{problem} of memory; split it, or write it as JSONL with a document per line")
 
 
 def _text(file: Path) -> bytes | None:

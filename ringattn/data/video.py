@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike
 
 from ringattn.data.text_bytes import Aligned
 from ringattn.data.tokenizer import check_ids
+from ringattn.runs.files import check_regular, expanded
 from ringattn.units import first_line
 
 PATCH = 4
@@ -148,6 +149,7 @@ def as_npy(array: np.ndarray) -> bytes:
 def read_npy(path: Path) -> np.ndarray:
     """Reads the array of a .npy file, without unpickling. Raises ValueError with the name of the file."""
     try:
+        check_regular(path)
         with path.open("rb") as file:
             array = np.lib.format.read_array(file, allow_pickle=False)
             if file.read(1):
@@ -163,7 +165,7 @@ def load_video(path: str, frame_size: tuple[int, ...]) -> VideoTokenizer:
 
     Raises ValueError if the file is not a codebook.
     """
-    file = Path(path).expanduser()
+    file = expanded(path)
     codebook = read_npy(file)
     if codebook.shape[1:] != (PATCH, PATCH, 3) or codebook.dtype != np.float32 or not len(codebook):
         content, rule = f"{codebook.dtype} {list(codebook.shape)}", f"float32 [codes, {PATCH}, {PATCH}, 3]"

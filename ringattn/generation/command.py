@@ -5,7 +5,6 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from ringattn import config
@@ -13,6 +12,7 @@ from ringattn.generation.conversation import Conversation
 from ringattn.generation.generator import Generator
 from ringattn.generation.prompts import Prompt
 from ringattn.generation.sampling import Sampling
+from ringattn.runs.files import expanded
 from ringattn.runs.progress import progress_bar
 from ringattn.units import bytes_in_words
 from ringattn.weights import check_target
@@ -96,11 +96,10 @@ def _prompt(c: config.Generation) -> str:
             content = sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1)
         else:
             assert c.prompt_file is not None
-            with Path(c.prompt_file).expanduser().open("rb") as file:
+            with expanded(c.prompt_file).open("rb") as file:
                 content = file.read(MAX_PROMPT_BYTES + 1)
-    except (OSError, RuntimeError) as error:  # RuntimeError: an unknown ~user
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise ValueError(f"{source} cannot be read ({reason}); use another --prompt_file") from None
+    except OSError as error:
+        raise ValueError(f"{source} cannot be read ({error.strerror}); use another --prompt_file") from None
     if len(content) > MAX_PROMPT_BYTES:
         raise ValueError(f"{source} has more than {MAX_PROMPT_BYTES:,} bytes; use a shorter prompt")
     try:

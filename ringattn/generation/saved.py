@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ringattn.generation.served import Served
 
 INFORMATION, DATA_FILE = "cache.json", "cache.bin"
-FORMAT = 1
+FORMAT = 2
 _STORED = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "int8": np.dtype(np.int8)}
 _FIX = "prefill the prompt again, and save it"
 
@@ -72,6 +72,7 @@ class PromptCache:
                             content = _natural(np.asarray(x[layer, 0]), engine.shards, self.tokens.size, kept)
                             file.write(content.data)
                             digest.update(content.data)
+            digest.update(_token_bytes(self.tokens.tolist()))
             information = {
                 "format": FORMAT,
                 "model": self.served.key,
@@ -80,6 +81,10 @@ class PromptCache:
                 "sha256": digest.hexdigest(),
             }
             (temporary / INFORMATION).write_text(json.dumps(information))
+
+
+def _token_bytes(tokens: list[int]) -> bytes:
+    return np.asarray(tokens, "<i4").tobytes()
 
 
 def kept_tokens(c: config.Model, kind: Any, tokens: int) -> int:
@@ -147,7 +152,8 @@ def _read_information(path: Path, served: "Served") -> np.ndarray:
         raise ValueError(f"{path} is not a saved cache: it lacks {INFORMATION if file is None else DATA_FILE}; {_FIX}")
     values = read_object(file)
     tokens = values.get("tokens")
-    if values.get("format") != FORMAT or not isinstance(tokens, list) or not tokens:
+    is_list = isinstance(tokens, list) and all(type(token) is int and 0 <= token < 2**31 for token in tokens)
+    if values.get("format") != FORMAT or not is_list or not tokens:
         raise ValueError(f"{file} has another format; {_FIX}")
     if values.get("model") != served.key:
         raise ValueError(f"{path} is the cache of another model; load the model that made it, or {_FIX}")
@@ -158,8 +164,9 @@ def _read_information(path: Path, served: "Served") -> np.ndarray:
         problem = f"has {len(tokens)} tokens, more than cache_tokens={engine.cache_tokens}"
         raise ValueError(f"{path} {problem}; load the model with more cache_tokens")
     with data.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    if digest != values.get("sha256"):
+        digest = hashlib.file_digest(stream, "sha256")
+    digest.update(_token_bytes(tokens))
+    if digest.hexdigest() != values.get("sha256"):
         raise ValueError(f"{data} is damaged: its SHA-256 is not that of {INFORMATION}; {_FIX}")
     return served.texts.ids(tokens)
 

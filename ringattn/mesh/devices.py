@@ -124,6 +124,13 @@ def check_divisible(run: config.Config, mesh: jax.sharding.Mesh) -> None:
     check_sizes(run, mesh.shape)
 
 
+def check_kernel(run: config.Config, platform: str) -> None:
+    """Raises ValueError if `attention.kernel` cannot train on devices of `platform`."""
+    if run.attention.kernel == "pallas" and platform == "cpu":
+        rule = "trains on TPUs only: on CPU devices an interpreter runs it, which has no rematerialization"
+        raise ValueError(f"attention.kernel='pallas' {rule}; use --attention.kernel auto")
+
+
 def check_sizes(run: config.Config, sizes: Mapping[str, int]) -> None:
     """Raises ValueError as `check_divisible`, for a mesh with axes of `sizes`."""
     data, context, tensor = sizes[DATA], sizes[CONTEXT], sizes[TENSOR]

@@ -11,7 +11,7 @@ from ringattn import config
 from ringattn.config.stages import with_values
 from ringattn.cost.memory import device_memory
 from ringattn.mesh.axes import AXES
-from ringattn.mesh.devices import resolve
+from ringattn.mesh.devices import check_kernel, resolve
 from ringattn.mesh.processes import gather
 from ringattn.mesh.topology import arrange_devices
 from ringattn.planning.candidates import Candidate, Open
@@ -97,6 +97,7 @@ def plan_open(
     check_stages(c)
     required_vocabulary(c.model)
     devices, plans, dimensions = devices_of(topology), {}, Open.of(c)
+    check_kernel(c, devices[0].platform)
     ranking = None
     if any(dimensions):
         ranking = rank_step(c, topology, devices, plans, make, say, everything=False)

@@ -15,7 +15,7 @@ from ringattn.cost.minimum import check_minimum, saved_bytes
 from ringattn.cost.program import Program
 from ringattn.data import Batch
 from ringattn.mesh.axes import TOKENS
-from ringattn.mesh.devices import check_divisible, resolve
+from ringattn.mesh.devices import check_divisible, check_kernel, resolve
 from ringattn.mesh.gpu_flags import compiler_options
 from ringattn.mesh.topology import arrange_devices
 from ringattn.model.build import model_factory
@@ -108,6 +108,7 @@ def prepare(c: config.Config, topology: str) -> Target:
     """Returns the mesh of a topology, after all checks of `plan`. Raises ValueError as `plan`."""
     check_stages(c)
     devices = devices_of(topology)
+    check_kernel(c, devices[0].platform)
     # The devices are given, as simulated ones are: `resolve` must not propose to simulate others.
     mesh = arrange_devices(resolve(replace(c.mesh, simulate=len(devices)), len(devices)), devices)
     check_divisible(c, mesh)

@@ -10,7 +10,7 @@ import jax
 from ringattn import config
 from ringattn.environment import environment
 from ringattn.runs.checkpoint import saved_steps
-from ringattn.runs.files import write_bytes, write_text, writing
+from ringattn.runs.files import expanded, read_small, write_bytes, write_text, writing
 from ringattn.units import first_line
 
 FIXED = ("model.", "data.", "train.batch_size", "train.seed")
@@ -52,7 +52,7 @@ def find_checkpoint(path: str | Path, name: str) -> SavedCheckpoint:
 
     Raises ValueError, with a fix, if it does not exist. `name` is the option that gives the path.
     """
-    given = Path(path).expanduser()
+    given = expanded(path)
     directory, is_step = locate(given)
     if not (directory / "config.json").is_file():
         found = sorted(file.parent for file in directory.parent.glob("*/config.json"))
@@ -110,10 +110,10 @@ def stored_fingerprints(directory: Path) -> dict[str, str] | None:
     if not file.is_file():
         return None
     try:
-        stored = json.loads(file.read_bytes())
+        stored = json.loads(read_small(file))
         if not isinstance(stored, dict):
             raise ValueError("not a JSON object")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         fix = "restore it, or remove it to continue without a check that the data are unchanged"
         raise ValueError(f"{file} cannot be read ({first_line(error)}); {fix}") from None
     return stored

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,30 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from ringattn.runs.signals import before_ending
+
+MAX_SMALL = 2**28
+"""Maximum number of bytes of `read_small`. The largest tokenizer.json files take 35 MB."""
+
+
+def expanded(path: str | Path) -> Path:
+    """Returns `path` with the home directory for a leading ~ or ~user; unchanged if there is no such user."""
+    return Path(os.path.expanduser(path))
+
+
+def read_small(path: Path) -> bytes:
+    """Returns the content of a file that describes others. Raises OSError, and ValueError if it could fill memory."""
+    check_regular(path)
+    size = path.stat().st_size
+    if size > MAX_SMALL:
+        raise ValueError(f"{path} has {size:,} bytes, more than {MAX_SMALL:,}: it is damaged, or another file")
+    return path.read_bytes()
+
+
+def check_regular(path: Path) -> None:
+    """Raises ValueError for a pipe or a device: to open or read it could take forever. Raises OSError."""
+    mode = path.stat().st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise ValueError(f"{path} is a pipe or a device, not a regular file")
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,10 @@ from ringattn.runs.files import write_text, writing
 
 Row = dict[str, Any]
 """An object of metrics.jsonl: `step` and named values, None if unknown."""
+
+
+MAX_ROW = 2**20
+"""Maximum number of bytes of a line."""
 
 
 class MetricsFile:
@@ -88,25 +93,37 @@ class MetricsFile:
 def read_rows(path: Path) -> list[Row]:
     """Returns the rows of a metrics.jsonl; [] if the file is missing. Skips an incomplete last line.
 
-    Raises ValueError if any other line is not a JSON object with a step.
+    Raises ValueError if any other line is not a JSON object of numbers with a step.
     """
     if not path.is_file():
         return []
-    lines = path.read_bytes().splitlines(keepends=True)
     rows = []
-    for number, line in enumerate(lines, 1):
-        if line.endswith(b"\n"):
+    with path.open("rb") as file:
+        for number, line in enumerate(iter(lambda: file.readline(MAX_ROW), b""), 1):
             try:
-                rows.append(json.loads(line))
-                if not (isinstance(rows[-1], dict) and isinstance(rows[-1].get("step"), int)):
-                    raise ValueError("it has no step")
-            except ValueError as error:
+                if line.endswith(b"\n"):
+                    rows.append(_row(line))
+                elif len(line) == MAX_ROW:
+                    raise ValueError(f"it has more than {MAX_ROW:,} bytes")
+            except (ValueError, RecursionError) as error:
                 problem = f"line {number} of {path} is not a row of metrics ({error})"
                 raise ValueError(f"{problem}; repair or remove the line, or use another --name") from None
     return rows
 
 
+def _row(line: bytes) -> Row:
+    """Returns the row of a line. Raises ValueError if a value is not a number of float64, or None."""
+    row = json.loads(line)
+    if not isinstance(row, dict) or "step" not in row:
+        raise ValueError("it has no step")
+    for name, value in row.items():
+        is_number = isinstance(value, int | float) and not abs(value) > sys.float_info.max
+        if not (type(value) is int and is_number if name in ("step", "stage") else is_number or value is None):
+            raise ValueError(f"{name}={value!r:.80} must be a number")
+    return row
+
+
 def stage_ends(rows: list[Row]) -> list[int]:
     """Returns the last step of each stage except the last. Each stage ends with a validation, which has a row."""
-    last = {row["stage"]: row["step"] for row in rows}
+    last = {row["stage"]: row["step"] for row in rows if "stage" in row}
     return [step for _, step in sorted(last.items())][:-1]

@@ -1,5 +1,6 @@
 """Loss by number of preceding tokens, which shows up to what length more context helps."""
 
+import re
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,7 @@ def named_losses(nats: Float[np.ndarray, " R"], weights: Float[np.ndarray, " R"]
 
 
 def losses_by_context(row: dict[str, Any]) -> dict[tuple[int, int], float]:
-    """Returns the loss of each range in a validation row of metrics.jsonl, in order."""
-    ranges = {name.removeprefix(KEY_PREFIX): value for name, value in row.items() if name.startswith(KEY_PREFIX)}
-    losses = {tuple(map(int, name.split("-"))): value for name, value in ranges.items()}
+    """Returns the loss of each range in a validation row of metrics.jsonl, in order. Ignores other names."""
+    found = ((re.fullmatch(rf"{KEY_PREFIX}(\d{{1,18}})-(\d{{1,18}})", name), value) for name, value in row.items())
+    losses = {(int(match[1]), int(match[2])): value for match, value in found if match}
     return {(first, last): losses[first, last] for first, last in sorted(losses)}

@@ -8,7 +8,7 @@ import jax
 from ringattn import config, weights
 from ringattn.cost.minimum import check_free_memory
 from ringattn.data import Splits, read
-from ringattn.mesh.devices import build_mesh, check_divisible
+from ringattn.mesh.devices import build_mesh, check_divisible, check_kernel
 from ringattn.mesh.processes import check_same
 from ringattn.runs.checkpoint import saved_steps
 from ringattn.runs.progress import Display
@@ -70,6 +70,7 @@ def prepare_launch(c: config.Config, current: int, choose: Choose) -> Launch:
     for number in range(current, len(c.stages) + 1):
         with config.stage_errors(c.stages, number):
             stage = c.stage(number)
+            check_kernel(stage, jax.default_backend())
             if launch is None:
                 if not stage.mesh.auto:  # before reading the dataset, which can take minutes
                     _check(stage)

@@ -19,7 +19,7 @@ def read_chat_template(files: Mapping[str, bytes], path: Path) -> ChatTemplate |
     Of several templates, returns the one named 'default'. `path` is the directory or GGUF file of `files`. Raises
     ValueError if a file is damaged.
     """
-    settings = _object(files, SETTINGS, path)
+    settings = named_object(files, SETTINGS, path)
     template, source = _template(settings, path), str(path / SETTINGS if path.is_dir() else path)
     if TEMPLATE in files:
         source = str(path / TEMPLATE)
@@ -29,19 +29,20 @@ def read_chat_template(files: Mapping[str, bytes], path: Path) -> ChatTemplate |
             raise ValueError(f"{source} is not UTF-8 ({error.reason}); download it again") from None
     if template is None or TOKENIZER not in files:
         return None
-    special, plain = _added_tokens(_object(files, TOKENIZER, path), path)
+    special, plain = added_tokens(named_object(files, TOKENIZER, path), path)
     return ChatTemplate(template, source, special, plain, _variables(settings))
 
 
 def read_token_ids(files: Mapping[str, bytes], path: Path) -> dict[str, int]:
     """Returns the ids of config.json, such as eos_token_id, that tokenizer_config.json names. Raises ValueError."""
-    special, _ = _added_tokens(_object(files, TOKENIZER, path), path)
-    names = _variables(_object(files, SETTINGS, path))
+    special, _ = added_tokens(named_object(files, TOKENIZER, path), path)
+    names = _variables(named_object(files, SETTINGS, path))
     fields = ("bos_token", "eos_token", "pad_token")
     return {f"{field}_id": special[names[field]] for field in fields if names.get(field) in special}
 
 
-def _object(files: Mapping[str, bytes], name: str, path: Path) -> dict[str, Any]:
+def named_object(files: Mapping[str, bytes], name: str, path: Path) -> dict[str, Any]:
+    """Returns the JSON object in the file `name`; empty without the file. Raises ValueError that names it."""
     try:
         return parse_object(files.get(name, b"{}"))
     except ValueError as error:
@@ -63,8 +64,8 @@ def _template(settings: Mapping[str, Any], path: Path) -> str | None:
     return template
 
 
-def _added_tokens(content: Mapping[str, Any], path: Path) -> tuple[dict[str, int], frozenset[str]]:
-    """Returns the ids of special tokens by name, and the names of other added tokens."""
+def added_tokens(content: Mapping[str, Any], path: Path) -> tuple[dict[str, int], frozenset[str]]:
+    """Returns the ids of special tokens by name, and the names of other added tokens. Raises ValueError."""
     special, plain = {}, set()
     try:
         for token in content.get("added_tokens") or []:

@@ -14,6 +14,7 @@ from ringattn.mesh.axes import DATA, abstract, context_shards
 from ringattn.mesh.devices import check_divisible, start
 from ringattn.model.parallel import Params
 from ringattn.runs.directory import find_checkpoint, locate
+from ringattn.runs.files import expanded
 from ringattn.runs.reading import read_params
 from ringattn.weights.chat_template import read_token_ids
 from ringattn.weights.loaded import Loaded, make_model
@@ -48,7 +49,7 @@ def load(path: str | Path, mesh: config.Mesh | None = None, advance: Advance = l
     Raises ValueError, with a fix, if the checkpoint is missing, damaged, contradictory or of an unknown family, or if
     it does not fit the mesh. Names and shapes are checked before any tensor is read.
     """
-    given = Path(path).expanduser()
+    given = expanded(path)
     if is_run(given):
         return _load_run(given, mesh or config.Mesh())
     source = open_source(given)

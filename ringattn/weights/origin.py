@@ -1,7 +1,7 @@
 """The checkpoint that training starts from: `model.weights` sets the model section and the tokenizer of a config."""
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,8 +14,9 @@ from ringattn.data.file_tokenizer import FileTokenizer
 from ringattn.model.parallel import Params
 from ringattn.runs.checkpoint import saved_steps
 from ringattn.runs.directory import SavedCheckpoint, find_checkpoint
+from ringattn.runs.files import expanded
 from ringattn.runs.reading import params_digest, read_params
-from ringattn.weights.chat_template import read_chat_template
+from ringattn.weights.chat_template import TOKENIZER, added_tokens, named_object, read_chat_template
 from ringattn.weights.loading import Advance, is_run, open_source, read_source
 from ringattn.weights.source import Source, chat_files, read_files
 
@@ -48,7 +49,7 @@ class Origin:
         if self.tokenizer_name is None:
             tokenizer = find_tokenizer(data)
         else:
-            content = _without_surplus(self.source.details.files["tokenizer.json"], vocabulary)
+            content = _without_surplus(self.source.details.files, vocabulary, self.path)
             tokenizer = FileTokenizer(self.tokenizer_name, content)
         if tokenizer.size > vocabulary:
             problem = f"the tokenizer has {tokenizer.size} tokens, but the model of {self.path} has {vocabulary}"
@@ -107,7 +108,7 @@ class Origin:
 
 def find_origin(path: str) -> Origin:
     """Opens the Hugging Face directory, GGUF file or run directory at `path`. Raises ValueError: see `load`."""
-    given = Path(path).expanduser()
+    given = expanded(path)
     if is_run(given):
         return run_origin(path, "model.weights")
     source = open_source(given)
@@ -183,12 +184,17 @@ def merged(given: config.Model, found: config.Model, explicit: Collection[str], 
     return replace(found, **values)
 
 
-def _without_surplus(content: bytes, vocabulary: int) -> bytes:
-    """Returns a tokenizer.json without special tokens beyond the model's vocabulary, such as Gemma 3's for images."""
-    values = json.loads(content)
+def _without_surplus(files: Mapping[str, bytes], vocabulary: int, path: Path) -> bytes:
+    """Returns the tokenizer.json without special tokens beyond the model's vocabulary, such as Gemma 3's for images.
+
+    Raises ValueError if it is damaged.
+    """
+    values = named_object(files, TOKENIZER, path)
+    added_tokens(values, path)
     added = values.get("added_tokens") or []
     kept = [token for token in added if token["id"] < vocabulary or not token["special"]]
-    return content if len(kept) == len(added) else json.dumps(values | {"added_tokens": kept}).encode()
+    same = len(kept) == len(added)
+    return files[TOKENIZER] if same else json.dumps(values | {"added_tokens": kept}).encode()
 
 
 def _previous(c: config.Config) -> config.Config | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ringattn.runs.files import complete_directory
+from ringattn.runs.files import complete_directory, expanded
 from ringattn.weights.huggingface_config import write_config
 from ringattn.weights.loaded import Loaded
 from ringattn.weights.loading import Advance
@@ -56,7 +56,7 @@ def save(loaded: Loaded, path: str | Path, advance: Advance = lambda done, total
 
 def check_target(path: str | Path) -> Path:
     """Returns `path` as a directory to create. Raises ValueError if something is there."""
-    directory = Path(path).expanduser()
+    directory = expanded(path)
     try:
         if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
             kind = "is not empty" if directory.is_dir() else "is a file"

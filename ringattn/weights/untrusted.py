@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ringattn.config.files import distinct
 from ringattn.units import first_line
 
 MAX_JSON_BYTES = 100 * 2**20
@@ -49,7 +50,7 @@ def read_object(path: Path) -> dict[str, Any]:
 def parse_object(content: bytes) -> dict[str, Any]:
     """Returns the JSON object in `content`. Raises ValueError, also for duplicate keys, NaN and infinity."""
     try:
-        value = json.loads(content, object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant)
+        value = json.loads(content, object_pairs_hook=distinct, parse_constant=_refuse_constant)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     if not isinstance(value, dict):
@@ -67,15 +68,6 @@ def printable(text: str) -> str:
     """Returns text from a file for messages, at most 120 characters, without line breaks and control characters."""
     short = text if len(text) <= 120 else f"{text[:117]}..."
     return "".join(each if each.isprintable() else "?" for each in short)
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in values:
-            raise ValueError(f"the key {shortened(name)} occurs twice")
-        values[name] = value
-    return values
 
 
 def _refuse_constant(name: str) -> None:
