@@ -52,6 +52,7 @@ def test_configs_differ_in_every_field():
     for name in ("data", "context_outer", "context", "tensor"):
         assert len({resolve(c.mesh, c.mesh.simulate or 64)[name] for c in configs}) > 1
     assert len({c.optimizer.offload for c in configs}) > 1
+    assert len({c.optimizer.skip_spikes for c in configs}) > 1
     assert len({c.data.seq_len for c in configs}) > 1
     assert len({c.train.accumulate for c in configs}) > 1
     assert len({c.log.tensorboard for c in configs}) > 1

@@ -14,6 +14,7 @@ import pytest
 
 from ringattn import config
 from ringattn.config import Stage
+from ringattn.data import Loader
 from ringattn.runs.checkpoint import Checkpoints, saved_steps
 from ringattn.runs.metrics import read_rows, stage_ends
 from ringattn.training import launch, loop, steps, train
@@ -254,6 +255,62 @@ def test_a_diverged_run_saves_no_state_that_cannot_be_resumed(base, capfd, rate)
     assert read_rows(c.run_directory / "metrics.jsonl")[-1]["eval/loss"] < 6
 
 
+@pytest.fixture
+def infinite(monkeypatch):
+    """infinite(*steps): makes the loss of row 1 infinite in the batches of these steps."""
+    original = Loader.batch
+
+    def make_infinite(*steps):
+        def batch(self, step):
+            rows = original(self, step)
+            rows.weights[1, 3] = np.nan if step + 1 in steps else rows.weights[1, 3]
+            return rows
+
+        monkeypatch.setattr(Loader, "batch", batch)
+
+    return make_infinite
+
+
+def test_a_step_that_is_not_finite_is_named_with_its_row(base, infinite, capsys):
+    c = replace(base, name="infinite", validation=replace(base.validation, every=100))
+    infinite(5)
+    message = (
+        r"^loss became nan at step 5; not finite first: the losses, in row 1 \(0 to 1\) of the batch; .*; lower --"
+    )
+    with pytest.raises(ValueError, match=message):
+        train(c)
+    assert "loss became nan at step 5: computing the step again" in capsys.readouterr().out
+    assert saved_steps(c.run_directory / "checkpoints") == [3]
+    assert [row["step"] for row in read_rows(c.run_directory / "metrics.jsonl")] == [1, 2, 4]
+
+
+def test_skipped_updates_are_the_same_in_a_resumed_run(base, infinite, monkeypatch, capsys):
+    """The extra step that confirms the last checkpoint is skipped too, so the one after it confirms it."""
+    infinite(3, 5, 9)
+    optimizer = replace(base.optimizer, skip_spikes=5.0)
+    c = replace(
+        base, name="skipping", optimizer=optimizer, train=replace(base.train, steps=8), log=replace(base.log, every=1)
+    )
+    assert train(c) == 0
+    out = capsys.readouterr().out
+    assert "step 5: update skipped (loss nan, grad_norm nan), 2 skipped so far\n" in out
+    rows = rows_without_times(c.run_directory)
+    assert [row["skipped"] for row in rows if "loss" in row] == [0, 0, 1, 1, 2, 2, 2, 2]
+    assert [row["step"] for row in rows if "loss" in row and row["loss"] is None] == [3, 5]
+    resumed = replace(c, name="skipping-resumed")
+    cut_off(5, resumed, monkeypatch)
+    assert train(resumed) == 0
+    assert rows_without_times(resumed.run_directory) == rows
+    # The option may change: without it, the checkpoint's history of gradient norms is dropped; with it, it starts.
+    for number, factor in enumerate((None, 5.0), 9):
+        infinite()
+        more = replace(c, optimizer=replace(optimizer, skip_spikes=factor), train=replace(c.train, steps=number))
+        assert train(more) == 0
+        assert f"resuming from step {number - 1}" in capsys.readouterr().out
+        row = next(row for row in read_rows(c.run_directory / "metrics.jsonl")[::-1] if "loss" in row)
+        assert (row["step"], row.get("skipped")) == (number, None if factor is None else 0)
+
+
 @pytest.mark.parametrize("stopped", [False, True])
 def test_the_last_checkpoint_is_confirmed_by_one_more_step(base, monkeypatch, stopped):
     """The last update ruins the state, with a finite validation loss: activations overflow to 0."""
@@ -266,7 +323,7 @@ def test_the_last_checkpoint_is_confirmed_by_one_more_step(base, monkeypatch, st
         record(self, step, metrics, flops)
 
     monkeypatch.setattr(Recorder, "step", interrupted)
-    with pytest.raises(ValueError, match=r"grad_norm became \w+ at step 2; lower --optimizer.learning_rate"):
+    with pytest.raises(ValueError, match=r"grad_norm became \w+ at step 2; .*lower --optimizer.learning_rate"):
         train(c)
     assert saved_steps(c.run_directory / "checkpoints") == []
     assert [row["step"] for row in read_rows(c.run_directory / "metrics.jsonl")] == [1] * (1 if stopped else 2)

@@ -5,7 +5,8 @@ import pytest
 
 from ringattn.runs.progress import Display
 from ringattn.training import recorder as recorder_module
-from ringattn.training.recorder import LogConfig, Recorder
+from ringattn.training.optimizer import MAX_IN_A_ROW, Skips
+from ringattn.training.recorder import LogConfig, NonFiniteError, Recorder
 from ringattn.training.step import Metrics
 
 
@@ -78,6 +79,54 @@ def test_a_loss_that_is_not_finite_is_an_error(clock):
         recorder.flush()
     with pytest.raises(ValueError, match=r"the validation loss is inf after step 1; lower --optimizer.learning_rate"):
         recorder.validation(1, {"eval/loss": float("inf"), "eval/accuracy": 0.0})
+
+
+def skipping(loss, norm, *counts):
+    return metrics(loss)._replace(grad_norm=jnp.float32(norm), skips=Skips(*map(jnp.int32, counts)))
+
+
+def test_skipped_updates_are_printed_counted_and_confirm_nothing_unless_finite(clock, capsys):
+    rows = []
+    config = LogConfig(every=1, end_step=9, tokens_per_step=10, peak_flops=None, max_loss=50.0)
+    recorder = Recorder(rows.append, Display(9), config)
+    steps = [skipping(2.0, 1.0, 0, 0, 0), skipping(9.0, 70.0, 1, 1, 1), skipping(float("nan"), float("nan"), 2, 2, 2)]
+    confirmed = []
+    for step, each in enumerate([*steps, skipping(60.0, 8.0, 3, 3, 3), skipping(2.0, 1.0, 3, 0, 3)], 1):
+        recorder.step(step, each, 100)
+        clock.now += 1
+        recorder.flush()
+        confirmed.append(recorder.confirmed_step)
+    assert confirmed == [0, 1, 1, 1, 4]
+    assert [(row["loss"], row["grad_norm"], row["skipped"]) for row in rows] == [
+        (2.0, 1.0, 0),
+        (9.0, 70.0, 1),
+        (None, None, 2),
+        (60.0, 8.0, 3),
+        (2.0, 1.0, 3),
+    ]
+    lines = [line.partition("  10 tokens/s")[0] for line in capsys.readouterr().out.splitlines()]
+    assert lines == [
+        "step 1/9  loss 2.0000",
+        "step 2: update skipped (loss 9.0000, grad_norm 70), 1 skipped so far",
+        "step 2/9  loss 9.0000  1 skipped",
+        "step 3: update skipped (loss nan, grad_norm nan), 2 skipped so far",
+        "step 3/9  loss not finite  2 skipped",
+        "step 4: update skipped (loss 60.0000, grad_norm 8), 3 skipped so far",
+        "step 4/9  loss 60.0000  3 skipped",
+        "step 5/9  loss 2.0000  3 skipped",
+    ]
+
+
+def test_too_many_skipped_updates_are_an_error(clock):
+    recorder = Recorder([].append, Display(9), LogConfig(every=1, end_step=9, tokens_per_step=10, peak_flops=None))
+    count = "optimizer.skip_spikes skipped 5 updates in a row and 7 of the last 100 at step 3; lower --optimizer"
+    with pytest.raises(ValueError, match=rf"^{count}.*; or raise --optimizer.skip_spikes$") as error:
+        recorder.check(3, skipping(2.0, 70.0, 9, MAX_IN_A_ROW, 7))
+    assert not isinstance(error.value, NonFiniteError)
+    with pytest.raises(NonFiniteError, match=rf"^loss became inf and {count}") as error:
+        recorder.check(3, skipping(float("inf"), 70.0, 9, MAX_IN_A_ROW, 7))
+    assert error.value.message("a cause").startswith("loss became inf and optimizer")
+    assert " at step 3; a cause; lower --" in error.value.message("a cause")
 
 
 def test_a_loss_far_above_that_of_a_uniform_guess_or_without_gradient_is_an_error(clock):

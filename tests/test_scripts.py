@@ -105,12 +105,14 @@ SCRIPT_OPTIONS = {
     | {"--max_context", "--sweep", "--changes", "--ranking", "--cache"},
     "prepare.py": {"--config", "--output"},
     "convert.py": {"--to"},
+    "compare.py": {"--tolerance", "--plot", "--json"},
 }
 """Options of each script that are not config values."""
 SECTIONS = {
     "plan.py": {"name", "model", "data", "mesh", "attention", "optimizer", "train", "log", "stages"},
     "prepare.py": {"data"},
     "convert.py": set(),
+    "compare.py": set(),
 }
 """Sections of the training config that a script uses. train.py uses all."""
 
@@ -264,6 +266,28 @@ def test_a_mistake_in_a_conversion(tmp_path):
     ):
         assert expected in error_of(*words, script="convert.py")
     assert not (tmp_path / "target").exists()
+
+
+def test_runs_are_compared(tmp_path):
+    for name, loss in (("a", 2.0), ("b", 2.001)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": loss}) + "\n")
+        for file in ("config.json", "environment.json"):
+            (tmp_path / name / file).write_text(json.dumps({"name": name}))
+    pair, files = (str(tmp_path / "a"), str(tmp_path / "b")), [tmp_path / "c.png", tmp_path / "c.json"]
+    done = run(*pair, "--plot", str(files[0]), "--json", str(files[1]), script="compare.py")
+    assert done.returncode == 1, done.stderr
+    assert done.stdout.splitlines()[-1] == "different: loss at step 1"
+    assert json.loads(files[1].read_text())["metrics"]["loss"]["first_beyond"] == 1
+    assert files[0].read_bytes().startswith(b"\x89PNG")
+    assert run(*pair, "--tolerance", "0.001", script="compare.py").returncode == 0
+    for words, expected in (
+        ((pair[0], str(tmp_path / "none")), "config.json is missing"),
+        ((*pair, "--tolerance", "-1"), "--tolerance -1.0 must be a number of at least 0"),
+        ((*pair, "--json", str(tmp_path / "none" / "c.json")), "does not exist"),
+        (pair[:1], "A B are required"),
+    ):
+        assert expected in error_of(*words, script="compare.py")
 
 
 EVALUATION = ("--config", str(ROOT / "configs" / "eval_needle.py"))

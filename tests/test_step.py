@@ -14,6 +14,7 @@ from ringattn.data import Batch
 from ringattn.mesh.axes import abstract
 from ringattn.model.loss import cross_entropy
 from ringattn.runs.checkpoint import Checkpoints
+from ringattn.runs.verification import named
 from ringattn.training import step as step_module
 from ringattn.training.stage import prepare_stage
 from ringattn.training.step import skip
@@ -92,6 +93,33 @@ def test_a_batch_without_learned_tokens_changes_only_the_step(run):
     state, metrics = run.train_step(state, run.place(batch))
     assert float(metrics.learning_rate) == pytest.approx(3e-3 * 3 / 21)  # the schedule counts steps, not updates
     assert int(state.step) == 3
+    assert run.train_step._cache_size() == 1
+
+
+@pytest.mark.parametrize("name", ["loss", "gradient"])
+def test_numbers_that_are_not_finite_freeze_the_state(run, name):
+    """All later steps change nothing, so that the step can be computed again."""
+    state, batch = run.initial_state(), run.training.batch(0)
+    state, _ = run.train_step(state, run.place(batch))
+    before = jax.device_get(state)
+    if name == "loss":
+        weights = batch.weights.copy()
+        weights[0, 0] = np.inf
+        state, metrics = run.train_step(state, run.place(batch._replace(weights=weights)))
+        assert not np.isfinite(float(metrics.loss))
+    else:  # the norm of the gradient overflows, and the loss does not
+        names = iter(named(state.params))
+        params = jax.tree.map(lambda x: x * 1e30 if next(names).startswith("norm.") else x, state.params)
+        before = replace(before, params=jax.device_get(params))
+        state, metrics = run.train_step(replace(state, params=params), run.place(batch))
+        assert np.isfinite(float(metrics.loss))
+        assert not np.isfinite(float(metrics.grad_norm))
+    frozen = replace(before, step=~before.step)
+    chex.assert_trees_all_equal(jax.device_get(state), frozen)
+    state = skip(state)
+    for index in (1, 2):
+        state, _ = run.train_step(state, run.place(run.training.batch(index)))
+        chex.assert_trees_all_equal(jax.device_get(state), frozen)
     assert run.train_step._cache_size() == 1
 
 

@@ -133,6 +133,8 @@ class Optimizer:
     """Maximum global gradient norm; larger gradients are scaled down to it."""
     offload: bool = False
     """Keep AdamW's moments in host memory, except during the update."""
+    skip_spikes: float | None = None
+    """Skip updates whose gradient norm exceeds this factor times its recent mean, or is not finite. None: skip none."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -142,6 +144,8 @@ class Optimizer:
         for name, decay in {"beta1": self.beta1, "beta2": self.beta2}.items():
             require(0 <= decay < 1, self, name, "at least 0 and less than 1, such as 0.9")
         require(self.clip_norm > 0, self, "clip_norm", "positive, such as 1.0")
+        rule = "more than 1, such as 10.0, or None"
+        require(self.skip_spikes is None or self.skip_spikes > 1, self, "skip_spikes", rule)
 
 
 @section("train.")

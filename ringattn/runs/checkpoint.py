@@ -254,8 +254,8 @@ class Checkpoints:
         `like` is an abstract tree with shardings, which the restored arrays get. Damaged checkpoints are renamed to
         `damaged-<step>`, so that the run can write those steps again.
 
-        Raises ValueError if the newest intact checkpoint does not match `like`, if none can be read, or if reading
-        fails without evidence of damage.
+        Raises MismatchError, a ValueError, if the newest intact checkpoint does not match `like`. Raises ValueError if
+        none can be read, or if reading fails without evidence of damage.
         """
         damaged: dict[int, str] = {}
         target = named(like)
@@ -263,7 +263,7 @@ class Checkpoints:
             try:
                 arrays = read_arrays(self._directory / str(step), target, "")
             except MismatchError as error:
-                raise ValueError(f"{self._directory / str(step)} does not match: {error}") from None
+                raise MismatchError(f"{self._directory / str(step)} does not match: {error}") from None
             except Exception as error:  # reading a damaged file can raise any exception
                 if not is_damage(error):
                     raise unreadable(self._directory / str(step), error) from error

@@ -48,7 +48,7 @@ def params_digest(directory: Path, step: int) -> str:
     return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()[:16]
 
 
-class MismatchError(Exception):
+class MismatchError(ValueError):
     """Raised if the arrays of an intact checkpoint do not match the model."""
 
 

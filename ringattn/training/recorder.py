@@ -5,11 +5,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ringattn.config import option
 from ringattn.cost.memory import peak_bytes
 from ringattn.runs.checkpoint import divergence_fix
 from ringattn.runs.metrics import Row
 from ringattn.runs.progress import Display
 from ringattn.training.by_context import losses_by_context
+from ringattn.training.optimizer import WINDOW, Skips
 from ringattn.training.step import Metrics
 from ringattn.units import bytes_in_words
 
@@ -33,9 +35,26 @@ class LogConfig:
     """Loss above which training has diverged: see DIVERGENCE_FACTOR."""
 
 
+NAMES = ("loss", "grad_norm", "learning_rate")
+"""Metrics of a step that are null for a batch without unmasked targets."""
+
 DIVERGENCE_FACTOR = 10
 """Training has diverged if the loss exceeds this many times that of a uniform guess. The parameters are then too large
 to recover at a lower learning rate."""
+
+
+class NonFiniteError(ValueError):
+    """A loss or gradient norm that is NaN or infinite. The step has frozen the state: see `TrainState`."""
+
+    def __init__(self, problem: str, step: int, fix: str):
+        """The message is `problem at step N; fix`."""
+        super().__init__(f"{problem} at step {step}; {fix}")
+        self.problem, self.step, self._fix = problem, step, fix
+
+    def message(self, cause: str) -> str:
+        """Returns the message with the cause of the problem."""
+        return f"{self.problem} at step {self.step}; {cause}; {self._fix}"
+
 
 _Pending = tuple[int, Metrics | None, int]
 
@@ -66,19 +85,34 @@ class Recorder:
     def check(self, step: int, metrics: Metrics) -> dict[str, float]:
         """Waits for the metrics of `step` and returns them. They confirm the state of the preceding step.
 
-        Raises ValueError if training has diverged: no run can continue from the state of the preceding step.
+        Those of a skipped update do so only if they are no sign of divergence. Raises ValueError if training has
+        diverged, so that no run can continue from the state of the preceding step, or if too many updates were skipped.
         """
-        values = {name: float(value) for name, value in metrics._asdict().items()}
-        loss, limit = values["loss"], self._config.max_loss
+        values = {name: float(value) for name, value in metrics._asdict().items() if name != "skips"}
         non_finite = [f"{name} became {value}" for name, value in values.items() if not math.isfinite(value)]
-        above = f"loss became {loss:.6g}, over {DIVERGENCE_FACTOR} times that of a uniform guess"
-        problems = non_finite + [above] * (loss > limit)
-        # Activations that overflow to 0 give the loss of a uniform guess and zero gradients.
-        problems += [f"loss is {loss:.6g}, but grad_norm became 0"] * (values["grad_norm"] == 0 and loss > 1e-3)
+        problems, fix = non_finite + self._diverged(values["loss"], values["grad_norm"]), divergence_fix()
+        if metrics.skips is not None:
+            skips = Skips(*map(int, metrics.skips))
+            values["skipped"] = skips.total
+            if skips.too_many:
+                count = f"{skips.in_a_row} updates in a row and {skips.in_window} of the last {WINDOW}"
+                problems = [" and ".join([*problems[:1], f"optimizer.skip_spikes skipped {count}"])]
+                fix += f"; or raise --{option('optimizer.skip_spikes')}"
+            elif skips.in_a_row and problems:
+                return values
+        if non_finite:
+            raise NonFiniteError(problems[0], step, fix)
         if problems:
-            raise ValueError(f"{problems[0]} at step {step}; {divergence_fix()}")
+            raise ValueError(f"{problems[0]} at step {step}; {fix}")
         self.confirmed_step = step - 1
         return values
+
+    def _diverged(self, loss: float, grad_norm: float) -> list[str]:
+        """Returns the signs of divergence in finite numbers."""
+        above = f"loss became {loss:.6g}, over {DIVERGENCE_FACTOR} times that of a uniform guess"
+        # Activations that overflow to 0 give the loss of a uniform guess and zero gradients.
+        zero = f"loss is {loss:.6g}, but grad_norm became 0"
+        return [above] * (loss > self._config.max_loss) + [zero] * (grad_norm == 0 and loss > 1e-3)
 
     def restart_clock(self) -> None:
         """Excludes the time since the last recorded step from the speed."""
@@ -103,13 +137,17 @@ class Recorder:
         if pending is None:
             return
         step, metrics, flops = pending
-        values = dict.fromkeys(Metrics._fields) if metrics is None else self.check(step, metrics)
+        values: Row = dict.fromkeys(NAMES) if metrics is None else {**self.check(step, metrics)}
         now = time.monotonic()
         self._seconds, self._steps, self._clock = self._seconds + now - self._clock, self._steps + 1, now
         self._flops += flops
         self._display.update(step)
+        if metrics is not None and metrics.skips is not None and int(metrics.skips.in_a_row):
+            numbers = f"loss {values['loss']:.4f}, grad_norm {values['grad_norm']:.4g}"
+            self._display.print(f"step {step}: update skipped ({numbers}), {values['skipped']} skipped so far")
         if step in self._config.always or step % self._config.every == 0:
-            row = {"step": step} | values | self._speed(step)
+            finite = {name: value if value is None or math.isfinite(value) else None for name, value in values.items()}
+            row = {"step": step} | finite | self._speed(step)
             self._write(row)
             self._show(row)
             self._seconds, self._steps, self._flops = 0.0, 0, 0
@@ -127,6 +165,8 @@ class Recorder:
 
     def _show(self, row: Row) -> None:
         step, loss = row["step"], "no unmasked targets" if row["loss"] is None else f"loss {row['loss']:.4f}"
+        loss = "loss not finite" if row["loss"] is None and "skipped" in row else loss
+        loss += f"  {row['skipped']} skipped" if row.get("skipped") else ""
         text = f"{loss}  {row['tokens_per_second']:,.0f} tokens/s"
         text += "" if row["mfu"] is None else f"  mfu {row['mfu']:.1%}"
         text += "" if row["peak_bytes"] is None else f"  peak {bytes_in_words(row['peak_bytes'])}"

@@ -3,10 +3,11 @@
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import numpy as np
+from jax import NamedSharding, P
 
 from ringattn import config
 from ringattn.cost.flops import step_flops
@@ -19,9 +20,10 @@ from ringattn.model.parallel import Params
 from ringattn.model.scoring import Scorer, make_scorer
 from ringattn.model.transformer import count_parameters
 from ringattn.runs.checkpoint import Checkpoints
+from ringattn.runs.reading import MismatchError
 from ringattn.runs.writers import check_packages
 from ringattn.training.by_context import context_ranges, named_losses, sums_by_context
-from ringattn.training.optimizer import learning_rate, optimizer
+from ringattn.training.optimizer import SkippingState, initial_spikes, learning_rate, optimizer
 from ringattn.training.samples import sample
 from ringattn.training.step import TrainState, TrainStep, abstract_state, make_initial_state, make_train_step
 
@@ -89,7 +91,26 @@ class Run:
 
     def restore(self, checkpoints: Checkpoints) -> tuple[TrainState, list[str]]:
         """Returns the newest intact state, placed on the mesh, and a message for each damaged checkpoint."""
-        return checkpoints.restore(abstract_state(self.initial_state, self.mesh, self.config.optimizer.offload))
+        like = abstract_state(self.initial_state, self.mesh, self.config.optimizer.offload)
+        try:
+            return checkpoints.restore(like)
+        except MismatchError as error:
+            try:
+                return self._restore_of_other_option(checkpoints, like)
+            except MismatchError:
+                raise error from None
+
+    def _restore_of_other_option(self, checkpoints: Checkpoints, like: TrainState) -> tuple[TrainState, list[str]]:
+        """Returns what `restore` returns, from a checkpoint with another optimizer.skip_spikes: None, or not None."""
+        expected, place = like.opt_state, NamedSharding(self.mesh, P())
+        if not isinstance(expected, SkippingState):
+            spikes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), initial_spikes())
+            state, notes = checkpoints.restore(replace(like, opt_state=SkippingState(expected, spikes)))
+            return replace(state, opt_state=state.opt_state.updates), notes
+        state, notes = checkpoints.restore(replace(like, opt_state=expected.updates))
+        shardings = jax.tree.map(lambda x: x.sharding, expected.spikes)
+        spikes = jax.jit(initial_spikes, out_shardings=shardings)()
+        return replace(state, opt_state=SkippingState(state.opt_state, spikes)), notes
 
     def samples(self, params: Params) -> str:
         """Returns beginnings of a few held-out documents as text, each with the model's continuation."""

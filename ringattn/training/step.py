@@ -17,6 +17,7 @@ from ringattn.mesh.axes import abstract
 from ringattn.model.build import MakeModel, make_forward
 from ringattn.model.loss import cross_entropy
 from ringattn.model.parallel import Params
+from ringattn.training.optimizer import Skips, count_skips
 
 
 @jax.tree_util.register_dataclass
@@ -27,15 +28,23 @@ class TrainState:
     params: Params
     opt_state: Any
     step: Any
-    """int32 scalar: number of updates completed."""
+    """int32 scalar: number of updates completed. Negative, ~updates, if the state is frozen.
+
+    An update that training cannot continue from freezes the state: it and all later ones, which are dispatched before
+    the host has read its metrics, change nothing. The parameters are then those that led to it.
+    """
 
 
 class Metrics(NamedTuple):
-    """Metrics of one update: loss (nats per token), global gradient norm before clipping, learning rate."""
+    """Metrics of one update: loss (nats per token), global gradient norm before clipping, learning rate.
+
+    `skips` counts skipped updates, including this one; None if the optimizer does not skip any.
+    """
 
     loss: Float[Array, ""]
     grad_norm: Float[Array, ""]
     learning_rate: Float[Array, ""]
+    skips: Skips | None = None
 
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
@@ -92,10 +101,25 @@ def make_loss(make_model: MakeModel, vocabulary: int) -> Callable[[Params, Batch
     return loss
 
 
+def make_gradient(make_model: MakeModel, vocabulary: int) -> Callable[[Params, Batch], tuple[Float[Array, ""], Params]]:
+    """Returns gradient(params, batch) -> (loss, its gradient), summed over the microbatches of [microbatches, B, L]."""
+    loss_and_gradient = jax.value_and_grad(make_loss(make_model, vocabulary))
+
+    def gradient(params: Params, batch: Batch) -> tuple[Float[Array, ""], Params]:
+        def add(total, microbatch: Batch):
+            return jax.tree.map(jnp.add, total, loss_and_gradient(params, microbatch)), None
+
+        zero = jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params)
+        # Unroll a single microbatch: in a loop, XLA cannot elide adding its gradient to zero.
+        return lax.scan(add, zero, batch, unroll=batch.tokens.shape[0] == 1)[0]
+
+    return gradient
+
+
 def make_train_step(
     make_model: MakeModel,
     vocabulary: int,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     schedule: optax.Schedule,
     offload: bool = False,
 ) -> TrainStep:
@@ -103,33 +127,37 @@ def make_train_step(
 
     Batch arrays are [microbatches, B, L]; gradients are accumulated over microbatches sequentially. The loss is the
     weighted mean over all tokens of all microbatches, so the number of microbatches affects only memory and time. The
-    batch must have unmasked targets: see `skip`. `offload` is that of `make_initial_state`.
+    batch must have unmasked targets: see `skip`. `offload` is that of `make_initial_state`. A loss or gradient norm
+    that is not finite freezes the state, unless the optimizer skips the update; so do too many skipped updates.
     """
-    loss_and_gradient = jax.value_and_grad(make_loss(make_model, vocabulary))
+    gradient_of = make_gradient(make_model, vocabulary)
 
     @partial(jax.jit, donate_argnums=0)
     def train_step(state: TrainState, batch: Batch):
         batch = batch._replace(weights=batch.weights / jnp.sum(batch.weights))
-
-        def add(total, microbatch: Batch):
-            return jax.tree.map(jnp.add, total, loss_and_gradient(state.params, microbatch)), None
-
-        zero = jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, state.params)
-        # Unroll a single microbatch: in a loop, XLA cannot elide adding its gradient to zero.
-        (loss, gradient), _ = lax.scan(add, zero, batch, unroll=batch.tokens.shape[0] == 1)
+        loss, gradient = gradient_of(state.params, batch)
         old_opt_state = state.opt_state
         if offload:  # after the gradient, so that moments and activations are never on the device together
             gradient, old_opt_state = lax.optimization_barrier((gradient, old_opt_state))
             old_opt_state = to_device(old_opt_state)
         with jax.numpy_dtype_promotion("standard"):  # optax requires it; tests use "strict"
-            updates, opt_state = optimizer.update(gradient, old_opt_state, state.params)
-            rate = jnp.asarray(schedule(state.step), jnp.float32)
+            norm = optax.tree.norm(gradient)
+            stop, frozen = ~(jnp.isfinite(loss) & jnp.isfinite(norm)), state.step < 0
+            updates, opt_state = optimizer.update(gradient, old_opt_state, state.params, skip=stop | frozen)
+            rate, skips = jnp.asarray(schedule(state.step), jnp.float32), count_skips(opt_state)
         updates = jax.tree.map(lambda update: -rate * update, updates)
         params: Any = optax.apply_updates(state.params, updates)
         opt_state = to_host(opt_state) if offload else opt_state
-        return TrainState(params, opt_state, state.step + 1), Metrics(loss, optax.tree.norm(gradient), rate)
+        stop = stop if skips is None else skips.too_many
+        step = jnp.where(stop & ~frozen, ~state.step, advanced(state.step))
+        return TrainState(params, opt_state, step), Metrics(loss, norm, rate, skips)
 
     return train_step
+
+
+def advanced(step: Any) -> Any:
+    """Returns the number of updates after one more; that of a frozen state does not change."""
+    return step + (step >= 0).astype(jnp.int32)
 
 
 def skip(state: TrainState) -> TrainState:
@@ -137,4 +165,4 @@ def skip(state: TrainState) -> TrainState:
 
     The step counts all batches, so that data and learning rate do not depend on how many were skipped.
     """
-    return replace(state, step=state.step + 1)
+    return replace(state, step=advanced(state.step))

@@ -19,7 +19,9 @@ from ringattn.runs.progress import Display
 from ringattn.runs.signals import Stop
 from ringattn.runs.watchdog import Watchdog
 from ringattn.runs.writers import Writers
+from ringattn.training.diagnosis import diagnosed
 from ringattn.training.frames import plot_frames
+from ringattn.training.optimizer import MAX_IN_A_ROW
 from ringattn.training.plots import plot_loss
 from ringattn.training.profile import Profile
 from ringattn.training.recorder import DIVERGENCE_FACTOR, LogConfig, Recorder
@@ -71,7 +73,8 @@ def advance(run: Run, state: TrainState, outputs: Outputs, stop: Stop, profile: 
     """
     display, file, checkpoints, watchdog = outputs
     c, restored_step, result = run.config, int(state.step), ""
-    with profile, Writers(run.full_config, restored_step, display) as writers:
+    finding = diagnosed(run, lambda: state, display, watchdog)
+    with profile, Writers(run.full_config, restored_step, display) as writers, finding:
         train_step = _compile(run, state, display)
 
         def write(row: Row) -> None:
@@ -156,18 +159,24 @@ def _conclude(run: Run, train_step: TrainStep, state: TrainState, outputs: Outpu
             if run.completes(int(state.step)):
                 finish(run, state, run.config.run_directory)
         finally:  # an error in `finish` must not lose the last checkpoint
-            _confirm(run, train_step, state, recorder)
+            _confirm(run, train_step, state, outputs, recorder)
 
 
-def _confirm(run: Run, train_step: TrainStep, state: TrainState, recorder: Recorder) -> None:
-    """Computes an extra step from `state`, which is donated. Raises ValueError if training has diverged."""
+def _confirm(run: Run, train_step: TrainStep, state: TrainState, outputs: Outputs, recorder: Recorder) -> None:
+    """Computes an extra step from `state`, which is donated. Raises ValueError if training has diverged.
+
+    Takes the first batch with unmasked targets whose loss and gradient norm are finite, unless the optimizer stops.
+    """
     step, per_epoch = int(state.step), run.training.rows_per_epoch // run.config.train.batch_size
-    start = step - run.start_step
-    batches = map(run.training.batch, range(start, start + per_epoch + 1))
-    batch = next((batch for batch in batches if batch.weights.any()), None)
-    if batch is None:
-        raise ValueError("all training targets are masked out of the loss; use more data")
-    recorder.check(step + 1, train_step(state, run.place(batch))[1])
+    for number in range(step + 1, step + 1 + MAX_IN_A_ROW * (per_epoch + 1)):
+        batch = run.training.batch(number - 1 - run.start_step)
+        if batch.weights.any():
+            state, metrics = train_step(state, run.place(batch))
+            with diagnosed(run, lambda state=state: state, outputs.display, outputs.watchdog):
+                recorder.check(number, metrics)
+            if recorder.confirmed_step >= step:
+                return
+    raise ValueError("all training targets are masked out of the loss; use more data")
 
 
 def _compile(run: Run, state: TrainState, display: Display) -> jax.stages.Compiled:
