@@ -46,25 +46,24 @@ _MULTIPLIERS = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F)
 
 
 @jax.jit
-def _bit_sums(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    def weighted(array: jax.Array) -> jax.Array:
-        unsigned = jnp.dtype(f"uint{8 * array.dtype.itemsize}")
-        bits = jax.lax.bitcast_convert_type(array, unsigned).astype(jnp.uint32)
-        weight = jnp.zeros_like(bits)
-        for dim in range(array.ndim):
-            multiplier = jnp.uint32(_MULTIPLIERS[dim % len(_MULTIPLIERS)])
-            weight += multiplier * jax.lax.broadcasted_iota(jnp.uint32, array.shape, dim)
-        return bits * (2 * weight + 1)  # odd weights: every changed element changes the sum
-
-    return {name: jnp.sum(weighted(array), dtype=jnp.uint32) for name, array in arrays.items()}
+def _bit_sum(array: jax.Array) -> jax.Array:
+    array = jax.device_put(array, jax.memory.Space.Device)  # moments may be in host memory
+    bits = jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{8 * array.dtype.itemsize}")).astype(jnp.uint32)
+    weight = jnp.zeros_like(bits)
+    for dim in range(array.ndim):
+        multiplier = jnp.uint32(_MULTIPLIERS[dim % len(_MULTIPLIERS)])
+        weight += multiplier * jax.lax.broadcasted_iota(jnp.uint32, array.shape, dim)
+    return jnp.sum(bits * (2 * weight + 1), dtype=jnp.uint32)  # odd weights: every changed element changes the sum
 
 
 def _checksums(arrays: dict[str, jax.Array]) -> dict[str, int]:
     """Returns the weighted sum of each array's bit patterns modulo 2**32, which does not depend on the mesh.
 
-    The weights depend on the position, so that exchanged parts of an array change the sum.
+    The weights depend on the position, so that exchanged parts of an array change the sum. One array at a time is
+    copied from host memory.
     """
-    return {name: int(value) for name, value in jax.device_get(_bit_sums(arrays)).items()}
+    sums = {name: _bit_sum(array) for name, array in arrays.items()}
+    return {name: int(value) for name, value in jax.device_get(sums).items()}
 
 
 def facts(arrays: dict[str, jax.Array]) -> Facts:
