@@ -1,6 +1,7 @@
 """Learning rate schedule, weight decay, gradient clipping, stages, skipped updates."""
 
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -109,11 +110,20 @@ def test_a_skipped_update_is_zero_and_leaves_the_moments_as_they_are(factor):
     transformation = optimizer(replace(SECTION, skip_spikes=factor))
     _, state = transformation.update(gradient, transformation.init(params), params)
     nan = jax.tree.map(lambda x: x * jnp.nan, gradient)
+    updates: Any
+    after: Any
     updates, after = transformation.update(nan, state, params, skip=jnp.bool_(True))
     np.testing.assert_array_equal(updates["a"], 0)
-    old, new = (each if factor is None else each.updates for each in (state, after))
+    before: Any = state
+    old, new = (each if factor is None else each.updates for each in (before, after))
     jax.tree.map(np.testing.assert_array_equal, old, new)
     assert count_skips(after) == (None if factor is None else (1, 1, 1))
+
+
+def skips_of(state):
+    skips = count_skips(state)
+    assert skips is not None
+    return skips
 
 
 @pytest.fixture
@@ -130,7 +140,7 @@ def skipped():
         state, found = state or transformation.init(params), []
         for step, norm in enumerate(norms):
             updates, state = update(state, jnp.float32(norm))
-            if count_skips(state).in_a_row:
+            if skips_of(state).in_a_row:
                 found.append(step)
                 assert float(updates["a"][0]) == 0
         return found, state
@@ -152,12 +162,12 @@ def test_skipped_updates_are_counted_and_limited(skipped):
     state, norms = skipped([1.0] * MIN_NORMS)[1], []
     for number in range(1, MAX_IN_A_ROW + 1):
         state = skipped([9.0], state)[1]
-        skips = count_skips(state)
+        skips = skips_of(state)
         assert skips == (number, number, number)
         assert bool(skips.too_many) == (number == MAX_IN_A_ROW)
     state = skipped([1.0] * WINDOW, state)[1]
-    assert count_skips(state) == (MAX_IN_A_ROW, 0, 0)
+    assert skips_of(state) == (MAX_IN_A_ROW, 0, 0)
     norms = [9.0, 1.0] * MAX_IN_WINDOW
-    before, after = (count_skips(skipped(norms[:count], state)[1]) for count in (len(norms) - 2, len(norms) - 1))
+    before, after = (skips_of(skipped(norms[:count], state)[1]) for count in (len(norms) - 2, len(norms) - 1))
     assert [bool(each.too_many) for each in (before, after)] == [False, True]
     assert after.total == MAX_IN_A_ROW + MAX_IN_WINDOW
