@@ -17,7 +17,8 @@ from ringattn.model.build import MakeModel, make_forward
 from ringattn.model.loss import token_scores
 from ringattn.model.parallel import Params
 
-_MAX_PENDING = 2  # batches dispatched before the first result is read
+MAX_PENDING = 2
+"""Number of batches that are dispatched before the first result is read."""
 
 
 class Scores(NamedTuple):
@@ -44,7 +45,7 @@ class Scorer:
         pending: deque[tuple[Array, Array]] = deque()
         for batch in batches:
             pending.append(self.step(params, place_batch(batch, self.mesh, self.layout, self.microbatches)))
-            if len(pending) > _MAX_PENDING:
+            if len(pending) > MAX_PENDING:
                 yield self._read(pending.popleft())
         while pending:
             yield self._read(pending.popleft())

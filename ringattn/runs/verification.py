@@ -59,11 +59,10 @@ def _bit_sum(array: jax.Array) -> jax.Array:
 def _checksums(arrays: dict[str, jax.Array]) -> dict[str, int]:
     """Returns the weighted sum of each array's bit patterns modulo 2**32, which does not depend on the mesh.
 
-    The weights depend on the position, so that exchanged parts of an array change the sum. One array at a time is
-    copied from host memory.
+    The weights depend on the position, so that exchanged parts of an array change the sum. Each sum is awaited: arrays
+    are copied from host memory one at a time, and on CPU, programs of several processes must not run at the same time.
     """
-    sums = {name: _bit_sum(array) for name, array in arrays.items()}
-    return {name: int(value) for name, value in jax.device_get(sums).items()}
+    return {name: int(_bit_sum(array)) for name, array in arrays.items()}
 
 
 def facts(arrays: dict[str, jax.Array]) -> Facts:

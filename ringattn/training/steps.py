@@ -12,6 +12,7 @@ from ringattn.cost.flops import peak_flops, step_flops
 from ringattn.cost.step_statistics import describe_statistics
 from ringattn.data import VideoTokenizer, prefetch
 from ringattn.mesh.agreement import Agreement
+from ringattn.model.scoring import MAX_PENDING
 from ringattn.runs.checkpoint import Checkpoints
 from ringattn.runs.files import write_json, write_text, writing
 from ringattn.runs.metrics import MetricsFile, Row, read_rows
@@ -81,26 +82,26 @@ def advance(run: Run, state: TrainState, outputs: Outputs, stop: Stop, profile: 
             for log in (file, writers):
                 log.write(row | {"stage": run.stage_number})
 
-        recorder, agree = Recorder(write, display, _log_config(run)), Agreement(run.mesh)
+        recorder, agree = Recorder(write, display, _log_config(run)), Agreement()
         first, end = restored_step - run.start_step, run.end_step - run.start_step
         stop.arm()
         with display, _confirming(checkpoints, recorder), closing(prefetch(run.training, first, end)) as batches:
             for step, batch in enumerate(batches, restored_step + 1):
                 profile.before(step, recorder)
                 with jax.profiler.StepTraceAnnotation("step", step_num=step):
-                    has_targets = batch.weights.any()
+                    has_targets = bool(batch.weights.any())
                     state, metrics = train_step(state, run.place(batch)) if has_targets else (skip(state), None)
                 recorder.step(step, metrics, step_flops(c, run.tokenizer.size, batch) if has_targets else 0)
                 watchdog.progress(f"step {step}")
                 profile.after(step, recorder)
-                is_last, signal_number = step == run.end_step, agree(stop.number)
+                is_last, signal_number = step == run.end_step, agree(stop.number, computed=has_targets)
                 to_validate = is_last or (step % c.validation.every == 0 and not signal_number)
                 to_save = is_last or signal_number > 0 or step % c.checkpoint.every == 0
                 if to_validate or to_save:
                     recorder.flush()
                 checkpoints.confirm(recorder.confirmed_step)
                 if to_validate:
-                    interrupt = None if is_last else lambda: agree(stop.number)
+                    interrupt = None if is_last else lambda: agree(stop.number, ahead=MAX_PENDING + 1)
                     values, signal_number = _validate(run, state, outputs, interrupt, compiles=not result)
                     if values:
                         result = recorder.validation(step, values)
