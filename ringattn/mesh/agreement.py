@@ -14,7 +14,9 @@ class Agreement:
     """Gives all processes a number that one of them has passed, at the same call.
 
     Between two calls, each process must dispatch a computation of all devices. A process is then ahead of the others by
-    at most as many calls as it dispatches computations before it waits for a result. Processes exchange texts and not arrays: on CPU, XLA may confuse the collectives of two programs that run at the
+    at most as many calls as it dispatches computations before it waits for a result.
+
+    Processes exchange texts and not arrays: on CPU, XLA may confuse the collectives of two programs that run at the
     same time.
     """
 
