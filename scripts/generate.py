@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from ringattn import config
 from ringattn.generation import command
+from ringattn.mesh.peers import announced_errors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +25,7 @@ class Options(config.Options):
 
 def main() -> None:
     options, settings = config.parse_with(Options, sys.argv[1:], __doc__ or "", config.Generation, required=False)
-    with config.reported_errors():
+    with config.reported_errors(), announced_errors():
         command.run(settings, as_json=bool(options.json))
 
 

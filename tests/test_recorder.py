@@ -64,10 +64,10 @@ def test_rows_count_the_tokens_of_earlier_stages_and_include_the_steps_to_log_al
 def test_a_step_is_recorded_after_the_next_is_dispatched(clock):
     rows = []
     recorder = Recorder(rows.append, Display(2), LogConfig(every=1, end_step=2, tokens_per_step=10, peak_flops=None))
-    recorder.step(1, metrics(3.0), 100)
+    assert not recorder.step(1, metrics(3.0), 100)
     assert rows == []
     clock.now += 1
-    recorder.step(2, metrics(2.0), 100)
+    assert recorder.step(2, metrics(2.0), 100)
     assert [(row["step"], row["loss"]) for row in rows] == [(1, 3.0)]
 
 

@@ -34,10 +34,10 @@ def test_a_run_that_hangs_is_ended(tmp_path, steps):
         [sys.executable, "-c", HANG, str(file), patience, str(steps)], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == HUNG
-    after = "after step 2 (at most" if steps else "at the first step; stacks"
+    after = "after step 2; the longest" if steps else "at the first step; stacks"
     assert done.stderr.startswith("error: the run hangs: nothing has completed for ")
     assert after in done.stderr
-    assert done.stderr.endswith(f"stacks of all threads: {file}; run the same command again to resume\n")
+    assert done.stderr.endswith(f"; stacks of all threads in {file}; run the same command again to resume\n")
     assert "in collective" in file.read_text()
 
 
@@ -47,14 +47,23 @@ def test_the_limit_follows_the_longest_time(tmp_path, monkeypatch):
     each = Watchdog(tmp_path / "hang")
     assert each.limit == 1000.0  # before the first step
     for seconds in (500.0, 0.5, 3.0, 1.0):
-        each._since -= seconds
+        each._since, each._waited = each._since - seconds, seconds
         each.progress("step")
     assert each.limit == pytest.approx(10 * 3.0, rel=0.01)  # without the time to the first step
     with each.patient():
         assert each.limit == 1000.0
-        each._since -= 90.0
+        each._since, each._waited = each._since - 90.0, 90.0
         each.progress("validation, with its compilation")
     assert each.limit == pytest.approx(10 * 3.0, rel=0.01)
+
+
+def test_the_time_of_a_suspended_process_does_not_count(tmp_path, monkeypatch):
+    monkeypatch.setattr(watchdog, "LEAST_SECONDS", 1.0)
+    each = Watchdog(tmp_path / "hang")
+    each.progress("step 1")
+    each._since -= 3600  # suspended: the thread has not run
+    each.progress("step 2")
+    assert each.limit <= 10 * 2 * watchdog.TICK
 
 
 def test_it_ends_with_its_context(tmp_path):

@@ -74,9 +74,9 @@ def parse(
 ) -> Kind:
     """Returns the config of a command line: `--config FILE`, then `--section.field VALUE` overrides, then `adopt`.
 
-    Several values of one option are separate words. Of an option that is given twice, the last counts, so that a script
-    can append options. --help prints all options and exits. On an invalid command line,
-    prints a one-line message that suggests the nearest option and exits with status 2.
+    Several values of one option are separate words. The last value of a repeated option counts, so that a script can
+    append options. --help prints all options and exits. On an invalid command line, prints a one-line message that
+    suggests the nearest option and exits with status 2.
     """
     return parse_with(Options, argv, description, kind, adopt=adopt)[1]
 

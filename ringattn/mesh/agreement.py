@@ -1,4 +1,4 @@
-"""Agreement of the processes on a number, without waiting for one another."""
+"""Agreement of the processes on a number."""
 
 from itertools import count
 

@@ -2,7 +2,8 @@
 
 JAX notices the end of a process after 100 s, and then aborts the others; until then they hang in a collective. Here,
 each process keeps a connection to process 0. The operating system closes the connections of a process that ends, and
-TCP's keepalive finds hosts that do not answer. A thread of process 0 watches all connections and passes the news on.
+TCP's keepalive finds hosts that do not answer. A thread of each process watches its connections. That of process 0
+tells the others which process has ended.
 """
 
 import atexit
@@ -28,6 +29,8 @@ SETTLE = 15.0
 """Seconds for which a process whose communication has failed waits to learn which process has ended."""
 EXIT_PATIENCE = 30.0
 """Seconds until a process that ends with an error is ended, although its threads may wait for other processes."""
+EXIT_SECONDS = 1800.0
+"""Seconds for which a process that has finished waits for the others, which may write the last checkpoint."""
 SHOW_CURSOR = b"\x1b[?25h\n"
 """Shows the cursor, which a progress bar hides, and moves it below the bar."""
 _CODES = "ABORTED|CANCELLED|DATA_LOSS|DEADLINE_EXCEEDED|FAILED_PRECONDITION|INTERNAL|UNAVAILABLE|UNKNOWN"
@@ -150,7 +153,13 @@ class _Peers:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(self.own_status)
-        self.all_finished.wait()
+        if not self.all_finished.wait(EXIT_SECONDS):
+            missing = "another process" if self._place.index else self._unfinished()
+            os.write(2, f"{missing} has not finished {EXIT_SECONDS:.0f} s after this process\n".encode())
+            os._exit(STATUS)
+
+    def _unfinished(self) -> str:
+        return ", ".join(name for index, name in enumerate(self._meeting.members) if index not in self._finished)
 
     def _close(self) -> None:
         for channel in self._meeting.channels.values():

@@ -1,4 +1,4 @@
-"""A relay between JAX's client of the coordinator, in process 0, and the coordinator.
+"""A relay between JAX's client in a process and JAX's coordinator, which runs in process 0.
 
 JAX's client aborts its process, with a stack trace of C++, at the moment when its connection to the coordinator ends,
 before Python could report which process has ended. The relay keeps the client's connection open. See `peers.py`.

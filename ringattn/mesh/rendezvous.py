@@ -155,7 +155,8 @@ def _wait(channel: Channel, place: Place, notice: "_Notice") -> Meeting | None:
                 channel.connection.settimeout(30)
                 return Meeting(message["members"], message["hosts"], {0: channel})
         channel.problem = ""
-        notice.show(f"other processes to join process 0 at {place.address}")
+        # Without an answer of process 0, another program may listen.
+        (notice.show if first else notice.check)(f"other processes to join process 0 at {place.address}")
 
 
 def _listen(address: str) -> socket.socket:

@@ -43,12 +43,15 @@ class Scorer:
     def __call__(self, params: Params, batches: Iterable[Batch]) -> Iterator[Scores]:
         """Yields the scores of each batch [B, L]. B must be a multiple of `microbatches` times the data axis size."""
         pending: deque[tuple[Array, Array]] = deque()
-        for batch in batches:
-            pending.append(self.step(params, place_batch(batch, self.mesh, self.layout, self.microbatches)))
-            if len(pending) > MAX_PENDING:
+        try:
+            for batch in batches:
+                pending.append(self.step(params, place_batch(batch, self.mesh, self.layout, self.microbatches)))
+                if len(pending) > MAX_PENDING:
+                    yield self._read(pending.popleft())
+            while pending:
                 yield self._read(pending.popleft())
-        while pending:
-            yield self._read(pending.popleft())
+        finally:  # if the caller stops early: on CPU, programs of several processes must not run at the same time
+            jax.block_until_ready(list(pending))
 
     def _read(self, results: tuple[Array, Array]) -> Scores:
         return Scores(*(read_rows(x, self.mesh, self.layout) for x in results))

@@ -46,6 +46,7 @@ _MAX_BARRIER_SECONDS = 1200
 _POLL_SECONDS = 0.2
 """Seconds between two questions whether the other processes have finished."""
 _FAILED = "failed/"
+_instances = count()
 
 
 def saved_steps(directory: Path) -> list[int]:
@@ -80,6 +81,10 @@ class _StateSave(ocp.args.StandardSave):
     confirmed: Future[None] = field(default_factory=Future)
 
 
+class UnwritableError(Exception):
+    """Raised if one of several processes cannot start a write. The other processes cannot continue."""
+
+
 class _PeerError(Exception):
     """Ends the write of a checkpoint that another process could not write."""
 
@@ -109,6 +114,7 @@ class Checkpoints:
         self._directory, self._keep, self._report = directory.absolute(), keep, report
         self._verified = _Verified(verified)
         self._manager = self._new_manager()
+        self._instance = next(_instances)
         self._unconfirmed: tuple[int, Future[None]] | None = None
         self._writing, self._writes = 0, 0  # step and number of the last write
         self._broken = False  # after an error, Orbax would raise it again in later writes
@@ -143,7 +149,7 @@ class Checkpoints:
         """Starts an asynchronous write of `tree`, whose arrays may be donated immediately.
 
         Replaces an unconfirmed checkpoint. Raises ValueError, and writes nothing, if `tree` contains NaN
-        or infinity: no run could resume from it.
+        or infinity: no run could resume from it. Raises UnwritableError.
         """
         self._drop_unconfirmed()
         self._settle()  # otherwise Orbax would raise the error of the previous write as that of this one
@@ -166,7 +172,7 @@ class Checkpoints:
             self._manager.save(step, args=args, force=True)
         except Exception as error:  # the disk and the libraries that write can raise any exception
             if several_processes():  # the others wait in a barrier of Orbax
-                raise cannot_write(self._directory, reason(error)) from error
+                raise UnwritableError(str(cannot_write(self._directory, reason(error)))) from error
             self._fail(reason(error), error)
             return
         self._unconfirmed = step, state.confirmed
@@ -222,9 +228,8 @@ class Checkpoints:
         fix = "later ones will be tried; free disk space or make it writable"
         self._report(f"checkpoint {self._writing} was not saved to {self._directory} ({problem}); {fix}")
 
-    @staticmethod
-    def _key(write: int) -> str:
-        return f"checkpoints/{write}/"
+    def _key(self, write: int) -> str:
+        return f"checkpoints/{self._instance}/{write}/"
 
     def _meet(self, *, key: str, timeout_ms: int) -> None:
         """Waits, in the thread of a write, until all processes have called this function with `key`.
@@ -234,9 +239,12 @@ class Checkpoints:
         if not several_processes():
             return
         write = self._key(self._writes)
-        board.post(f"{write}{key}/{jax.process_index()}", "")
+        board.post(f"{write}{key}/arrived/{jax.process_index()}", "")
         end = time.monotonic() + min(timeout_ms / 1000, _MAX_BARRIER_SECONDS)
-        while len(board.read(f"{write}{key}/")) < jax.process_count():
+        while not board.read(f"{write}{key}/complete/"):
+            # Only process 0 reads the keys of all processes.
+            if jax.process_index() == 0 and len(board.read(f"{write}{key}/arrived/")) == jax.process_count():
+                board.post(f"{write}{key}/complete/0", "")
             for process, problem in board.read(f"{write}{_FAILED}").items():
                 raise _PeerError(f"in process {process}: {problem}")
             if time.monotonic() > end:

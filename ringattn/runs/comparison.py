@@ -101,6 +101,8 @@ def read_series(directory: Path) -> Series:
         for name, value in row.items():
             if name in METRICS or name.startswith("eval/"):
                 series.setdefault(name, {})[row["step"]] = _number(value, f"{name} of step {row['step']} in {path}")
+    if not series:
+        raise ValueError(f"{path} has no {', '.join(METRICS)} or eval/...; use the directory of another run")
     return series
 
 

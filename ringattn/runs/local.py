@@ -15,6 +15,7 @@ from typing import IO
 from ringattn import config
 from ringattn.mesh.devices import check_sizes, resolve
 from ringattn.mesh.launchers import ADDRESS, COUNT, INDEX, find_place
+from ringattn.mesh.peers import STATUS as PEER_ENDED
 from ringattn.runs.signals import Stop, before_ending, stopped_by_signal
 
 LAUNCHER = "RINGATTN_LAUNCHER"
@@ -131,6 +132,7 @@ def _run(words: Sequence[str], count: int, stop: Stop) -> list[int]:
     with ExitStack() as stack:
         stack.callback(os.close, writer)
         stack.enter_context(before_ending(kill, immediately=True))
+        stack.callback(kill)
         for index in range(count):
             own = os.environ | variables | {LAUNCHER: str(reader)} | ({INDEX: str(index)} if count > 1 else {})
             output, errors = (None, None) if index == 0 else (subprocess.DEVNULL, subprocess.PIPE)
@@ -143,15 +145,17 @@ def _run(words: Sequence[str], count: int, stop: Stop) -> list[int]:
                 copying = threading.Thread(target=_copy, args=(child.stderr, index), daemon=True)
                 copying.start()
                 stack.callback(copying.join, timeout=1)  # after the process has ended
-        stack.callback(kill)
         os.close(reader)
-        _wait(children, stop)
-    return [child.wait() for child in children]
+        stragglers = _wait(children, stop)
+    return [PEER_ENDED if index in stragglers else child.wait() for index, child in enumerate(children)]
 
 
-def _wait(children: list[subprocess.Popen[bytes]], stop: Stop) -> None:
-    """Waits until all children have ended. Passes a signal on, and kills those that outlive a failed one."""
-    passed_on, deadline = False, float("inf")
+def _wait(children: list[subprocess.Popen[bytes]], stop: Stop) -> set[int]:
+    """Waits until all children have ended. Passes a signal on, and kills those that outlive a failed one.
+
+    Returns the indices of the children that it has killed.
+    """
+    passed_on, deadline, killed = False, float("inf"), set[int]()
     while any(child.poll() is None for child in children):
         if stop.number and not passed_on:
             passed_on = True
@@ -160,9 +164,11 @@ def _wait(children: list[subprocess.Popen[bytes]], stop: Stop) -> None:
         if deadline == float("inf") and any(child.returncode for child in children):
             deadline = time.monotonic() + STRAGGLERS
         if time.monotonic() > deadline:
-            for child in children:
-                child.kill()
+            killed |= {index for index, child in enumerate(children) if child.poll() is None}
+            for index in killed:
+                children[index].kill()
         time.sleep(0.05)
+    return killed
 
 
 def _copy(stream: IO[bytes], index: int) -> None:

@@ -48,7 +48,7 @@ class MetricsFile:
     def __exit__(self, *_: object) -> None:
         if self._file is not None:
             self._attempt(self._append)
-            self._file.close()
+            self._attempt(self._file.close)
         if self._pending:
             self.lost = len(self._pending)
             self._report(f"{self.lost} rows of metrics were not written to {self._path}")
@@ -76,16 +76,14 @@ class MetricsFile:
             self._failing = True
 
     def _append(self) -> None:
-        """Writes the pending rows. Raises OSError, with only complete rows in the file."""
+        """Writes the pending rows. Raises OSError, perhaps after a part of a row, which the next call removes."""
         assert self._file is not None
         while self._pending:
             line = self._pending[0]
-            try:
-                if self._file.write(line) < len(line):  # a full disk takes a part
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            except OSError:
-                self._file.truncate(self._size)
-                raise
+            if os.fstat(self._file.fileno()).st_size > self._size:
+                self._file.truncate(self._size)  # a part of a row that failed
+            if self._file.write(line) < len(line):  # a full disk takes a part
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self._size += len(line)
             self._pending.pop(0)
 

@@ -2,7 +2,6 @@
 
 import faulthandler
 import os
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -18,7 +17,11 @@ FACTOR = 10
 LEAST_SECONDS = 600.0
 """Minimum seconds without progress before a run counts as hanging."""
 PATIENT_SECONDS = 1800.0
-"""The same before anything has completed, and while a program is compiled."""
+"""The same before anything has completed, while a program is compiled, and while a checkpoint is started."""
+WRITE_SECONDS = 30.0
+"""Maximum seconds for writing the stacks: the file system may be what hangs."""
+TICK = 1.0
+"""Maximum seconds between two looks at the clock."""
 
 
 class Watchdog:
@@ -49,15 +52,16 @@ class Watchdog:
         """Notes that `event`, such as 'step 12', has completed."""
         now = time.monotonic()
         if self._last and not self._patient:
-            self._longest = max(self._longest, now - self._since)
+            # `_waited` does not count the seconds of a suspended process, but only whole ticks.
+            self._longest = max(self._longest, min(now - self._since, self._waited + 2 * TICK))
         self._waited, self._since, self._last = 0.0, now, event
 
     def watch(self) -> None:
         """Counts the seconds without progress, in a thread of its own. A suspended process does not count them."""
         before = time.monotonic()
-        while not self._ended.wait(min(1.0, self.limit / 10)):
+        while not self._ended.wait(min(TICK, self.limit / 10)):
             now = time.monotonic()
-            self._waited, before = self._waited + min(now - before, 2.0), now
+            self._waited, before = self._waited + min(now - before, 2 * TICK), now
             if self._waited > self.limit:
                 self._end()
 
@@ -65,16 +69,17 @@ class Watchdog:
         after = f"after {self._last}" if self._last else "at the first step"
         waited = f"nothing has completed for {duration_in_words(self._waited)} {after}"
         if self._longest:
-            waited += f" (at most {duration_in_words(self._longest)} before)"
+            waited += f"; the longest time between two results was {duration_in_words(self._longest)}"
+        fix = f"stacks of all threads in {self._file}; run the same command again to resume"
+        os.write(2, f"error: the run hangs: {waited}; {fix}\n".encode())
+        timer = threading.Timer(WRITE_SECONDS, os._exit, [HUNG])
+        timer.daemon = True
+        timer.start()
         try:
             with self._file.open("w") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
-            stacks = f"stacks of all threads: {self._file}"
         except OSError:
-            faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
-            stacks = "stacks of all threads: above"
-        fix = "run the same command again to resume"
-        os.write(2, f"error: the run hangs: {waited}; {stacks}; {fix}\n".encode())
+            faulthandler.dump_traceback(2, all_threads=True)
         os._exit(HUNG)
 
     def stop(self) -> None:

@@ -1,6 +1,7 @@
 """The training loop: trains all stages of a config and writes the run directory."""
 
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from ringattn import config, weights
 from ringattn.mesh.axes import abstract, context_shards
 from ringattn.mesh.devices import start
 from ringattn.mesh.processes import check_same, gather
-from ringattn.runs.checkpoint import Checkpoints, saved_steps
+from ringattn.runs.checkpoint import Checkpoints, UnwritableError, saved_steps
 from ringattn.runs.directory import check_data, check_resumable, write_description
 from ringattn.runs.metrics import MetricsFile
 from ringattn.runs.progress import Display
@@ -43,7 +44,11 @@ def train(c: config.Config, choose: Choose = as_given) -> int:
     with claimed([directory], c.mesh, "use another --name", "use another --log.directory"):
         check_same("config", repr(c))
         check_shared(directory)
-        return _train_claimed(c, directory, choose)
+        try:
+            return _train_claimed(c, directory, choose)
+        except UnwritableError as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(NOT_SAVED) from None
 
 
 def _train_claimed(c: config.Config, directory: Path, choose: Choose) -> int:

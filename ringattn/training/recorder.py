@@ -69,13 +69,14 @@ class Recorder:
         self.confirmed_step = -1
         """Last step whose state is confirmed: the step computed from it has passed `check`."""
 
-    def step(self, step: int, metrics: Metrics | None, flops: int) -> None:
+    def step(self, step: int, metrics: Metrics | None, flops: int) -> bool:
         """Takes the metrics of `step`, which may not be computed yet, and records the metrics of the preceding step.
 
-        `metrics` is None for a batch without unmasked targets.
+        `metrics` is None for a batch without unmasked targets. Returns True if there was a preceding step.
         """
         previous, self._pending = self._pending, (step, metrics, flops)
         self._record(previous)
+        return previous is not None
 
     def flush(self) -> None:
         """Waits for the last step and records it. Raises ValueError if training has diverged."""

@@ -91,8 +91,8 @@ def advance(run: Run, state: TrainState, outputs: Outputs, stop: Stop, profile: 
                 with jax.profiler.StepTraceAnnotation("step", step_num=step):
                     has_targets = bool(batch.weights.any())
                     state, metrics = train_step(state, run.place(batch)) if has_targets else (skip(state), None)
-                recorder.step(step, metrics, step_flops(c, run.tokenizer.size, batch) if has_targets else 0)
-                watchdog.progress(f"step {step}")
+                if recorder.step(step, metrics, step_flops(c, run.tokenizer.size, batch) if has_targets else 0):
+                    watchdog.progress(f"step {step - 1}")
                 profile.after(step, recorder)
                 is_last, signal_number = step == run.end_step, agree(stop.number, computed=has_targets)
                 to_validate = is_last or (step % c.validation.every == 0 and not signal_number)
@@ -107,8 +107,9 @@ def advance(run: Run, state: TrainState, outputs: Outputs, stop: Stop, profile: 
                         result = recorder.validation(step, values)
                     to_save |= signal_number > 0
                 if to_save:
-                    file.sync()
-                    checkpoints.save(step, state)
+                    with watchdog.patient():  # it waits for the previous write
+                        file.sync()
+                        checkpoints.save(step, state)
                 if to_validate or to_save:
                     recorder.restart_clock()
                 if is_last or signal_number:
@@ -125,7 +126,7 @@ def _validate(
     """Returns the values of a validation, or {} and the number of the signal at which `interrupt` ended it."""
     number = 0
 
-    def advance(count: int) -> None:
+    def after_batch(count: int) -> None:
         nonlocal number
         outputs.watchdog.progress("a batch of the validation")
         advance_bar(count)
@@ -135,7 +136,7 @@ def _validate(
     with outputs.display.subtask("validation", run.validation_batches, compiles=compiles) as advance_bar:
         try:
             with outputs.watchdog.patient():
-                return run.validate(state.params, advance), 0
+                return run.validate(state.params, after_batch), 0
         except _StoppedError:
             return {}, number
 
