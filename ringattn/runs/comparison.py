@@ -100,18 +100,10 @@ def read_series(directory: Path) -> Series:
     for row in rows:
         for name, value in row.items():
             if name in METRICS or name.startswith("eval/"):
-                series.setdefault(name, {})[row["step"]] = _number(value, f"{name} of step {row['step']} in {path}")
+                series.setdefault(name, {})[row["step"]] = None if value is None or math.isnan(value) else float(value)
     if not series:
         raise ValueError(f"{path} has no {', '.join(METRICS)} or eval/...; use the directory of another run")
     return series
-
-
-def _number(value: Any, name: str) -> float | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e300:
-        raise ValueError(f"{name} is {str(value)[:40]!r}, not a number; repair or remove the line")
-    return None if math.isnan(value) else float(value)
 
 
 def _settings(directory: Path, name: str) -> dict[str, Any]:

@@ -132,6 +132,7 @@ class Recorder:
         by_context = [f"{first:,}-{last:,}: {loss:.4f}" for (first, last), loss in losses_by_context(values).items()]
         if len(by_context) > 1:
             self._display.print(f"  by number of preceding tokens: {', '.join(by_context)}")
+        self.restart_clock()
         return text
 
     def _record(self, pending: _Pending | None) -> None:

@@ -110,7 +110,6 @@ def advance(run: Run, state: TrainState, outputs: Outputs, stop: Stop, profile: 
                     with watchdog.patient():  # it waits for the previous write
                         file.sync()
                         checkpoints.save(step, state)
-                if to_validate or to_save:
                     recorder.restart_clock()
                 if is_last or signal_number:
                     _conclude(run, train_step, state, outputs, recorder)
