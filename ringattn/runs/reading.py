@@ -5,11 +5,10 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
-from etils import epath
 
 from ringattn.mesh.processes import gather
 from ringattn.runs import orbax_messages
@@ -95,7 +94,7 @@ def read_arrays(checkpoint: Path, target: Arrays, prefix: str) -> dict[str, jax.
 
 
 def _read_facts(checkpoint: Path) -> Facts:
-    stored = dict(ocp.JsonCheckpointHandler().restore(epath.Path(checkpoint.absolute() / "facts")))
+    stored = json.loads((checkpoint / "facts" / "metadata").read_bytes())
     check_facts(stored)
     return stored
 
@@ -104,5 +103,6 @@ def _read_arrays(checkpoint: Path, target: Arrays) -> dict[str, jax.Array]:
     """Reads the arrays named in `target`, a subset of the checkpoint, without communication between processes."""
     restore_args = ocp.checkpoint_utils.construct_restore_args(target)
     args = ocp.args.PyTreeRestore(target, restore_args=restore_args, partial_restore=True)
-    arrays = ocp.PyTreeCheckpointHandler().restore(epath.Path(checkpoint.absolute() / "state"), args=args)
+    state: Any = checkpoint.absolute() / "state"
+    arrays = ocp.PyTreeCheckpointHandler().restore(state, args=args)
     return {name: arrays[name] for name in target}
