@@ -55,6 +55,8 @@ def judge(call: Callable[[], object]) -> Outcome:
         return _refused(str(error))
     except BaseException as error:  # a finding, whatever it is
         return Outcome("finding", f"{error}\n{_trace(error)}")
+    finally:
+        logging.disable(logging.NOTSET)
     return Outcome("accepted")
 
 

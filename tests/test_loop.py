@@ -284,6 +284,7 @@ def test_a_step_that_is_not_finite_is_named_with_its_row(base, infinite, capsys)
     assert [row["step"] for row in read_rows(c.run_directory / "metrics.jsonl")] == [1, 2, 4]
 
 
+@pytest.mark.slow
 def test_skipped_updates_are_the_same_in_a_resumed_run(base, infinite, monkeypatch, capsys):
     """The extra step that confirms the last checkpoint is skipped too, so the one after it confirms it."""
     infinite(3, 5, 9)

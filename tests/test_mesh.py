@@ -81,7 +81,7 @@ def test_too_many_simulated_devices_are_refused_before_they_start():
 def test_a_coordinator_without_process_ids_is_an_error():
     done = start_in_process("simulate=2", JAX_COORDINATOR_ADDRESS="localhost:1")
     assert done.returncode == 2
-    assert "set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID" in done.stderr
+    assert "JAX_NUM_PROCESSES is not set; set JAX_COORDINATOR_ADDRESS=HOST:PORT of process 0, JAX_NUM_" in done.stderr
     assert "Traceback" not in done.stderr
 
 
