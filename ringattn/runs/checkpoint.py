@@ -106,7 +106,8 @@ class Checkpoints:
     an unconfirmed one.
 
     Without `report`, a failed write raises ValueError. With it, `report` takes a line about each failed write, and
-    later writes are tried. A write that fails in one of several processes fails in all.
+    later writes are tried. A write that fails in one of several processes fails in all. If process 0 cannot create the
+    directory, the others wait for it until Orbax gives up, after 300 s.
     """
 
     def __init__(self, directory: Path, keep: int, report: Callable[[str], None] | None = None, *, verified: int = 0):
