@@ -186,8 +186,9 @@ def main() -> int:
         if options.minutes:
             write_config(100)
             finish(Launch(directory, "speed"))
-            seconds = [row["step_seconds"] for row in read_rows(directory / "runs" / "speed" / "metrics.jsonl")[1:]]
-            steps = int(60 * options.minutes / statistics.median(second for second in seconds if second))
+            rows = read_rows(directory / "runs" / "speed" / "metrics.jsonl")
+            seconds = statistics.median(row["step_seconds"] for row in rows if "step_seconds" in row)
+            steps = int(60 * options.minutes / seconds)
             console.print(f"{steps} steps")
         write_config(steps)
         reference = Launch(directory, "uninterrupted")
