@@ -195,7 +195,7 @@ class Case:
     script: str
     words: list[str]
     said: str
-    """What is wrong with it."""
+    """The problem with it."""
 
 
 KINDS = {"options": 6, "combinations": 4, "json": 4, "python": 3, "resumed": 3, "convert": 1}
