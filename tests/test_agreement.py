@@ -73,13 +73,17 @@ def test_a_number_of_one_process_reaches_all_at_the_same_call():
 
 
 @pytest.mark.slow
-def test_a_failed_save_and_a_signal_of_one_process_are_those_of_both(text):
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_failed_save_and_a_signal_of_one_process_are_those_of_both(text, failing):
     flags = ["--data.path", str(text / "one"), "--mesh.simulate", "4", "--train.steps", "1000"]
     each = command(text, *flags, "--checkpoint.every", "2", "--validation.every", "1000")
-    done = run_processes(each, [sys.executable, "-c", ONE_FAILS, *each[2:]])
+    both = [each, each]
+    both[failing] = [sys.executable, "-c", ONE_FAILS, *each[2:]]
+    done = run_processes(*both)
     assert [status for *_, status in done] == [143, 143], done
     out = done[0][0]
-    assert "(in process 1: File too large); later ones will be tried" in out
+    place = "" if failing == 0 else "in process 1: "
+    assert f"({place}File too large); later ones will be tried" in out
     assert out.count("was not saved to") == 1
     assert "stopped by SIGTERM after step 1" in out  # a few steps after step 9
     last = int(out.split("stopped by SIGTERM after step ")[1].split(";")[0])

@@ -8,6 +8,7 @@ import re
 import resource
 import shutil
 import signal
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,9 +18,10 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 import pytest
 from jax import P
+from orbax.checkpoint._src.metadata import checkpoint as orbax_metadata
 
 from ringattn.mesh.axes import FSDP, TENSOR
-from ringattn.runs import reading
+from ringattn.runs import checkpoint, reading
 from ringattn.runs.checkpoint import Checkpoints, saved_steps
 from ringattn.runs.reading import params_digest, read_params
 from ringattn.training.step import TrainState
@@ -292,7 +294,7 @@ def test_after_a_failed_write_the_next_is_tried_and_old_checkpoints_stay(directo
         for step, size in ((8, 64), (12, resource.RLIM_INFINITY), (14, 64)):
             with files_up_to(size):
                 save(checkpoints, step, state(mesh, step))
-                checkpoints._manager.wait_until_finished() if size == resource.RLIM_INFINITY else checkpoints._settle()
+                checkpoints._settle()
             assert saved_steps(directory) == ([6, 4] if step < 12 else [12, 6])
     assert saved_steps(directory) == [12, 6]
     assert [line.split(" to /")[0] for line in lines] == [f"checkpoint {step} was not saved" for step in (8, 14)]
@@ -301,15 +303,56 @@ def test_after_a_failed_write_the_next_is_tried_and_old_checkpoints_stay(directo
     assert (int(restore(directory, mesh)[0].step), capfd.readouterr().err) == (12, "")
 
 
-def test_a_checkpoint_that_does_not_fit_the_disk_is_not_started(directory, mesh, monkeypatch):
-    before, lines = files_of(directory), []
+@pytest.mark.parametrize("arrays_fail", [False, True])
+def test_a_failed_description_does_not_end_the_wait_for_the_arrays(directory, mesh, monkeypatch, arrays_fail):
+    """Orbax raises the error of its description of a step while the threads that write the arrays continue."""
+    lines, finalize = [], checkpoint._StateHandler.finalize
+
+    def fail(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def finalize_late(handler, path):
+        time.sleep(0.5)
+        if arrays_fail:
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+        finalize(handler, path)
+
+    with Checkpoints(directory, keep=2, report=lines.append) as checkpoints:
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint._StateHandler, "finalize", finalize_late)
+            patch.setattr(orbax_metadata._NonBlockingMetadataStore, "_write_and_log", fail)
+            save(checkpoints, 8, state(mesh, 8))
+            checkpoints._settle()
+        assert (len(lines), checkpoints.failures) == (arrays_fail, arrays_fail)
+        assert saved_steps(directory) == ([6, 4] if arrays_fail else [8, 6, 4])
+        save(checkpoints, 12, state(mesh, 12))
+    assert int(restore(directory, mesh)[0].step) == 12
+    assert saved_steps(directory) == [12, 6 if arrays_fail else 8]
+
+
+def no_space(monkeypatch, directory):
     usage = shutil.disk_usage(directory)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+
+
+def read_only(monkeypatch, directory):
+    def refuse(**kwargs):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(checkpoint, "TemporaryFile", refuse)
+
+
+@pytest.mark.parametrize(
+    ("limit", "problem"),
+    [(no_space, "it needs .* KiB, and 1,000 bytes are free"), (read_only, "Read-only file system")],
+)
+def test_a_checkpoint_that_cannot_be_written_is_not_started(directory, mesh, monkeypatch, limit, problem):
+    before, lines = files_of(directory), []
+    limit(monkeypatch, directory)
     with Checkpoints(directory, keep=2, report=lines.append) as checkpoints:
         save(checkpoints, 8, state(mesh, 8))
     assert files_of(directory) == before
-    expected = "checkpoint 8 was not saved to .* \\(it needs .* KiB, and 1,000 bytes are free\\); later"
-    assert re.match(expected, lines[0]), lines
+    assert re.match(f"checkpoint 8 was not saved to .* \\({problem}\\); later", lines[0]), lines
 
 
 def test_the_verified_checkpoint_is_kept(directory, mesh):

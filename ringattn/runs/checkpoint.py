@@ -16,6 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
+from tempfile import TemporaryFile
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -70,7 +71,9 @@ class _UnconfirmedError(Exception):
 
 class _StateHandler(ocp.StandardCheckpointHandler):
     async def async_save(self, *args: Any, **options: Any) -> list[Any]:
-        return [*(await super().async_save(*args, **options) or []), options["args"].confirmed]
+        saved = options["args"]
+        saved.writes += await super().async_save(*args, **options) or []
+        return [*saved.writes, saved.confirmed]
 
 
 @ocp.args.register_with_handler(_StateHandler, for_save=True, for_restore=True)  # Orbax requires both
@@ -79,6 +82,8 @@ class _StateSave(ocp.args.StandardSave):
     """Saves `item`. The checkpoint gets its final name once it is written completely and `confirmed` has a result."""
 
     confirmed: Future[None] = field(default_factory=Future)
+    writes: list[Any] = field(default_factory=list)
+    """Futures of the threads that write."""
 
 
 class UnwritableError(Exception):
@@ -106,8 +111,7 @@ class Checkpoints:
     an unconfirmed one.
 
     Without `report`, a failed write raises ValueError. With it, `report` takes a line about each failed write, and
-    later writes are tried. A write that fails in one of several processes fails in all. If process 0 cannot create the
-    directory, the others wait for it until Orbax gives up, after 300 s.
+    later writes are tried. A write that fails in one of several processes fails in all.
     """
 
     def __init__(self, directory: Path, keep: int, report: Callable[[str], None] | None = None, *, verified: int = 0):
@@ -116,8 +120,8 @@ class Checkpoints:
         self._verified = _Verified(verified)
         self._manager = self._new_manager()
         self._instance = next(_instances)
-        self._unconfirmed: tuple[int, Future[None]] | None = None
-        self._writing, self._writes = 0, 0  # step and number of the last write
+        self._write: _StateSave | None = None  # the last one
+        self._writing, self._writes = 0, 0  # its step and number
         self._broken = False  # after an error, Orbax would raise it again in later writes
         self.failures = 0
         """Number of checkpoints that could not be written."""
@@ -127,7 +131,11 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
             cleanup_tmp_directories=True,
-            async_options=ocp.AsyncOptions(timeout_secs=_MAX_SECONDS, barrier_sync_fn=self._meet),
+            async_options=ocp.AsyncOptions(
+                timeout_secs=_MAX_SECONDS,
+                barrier_sync_fn=self._meet,
+                create_directories_asynchronously=False,  # else a failure in process 0 holds the others for 300 s
+            ),
         )
         try:
             return ocp.CheckpointManager(self._directory, options=options)
@@ -159,32 +167,37 @@ class Checkpoints:
             problem = f"{names[0]} contains NaN or infinity after step {step}; no checkpoint saved"
             raise ValueError(f"{problem}; {divergence_fix()}")
         self._writing, self._writes = step, self._writes + 1
-        answers = gather(f"{self._broken:d}{self._lack_of_space(arrays)}")
-        if lack := answers[0][1:]:
-            self._fail(lack)
+        answers = gather(f"{self._broken:d}{self._obstacle(arrays)}")
+        if obstacle := answers[0][1:]:
+            self._fail(obstacle)
             return
         if any(answer.startswith("1") for answer in answers):
             with suppress(Exception):
                 self._manager.close()
             self._manager, self._broken = self._new_manager(), False
-        state = _StateSave(arrays)
+        self._write = state = _StateSave(arrays)
         args = ocp.args.Composite(state=state, facts=ocp.args.JsonSave(facts(arrays)))
         try:
             self._manager.save(step, args=args, force=True)
         except Exception as error:  # the disk and the libraries that write can raise any exception
             if several_processes():  # the others wait in a barrier of Orbax
                 raise UnwritableError(str(cannot_write(self._directory, reason(error)))) from error
+            state.confirmed.set_exception(_UnconfirmedError())
+            self._end_threads()
             self._fail(reason(error), error)
             return
-        self._unconfirmed = step, state.confirmed
         if jax.process_index() == 0:
             board.remove(self._key(self._writes - 1))
 
-    def _lack_of_space(self, arrays: Arrays) -> str:
-        """Returns a message if the file system has less free space than `arrays` need; else an empty string."""
+    def _obstacle(self, arrays: Arrays) -> str:
+        """Returns a message if process 0 cannot create files or has less space than `arrays` need; else ""."""
+        if jax.process_index() > 0:
+            return ""
         needed = sum(array.nbytes for array in arrays.values())
         try:
-            free = shutil.disk_usage(self._directory).free
+            self._directory.mkdir(parents=True, exist_ok=True)  # Orbax may not have created it yet
+            with TemporaryFile(dir=self._directory):
+                free = shutil.disk_usage(self._directory).free
         except OSError as error:
             return reason(error)
         message = f"it needs {bytes_in_words(needed)}, and {bytes_in_words(free)} are free"
@@ -195,16 +208,17 @@ class Checkpoints:
 
         Call it after each step, in all processes; it does not wait.
         """
-        if self._unconfirmed is not None and self._unconfirmed[0] <= step:
-            self._unconfirmed[1].set_result(None)
-            self._unconfirmed = None
+        if (write := self._unconfirmed()) is not None and self._writing <= step:
+            write.confirmed.set_result(None)
         if not self._manager.is_saving_in_progress():
             self._settle()
 
+    def _unconfirmed(self) -> _StateSave | None:
+        return None if self._write is None or self._write.confirmed.done() else self._write
+
     def _drop_unconfirmed(self) -> None:
-        if self._unconfirmed is not None:
-            self._unconfirmed[1].set_exception(_UnconfirmedError())
-            self._unconfirmed = None
+        if (write := self._unconfirmed()) is not None:
+            write.confirmed.set_exception(_UnconfirmedError())
             self._settle()
             self._remove_incomplete()
 
@@ -215,7 +229,18 @@ class Checkpoints:
         except _UnconfirmedError:
             self._broken = True
         except Exception as error:  # the disk and the libraries that write can raise any exception
-            self._fail(str(error) if isinstance(error, _PeerError) else reason(error), error)
+            self._end_threads()
+            if self._writing not in saved_steps(self._directory):  # else only a description failed, which nothing reads
+                self._fail(str(error) if isinstance(error, _PeerError) else reason(error), error)
+
+    def _end_threads(self) -> None:
+        """Waits for all threads of the current write, because Orbax raises an error while others continue."""
+        self._broken = True
+        with suppress(Exception):  # the same errors again
+            self._manager.close()
+        for future in self._write.writes if self._write is not None else []:
+            with suppress(Exception):
+                future.result()
 
     def _fail(self, problem: str, error: Exception | None = None) -> None:
         """Tells the other processes that the current write has failed, cleans up, and reports or raises it."""
@@ -223,7 +248,6 @@ class Checkpoints:
         if several_processes():
             board.post(f"{self._key(self._writes)}{_FAILED}{jax.process_index()}", problem)
         self._remove_incomplete()
-        self._broken = True
         if self._report is None:
             raise cannot_write(self._directory, problem) from error
         fix = "later ones will be tried; free disk space or make it writable"
