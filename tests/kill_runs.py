@@ -4,10 +4,10 @@
     python tests/kill_runs.py --interval 300 --minutes 120
 
 The first form chooses the moments: while the process starts and compiles, after a random step, while a checkpoint is
-written, and during a validation. The second form kills at fixed times and also reports memory and open files. Both
-print a table of the kills, and exit with status 1 unless the losses of all steps are bit for bit those of the
-uninterrupted run and no kill lost twice as many steps as lie between two checkpoints. A kill while a checkpoint is
-written loses the steps since the one before.
+written, and during a validation. The second form kills at fixed times, stops the run by a signal after 120 minutes,
+and also reports memory and open files. Both print a table of the kills, and exit with status 1 unless the losses of
+all steps are bit for bit those of the uninterrupted run and no kill lost twice as many steps as lie between two
+checkpoints. A kill while a checkpoint is written loses the steps since the one before.
 """
 
 import argparse
@@ -144,22 +144,33 @@ def killed(directory: Path, kills: int, every: int, rng: random.Random) -> list[
     return done
 
 
-def soaked(directory: Path, interval: float, console: Console) -> list[Kill]:
-    """Kills the run every `interval` seconds until it is complete. Prints memory and open files of each launch."""
+def stop(launch: Launch) -> None:
+    """Ends a launch by SIGTERM, which saves a checkpoint."""
+    launch.process.terminate()
+    if launch.process.wait() != 128 + signal.SIGTERM:
+        raise SystemExit(f"a launch failed:\n{launch.output.read_text()}")
+
+
+def soaked(directory: Path, interval: float, minutes: float, console: Console) -> list[Kill]:
+    """Kills the run every `interval` seconds, then stops it. Prints memory and open files of each launch."""
     done: list[Kill] = []
+    end = time.monotonic() + 60 * minutes
     while True:
         launch, samples = Launch(directory, "killed"), list[tuple[float, int]]()
-        while launch.process.poll() is None and time.monotonic() - launch.start < interval:
+        while time.monotonic() < min(end, launch.start + interval) or not launch.step:
             time.sleep(min(5.0, interval / 50))
-            if launch.step and launch.process.poll() is None:
+            if launch.process.poll() is not None:
+                raise SystemExit(f"a launch failed:\n{launch.output.read_text()}")
+            if launch.step:
                 samples.append(launch.usage())
         quarter = max(1, len(samples) // 4)
         for name, part in (("first", samples[quarter : 2 * quarter]), ("last", samples[-quarter:])):
             if part:
                 memory, files = (statistics.median(values) for values in zip(*part, strict=True))
-                console.print(f"launch {len(done) + 1}, {name} samples: {memory:.0f} MiB, {files:.0f} open files")
-        if launch.process.poll() is not None:
-            finish(launch)
+                line = f"launch {len(done) + 1}, step {launch.step}, {name} samples"
+                console.print(f"{line}: {memory:.0f} MiB, {files:.0f} open files")
+        if time.monotonic() > end:
+            stop(launch)
             return done
         done.append(launch.kill("interval"))
 
@@ -167,37 +178,29 @@ def soaked(directory: Path, interval: float, console: Console) -> list[Kill]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=40, help="number of kills at random moments")
-    parser.add_argument("--steps", type=int, default=200, help="steps of the run")
+    parser.add_argument("--steps", type=int, default=200, help="steps of the run, without --interval")
     parser.add_argument("--every", type=int, default=10, help="steps between checkpoints")
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
     parser.add_argument("--interval", type=float, help="seconds between kills, instead of random moments")
-    parser.add_argument("--minutes", type=float, help="length of the run with --interval; sets --steps")
+    parser.add_argument("--minutes", type=float, default=120, help="length of the run with --interval")
     options = parser.parse_args()
     console, every = Console(highlight=False, soft_wrap=True), options.every
     with tempfile.TemporaryDirectory() as name:
-        directory, steps = Path(name), options.steps
+        directory = Path(name)
+        steps = 10_000_000 if options.interval else options.steps  # more than the minutes allow
         text, runs = str(ROOT / "ringattn"), str(directory / "runs")
-
-        def write_config(steps: int) -> None:
-            (directory / "config.py").write_text(
-                CONFIG.format(text=text, steps=steps, every=every, runs=runs, validate_every=VALIDATE_EVERY)
-            )
-
-        if options.minutes:
-            write_config(100)
-            finish(Launch(directory, "speed"))
-            rows = read_rows(directory / "runs" / "speed" / "metrics.jsonl")
-            seconds = statistics.median(row["step_seconds"] for row in rows if "step_seconds" in row)
-            steps = int(60 * options.minutes / seconds)
-            console.print(f"{steps} steps")
-        write_config(steps)
+        config = CONFIG.format(text=text, steps=steps, every=every, runs=runs, validate_every=VALIDATE_EVERY)
+        (directory / "config.py").write_text(config)
         reference = Launch(directory, "uninterrupted")
         if options.interval:
-            done = soaked(directory, options.interval, console)
+            done = soaked(directory, options.interval, options.minutes, console)
+            last = losses(directory, "killed")[-1]["step"]
+            while reference.step < last + VALIDATE_EVERY and reference.process.poll() is None:
+                time.sleep(1)
+            stop(reference)
         else:
             finish(reference)
             done = killed(directory, options.kills, every, random.Random(options.seed))
-        finish(reference)
         table = Table("kill", "moment", "last step", "newest checkpoint", "steps lost", "seconds of the launch")
         for number, kill in enumerate(done, 1):
             lost = kill.reached - kill.saved
@@ -205,7 +208,8 @@ def main() -> int:
                 *map(str, (number, kill.moment, kill.reached, kill.saved, lost)), f"{kill.launch_seconds:.1f}"
             )
         console.print(table)
-        expected, rows = losses(directory, "uninterrupted"), losses(directory, "killed")
+        rows = losses(directory, "killed")
+        expected = [row for row in losses(directory, "uninterrupted") if row["step"] <= rows[-1]["step"]]
         most = max((kill.reached - kill.saved for kill in done), default=0)
         equal = rows == expected
         console.print(f"{len(done)} kills; at most {most} steps lost; {len(rows)} rows of metrics, equal: {equal}")
