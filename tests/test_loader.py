@@ -101,7 +101,7 @@ def test_prefetch_yields_the_same_batches(corpus: Corpus, start: int, stop: int)
 def test_prefetch_works_ahead_in_a_thread_that_ends_on_close(corpus: Corpus, monkeypatch: pytest.MonkeyPatch):
     loader, made, compute = Loader([corpus], 16, 3, seed=1), [], Loader.batch
 
-    def record(self: Loader, step: int):
+    def record(self: Loader, step: int, needed: None):
         made.append((step, threading.current_thread()))
         return compute(self, step)
 
@@ -120,7 +120,7 @@ def test_prefetch_works_ahead_in_a_thread_that_ends_on_close(corpus: Corpus, mon
 def test_prefetch_raises_errors_of_the_thread(corpus: Corpus, monkeypatch: pytest.MonkeyPatch):
     loader, compute = Loader([corpus], 16, 3, seed=1), Loader.batch
 
-    def fail(self: Loader, step: int):
+    def fail(self: Loader, step: int, needed: None):
         return compute(self, step if step < 2 else 1 // 0)
 
     monkeypatch.setattr(Loader, "batch", fail)

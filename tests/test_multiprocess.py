@@ -211,3 +211,39 @@ with jax.set_mesh(mesh):
 """
     for stdout, stderr, _ in run_processes(*[[sys.executable, "-c", code]] * 2, launcher=launcher):
         assert "2 4 28\n" in stdout, stderr
+
+
+@pytest.mark.parametrize("axes", [{"data": 1, "context": 4}, {"data": 4, "context": 1}])
+def test_a_process_reads_only_the_tokens_of_its_devices(axes):
+    code = f"""
+import jax, numpy as np
+from ringattn import config
+from ringattn.data import Corpus, Loader
+from ringattn.data.placement import needed_tokens, place_batch
+from ringattn.mesh.devices import start
+
+class Recorded(np.ndarray):
+    count = 0
+    def __getitem__(self, indices):
+        if isinstance(indices, np.ndarray):
+            Recorded.count += indices.size
+        return super().__getitem__(indices)
+
+mesh = start(config.Mesh(simulate=2, **{axes}))
+tokens = np.arange(20_001, dtype=np.int32).view(Recorded)
+starts = np.array([0, 70, 8000])
+corpora = [Corpus(tokens, starts, np.diff(starts, append=20_000), np.zeros(3, int)) for _ in range(2)]
+loader = Loader(corpora, 64, 8, 0, mixture=(2.0, 1.0))
+needed = needed_tokens((8, 64), mesh, "zigzag", 2)
+for step in range(60, 64):  # an epoch of the second corpus ends
+    full, counts = place_batch(loader.batch(step), mesh, "zigzag", 2), [Recorded.count]
+    part = place_batch(loader.batch(step, needed), mesh, "zigzag", 2)
+    counts.append(Recorded.count)
+    for x, y in zip(full, part, strict=True):
+        for one, other in zip(x.addressable_shards, y.addressable_shards, strict=True):
+            np.testing.assert_array_equal(one.data, other.data)
+    print("read", step, (counts[1] - counts[0]), flush=True)
+"""
+    for stdout, stderr, _ in run_processes(*[[sys.executable, "-c", code]] * 2):
+        lines = [line for line in stdout.splitlines() if line.startswith("read")]
+        assert lines == [f"read {step} 512" for step in range(60, 64)], stderr  # 256 tokens and their targets

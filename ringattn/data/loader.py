@@ -19,8 +19,8 @@ from ringattn.data.tokenizer import Tokenizer
 
 _PREFETCHED = 2  # batches prepared ahead of the device
 
-ReadRows = Callable[[PackedRows, np.ndarray], tuple[np.ndarray, ...]]
-"""Returns arrays [B, L] of the rows with the given indices ([B])."""
+ReadRows = Callable[[PackedRows, np.ndarray, np.ndarray], tuple[np.ndarray, ...]]
+"""Returns arrays [B, L] of the rows with the given indices ([B]), which are those at the given places of a batch."""
 
 
 class Seed(NamedTuple):
@@ -48,13 +48,16 @@ class Rows:
         """True unless masked prefixes cover all tokens."""
         return bool(np.any(self._corpus.masked_prefixes < self._corpus.lengths))
 
-    def rows(self, indices: np.ndarray, read: ReadRows) -> list[np.ndarray]:
-        """Returns the arrays that `read` returns for the rows with `indices` ([B], ascending, across epochs)."""
+    def rows(self, indices: np.ndarray, places: np.ndarray, read: ReadRows) -> list[np.ndarray]:
+        """Returns the arrays that `read` returns for the rows with `indices` ([B], ascending, across epochs).
+
+        `places` ([B]) are the indices of the rows in the batch.
+        """
         epochs, rows = np.divmod(indices, self.per_epoch)
         batches = []
         for epoch in np.unique(epochs):
             packed, order = self._epoch(int(epoch))
-            batches.append(read(packed, order[rows[epochs == epoch]]))
+            batches.append(read(packed, order[rows[epochs == epoch]], places[epochs == epoch]))
         return list(map(np.concatenate, zip(*batches, strict=True)))
 
     def _pack(self, epoch: int) -> tuple[PackedRows, np.ndarray]:
@@ -119,23 +122,28 @@ class Loader:
         """Digest of all tokens, document boundaries and mixture proportions, 16 hexadecimal digits."""
         return fingerprint([source.fingerprint for source in self._sources], self._proportions)
 
-    def batch(self, step: int) -> Batch:
-        """Returns the batch of `step` (from 0). Each array is [batch_size, seq_len]."""
-        return Batch(*self._read(step, PackedRows.rows))
+    def batch(self, step: int, needed: np.ndarray | None = None) -> Batch:
+        """Returns the batch of `step` (from 0). Arrays are [batch_size, seq_len]. `needed`: see `PackedRows.rows`."""
+
+        def read(packed: PackedRows, rows: np.ndarray, places: np.ndarray) -> Batch:
+            return packed.rows(rows, None if needed is None else needed[places])
+
+        return Batch(*self._read(step, read))
 
     def text_bytes(self, step: int) -> np.ndarray:
         """Returns the number of bytes of text of each target of `batch(step)`: [batch_size, seq_len] int32."""
-        return self._read(step, lambda packed, rows: (packed.text_bytes(rows),))[0]
+        return self._read(step, lambda packed, rows, places: (packed.text_bytes(rows),))[0]
 
     def _read(self, step: int, read: ReadRows) -> list[np.ndarray]:
         """Returns the arrays that `read` returns for the rows of the batch of `step`."""
-        rows = step * self._batch_size + np.arange(self._batch_size)
+        places = np.arange(self._batch_size)
+        rows = step * self._batch_size + places
         if len(self._sources) == 1:
-            return self._sources[0].rows(rows, read)
+            return self._sources[0].rows(rows, places, read)
         sources, indices = self._mixture.locate(rows)
-        drawn = np.unique(sources)
-        batches = [self._sources[source].rows(indices[sources == source], read) for source in drawn]
-        inverse = np.argsort(np.concatenate([np.flatnonzero(sources == source) for source in drawn]))
+        drawn = {int(source): places[sources == source] for source in np.unique(sources)}
+        batches = [self._sources[source].rows(indices[drawn[source]], drawn[source], read) for source in drawn]
+        inverse = np.argsort(np.concatenate(list(drawn.values())))
         return [np.concatenate(arrays)[inverse] for arrays in zip(*batches, strict=True)]
 
 
@@ -165,16 +173,16 @@ def _check_rows(tokens: int, seq_len: int, batch_size: int | None, name: str) ->
     raise ValueError(f"{problem}; {', or '.join(fixes)}")
 
 
-def prefetch(loader: Loader, start: int, stop: int) -> Generator[Batch, None, None]:
+def prefetch(loader: Loader, start: int, stop: int, needed: np.ndarray | None = None) -> Generator[Batch, None, None]:
     """Yields the batches of steps `start` to `stop - 1`, prepared ahead in a thread. Re-raises its exceptions.
 
-    The thread ends after the last batch, or when the generator is closed.
+    `needed`: see `Loader.batch`. The thread ends after the last batch, or when the generator is closed.
     """
     pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
     pending: deque[Future[Batch]] = deque()
     try:
         for step in range(start, stop):
-            pending.append(pool.submit(loader.batch, step))
+            pending.append(pool.submit(loader.batch, step, needed))
             if len(pending) > _PREFETCHED:
                 yield pending.popleft().result()
         while pending:

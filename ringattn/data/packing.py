@@ -43,8 +43,12 @@ class PackedRows:
     def __len__(self) -> int:
         return int(self._bounds[-1]) // self._seq_len
 
-    def rows(self, indices: np.ndarray) -> Batch:
-        """Returns the rows with `indices` ([B], from 0) as a batch. Raises IndexError for an index out of range."""
+    def rows(self, indices: np.ndarray, needed: np.ndarray | None = None) -> Batch:
+        """Returns the rows with `indices` ([B], from 0) as a batch. Raises IndexError for an index out of range.
+
+        With `needed` ([B, L], boolean), reads only these tokens and targets; the others are 0. Reads all of them if
+        the weights depend on targets.
+        """
         if np.any((indices < 0) | (indices >= len(self))):
             raise IndexError(f"row indices {indices} are out of range for {len(self)} rows")
         row_starts = indices[:, None] * self._seq_len
@@ -52,17 +56,25 @@ class PackedRows:
         piece_starts = self._bounds[pieces]
         within_piece = offsets - piece_starts
         token_indices = within_piece + self._starts[pieces]
-        targets = self._corpus.tokens[token_indices + 1].astype(np.int32)
         unmasked = within_piece >= self._masked_prefixes[pieces]
+        if needed is None or self._ignored_id is not None:
+            tokens, targets = self._read(token_indices)
+        else:
+            tokens, targets = np.zeros_like(token_indices, np.int32), np.zeros_like(token_indices, np.int32)
+            tokens[needed], targets[needed] = self._read(token_indices[needed])
         if self._ignored_id is not None:
             unmasked &= targets != self._ignored_id
         return Batch(
-            tokens=self._corpus.inputs(token_indices),
+            tokens=tokens,
             targets=targets,
             positions=(offsets - np.maximum(piece_starts, row_starts)).astype(np.int32),
             segment_ids=(pieces - pieces[:, :1]).astype(np.int32),
             weights=unmasked.astype(np.float32),
         )
+
+    def _read(self, token_indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns tokens and targets."""
+        return self._corpus.inputs(token_indices), self._corpus.tokens[token_indices + 1].astype(np.int32)
 
     def text_bytes(self, indices: np.ndarray) -> np.ndarray:
         """Returns the number of bytes of text of each target of `rows(indices)`: [B, L] int32."""

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 from jax import P
-from jaxtyping import Array, Shaped
+from jaxtyping import Array, Bool, Shaped
 
 from ringattn.data.packing import Batch
 from ringattn.layout import permute, unpermute
@@ -26,6 +26,22 @@ def place_batch(batch: Batch, mesh: jax.sharding.Mesh, layout: str, microbatches
         return permute(x, layout, context_shards(mesh)).reshape(microbatches, -1, x.shape[1])
 
     return place(jax.tree.map(permuted, batch), mesh, P(None, *TOKENS))
+
+
+def needed_tokens(
+    shape: tuple[int, int], mesh: jax.sharding.Mesh, layout: str, microbatches: int
+) -> Bool[np.ndarray, "B L"] | None:
+    """Returns True for the tokens that `place_batch` places on devices of this process, of a batch of `shape` [B, L].
+
+    Returns None if these are all tokens.
+    """
+    rows, length = shape
+    sharding = jax.NamedSharding(mesh, P(None, *TOKENS))
+    parts = sharding.addressable_devices_indices_map((microbatches, rows // microbatches, length))
+    needed = np.zeros((microbatches, rows // microbatches, length), bool)
+    for part in parts.values():
+        needed[part] = True
+    return None if needed.all() else unpermute(needed.reshape(shape), layout, context_shards(mesh))
 
 
 def read_rows(x: Shaped[Array, "A B L"], mesh: jax.sharding.Mesh, layout: str) -> Shaped[np.ndarray, "rows L"]:

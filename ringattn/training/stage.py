@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 
 import jax
@@ -12,8 +12,8 @@ from jax import NamedSharding, P
 from ringattn import config
 from ringattn.cost.flops import step_flops
 from ringattn.cost.step_statistics import Statistics, attention_statistics, memory_statistics
-from ringattn.data import Batch, Loader, Splits, Tokenizer, make_loaders, read
-from ringattn.data.placement import place_batch
+from ringattn.data import Batch, Loader, Splits, Tokenizer, make_loaders, prefetch, read
+from ringattn.data.placement import needed_tokens, place_batch
 from ringattn.mesh.axes import describe_sizes
 from ringattn.model.build import model_factory
 from ringattn.model.parallel import Params
@@ -56,6 +56,13 @@ class Run:
     def place(self, batch: Batch) -> Batch:
         """Places a host batch [B, L] on the mesh, as [microbatches, B / microbatches, L] for the train step."""
         return place_batch(batch, self.mesh, self.config.attention.layout, self.config.train.accumulate)
+
+    def batches(self, restored_step: int) -> Generator[Batch, None, None]:
+        """Yields the remaining batches of the stage; in each process, only with the tokens that its devices need."""
+        c, first, end = self.config, restored_step - self.start_step, self.end_step - self.start_step
+        shape = c.train.batch_size, c.data.seq_len
+        needed = needed_tokens(shape, self.mesh, c.attention.layout, c.train.accumulate)
+        return prefetch(self.training, first, end, needed)
 
     def completes(self, step: int) -> bool:
         """Returns True if `step` is the last one of the last stage."""

@@ -10,7 +10,7 @@ import jax
 
 from ringattn.cost.flops import peak_flops, step_flops
 from ringattn.cost.step_statistics import describe_statistics
-from ringattn.data import VideoTokenizer, prefetch
+from ringattn.data import VideoTokenizer
 from ringattn.mesh.agreement import Agreement
 from ringattn.model.scoring import MAX_PENDING
 from ringattn.runs.checkpoint import Checkpoints
@@ -83,9 +83,8 @@ def advance(run: Run, state: TrainState, outputs: Outputs, stop: Stop, profile: 
                 log.write(row | {"stage": run.stage_number})
 
         recorder, agree = Recorder(write, display, _log_config(run)), Agreement()
-        first, end = restored_step - run.start_step, run.end_step - run.start_step
         stop.arm()
-        with display, _confirming(checkpoints, recorder), closing(prefetch(run.training, first, end)) as batches:
+        with display, _confirming(checkpoints, recorder), closing(run.batches(restored_step)) as batches:
             for step, batch in enumerate(batches, restored_step + 1):
                 profile.before(step, recorder)
                 with jax.profiler.StepTraceAnnotation("step", step_num=step):
