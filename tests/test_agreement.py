@@ -5,6 +5,9 @@ import sys
 import pytest
 from test_multiprocess import ROOT, command, losses, run_processes
 
+from ringattn.mesh import peers
+from ringattn.runs.watchdog import HUNG
+
 AGREE = """
 import time
 import jax
@@ -65,6 +68,25 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+HANGS = f"""
+import runpy, sys, threading
+sys.path.insert(0, {str(ROOT / "scripts")!r})
+import startup  # before the package, as in a script
+from ringattn.runs import watchdog
+from ringattn.training.recorder import Recorder
+record, hangs = Recorder.step, sys.argv.pop(1)
+watchdog.LEAST_SECONDS = 5.0 if hangs else 12.0  # the other process waits for a later result
+
+def hanging(self, step, *args):
+    if step == 4 and hangs:
+        threading.Event().wait()
+    return record(self, step, *args)
+
+Recorder.step, sys.argv[0] = hanging, {str(ROOT / "scripts/train.py")!r}
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def test_a_number_of_one_process_reaches_all_at_the_same_call():
     done = run_processes(*[[sys.executable, "-c", AGREE]] * 2)
     lines = [[line for line in stdout.splitlines() if line.startswith("result ")] for stdout, *_ in done]
@@ -97,3 +119,13 @@ def text(tmp_path):
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "0.txt").write_text("some words of text " * 300)
     return tmp_path
+
+
+@pytest.mark.slow
+def test_all_processes_write_their_stacks_if_one_hangs(text):
+    each = command(text, "--data.path", str(text / "one"), "--mesh.simulate", "4", "--train.steps", "1000")
+    done = run_processes(*[[sys.executable, "-c", HANGS, hang, *each[2:]] for hang in ("", "hang")])
+    assert HUNG in [status for *_, status in done], done
+    assert {status for *_, status in done} <= {HUNG, peers.STATUS}, done
+    stacks = [(text / "runs" / "quickstart" / f"hang-{index}.txt").read_text() for index in range(2)]
+    assert ["in hanging" in stack for stack in stacks] == [False, True]

@@ -91,6 +91,16 @@ def test_the_first_part_that_is_not_finite_is_named(run, params, change, expecte
     assert re.search(expected, found), found
 
 
+def test_the_first_part_of_a_validation_that_is_not_finite_is_named(run, params):
+    def found(*change: Any) -> str:
+        return diagnosis._diagnose_validation(run, edited(params, change), 1)
+
+    assert re.search("^the parameters contain NaN or infinity: norm.scale$", found("norm.scale", 0, np.nan))
+    expected = r"^batch 0 of the validation: not finite first: the embedding, in row 2 \(0 to 3\) of the batch"
+    assert re.search(expected, found("embedding", UNUSED, 3e38))
+    assert re.search("^the same validation, .* is finite: suspect faulty hardware$", found("norm.scale", 0, 0.0))
+
+
 def test_a_gradient_that_is_not_finite_is_found_from_the_output_and_its_row_by_halves(run, params):
     """The derivative of the gate overflows where dim 0 of x is not 0: in layer 0 only for the unused token."""
     changes = [
@@ -106,13 +116,13 @@ def test_a_gradient_that_is_not_finite_is_found_from_the_output_and_its_row_by_h
 
 
 def test_the_message_of_a_step_says_where_it_began_or_that_this_is_unknown(run, params, capsys, monkeypatch, tmp_path):
-    def message() -> str:
+    def message(**options: bool) -> str:
         state = TrainState(params, None, None)
         with (
             pytest.raises(ValueError, match=r"^loss became nan at step 7; ") as error,
             diagnosed(run, lambda: state, Display(None), Watchdog(tmp_path / "hang.txt")),
         ):
-            raise NonFiniteError("loss became nan", 7, "lower it")
+            raise NonFiniteError("loss became nan", 7, "lower it", **options)
         assert type(error.value) is ValueError
         return str(error.value)
 
@@ -125,3 +135,6 @@ def test_the_message_of_a_step_says_where_it_began_or_that_this_is_unknown(run, 
 
     monkeypatch.setattr(diagnosis, "diagnose", fail)
     assert message() == "loss became nan at step 7; computing the step again failed (out of memory); lower it"
+    monkeypatch.setattr(diagnosis, "_diagnose_validation", lambda run, params, step: f"it began after step {step}")
+    assert message(validation=True) == "loss became nan at step 7; it began after step 7; lower it"
+    assert "loss became nan at step 7: computing the validation again" in capsys.readouterr().out

@@ -77,7 +77,7 @@ def test_a_loss_that_is_not_finite_is_an_error(clock):
     clock.now += 1
     with pytest.raises(ValueError, match=r"loss became nan at step 1; lower --optimizer.learning_rate"):
         recorder.flush()
-    with pytest.raises(ValueError, match=r"the validation loss is inf after step 1; lower --optimizer.learning_rate"):
+    with pytest.raises(ValueError, match=r"the validation loss became inf at step 1; lower --optimizer.learning_rate"):
         recorder.validation(1, {"eval/loss": float("inf"), "eval/accuracy": 0.0})
 
 

@@ -2,14 +2,12 @@
 
 Orbax writes a checkpoint under a temporary name and renames it once it is complete and confirmed, so neither a killed
 process nor a diverged run leaves a checkpoint that no run can resume from. Orbax does not detect bytes that changed on
-disk, so a checksum of each array is stored with it. Several processes tell each other about failed writes and reads,
-because Orbax would let the others wait for the one that failed.
+disk, so a checksum of each array is stored with it.
 """
 
 import os
 import re
 import shutil
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -24,7 +22,6 @@ import jax
 import orbax.checkpoint as ocp
 
 from ringattn.config import option
-from ringattn.mesh import board
 from ringattn.mesh.processes import gather, several_processes
 from ringattn.runs.files import cannot_write
 from ringattn.runs.reading import MismatchError, read_arrays, unreadable
@@ -36,18 +33,13 @@ from ringattn.runs.verification import (
     non_finite,
     reason,
 )
+from ringattn.runs.write_agreement import PeerError, WriteAgreement
 from ringattn.units import bytes_in_words
 
 Tree = TypeVar("Tree")
 
 _MAX_SECONDS = 7 * 24 * 3600
 """Timeout of a write in seconds. It includes the step that confirms the checkpoint."""
-_MAX_BARRIER_SECONDS = 1200
-"""Maximum seconds to wait for the writes of other processes."""
-_POLL_SECONDS = 0.2
-"""Seconds between two questions whether the other processes have finished."""
-_FAILED = "failed/"
-_instances = count()
 
 
 def saved_steps(directory: Path) -> list[int]:
@@ -90,10 +82,6 @@ class UnwritableError(Exception):
     """Raised if one of several processes cannot start a write. The other processes cannot continue."""
 
 
-class _PeerError(Exception):
-    """Ends the write of a checkpoint that another process could not write."""
-
-
 @dataclass
 class _Verified:
     """Preserves checkpoint `step`, whose checksums have been compared. A policy of Orbax."""
@@ -118,10 +106,10 @@ class Checkpoints:
         """`verified` is the step that an earlier instance has restored."""
         self._directory, self._keep, self._report = directory.absolute(), keep, report
         self._verified = _Verified(verified)
+        self._agreement = WriteAgreement()
         self._manager = self._new_manager()
-        self._instance = next(_instances)
         self._write: _StateSave | None = None  # the last one
-        self._writing, self._writes = 0, 0  # its step and number
+        self._writing = 0  # its step
         self._broken = False  # after an error, Orbax would raise it again in later writes
         self.failures = 0
         """Number of checkpoints that could not be written."""
@@ -133,7 +121,7 @@ class Checkpoints:
             cleanup_tmp_directories=True,
             async_options=ocp.AsyncOptions(
                 timeout_secs=_MAX_SECONDS,
-                barrier_sync_fn=self._meet,
+                barrier_sync_fn=self._agreement.meet,
                 create_directories_asynchronously=False,  # else a failure in process 0 holds the others for 300 s
             ),
         )
@@ -166,7 +154,8 @@ class Checkpoints:
         if names := non_finite(arrays):
             problem = f"{names[0]} contains NaN or infinity after step {step}; no checkpoint saved"
             raise ValueError(f"{problem}; {divergence_fix()}")
-        self._writing, self._writes = step, self._writes + 1
+        self._writing = step
+        self._agreement.begin()
         answers = gather(f"{self._broken:d}{self._obstacle(arrays)}")
         if obstacle := answers[0][1:]:
             self._fail(obstacle)
@@ -186,8 +175,7 @@ class Checkpoints:
             self._end_threads()
             self._fail(reason(error), error)
             return
-        if jax.process_index() == 0:
-            board.remove(self._key(self._writes - 1))
+        self._agreement.forget_previous()
 
     def _obstacle(self, arrays: Arrays) -> str:
         """Returns a message if process 0 cannot create files or has less space than `arrays` need; else ""."""
@@ -231,7 +219,7 @@ class Checkpoints:
         except Exception as error:  # the disk and the libraries that write can raise any exception
             self._end_threads()
             if self._writing not in saved_steps(self._directory):  # else only a description failed, which nothing reads
-                self._fail(str(error) if isinstance(error, _PeerError) else reason(error), error)
+                self._fail(str(error) if isinstance(error, PeerError) else reason(error), error)
 
     def _end_threads(self) -> None:
         """Waits for all threads of the current write, because Orbax raises an error while others continue."""
@@ -245,36 +233,12 @@ class Checkpoints:
     def _fail(self, problem: str, error: Exception | None = None) -> None:
         """Tells the other processes that the current write has failed, cleans up, and reports or raises it."""
         self.failures += 1
-        if several_processes():
-            board.post(f"{self._key(self._writes)}{_FAILED}{jax.process_index()}", problem)
+        self._agreement.fail(problem)
         self._remove_incomplete()
         if self._report is None:
             raise cannot_write(self._directory, problem) from error
         fix = "later ones will be tried; free disk space or make it writable"
         self._report(f"checkpoint {self._writing} was not saved to {self._directory} ({problem}); {fix}")
-
-    def _key(self, write: int) -> str:
-        return f"checkpoints/{self._instance}/{write}/"
-
-    def _meet(self, *, key: str, timeout_ms: int) -> None:
-        """Waits, in the thread of a write, until all processes have called this function with `key`.
-
-        Raises _PeerError if the write has failed in one of them, and TimeoutError.
-        """
-        if not several_processes():
-            return
-        write = self._key(self._writes)
-        board.post(f"{write}{key}/arrived/{jax.process_index()}", "")
-        end = time.monotonic() + min(timeout_ms / 1000, _MAX_BARRIER_SECONDS)
-        while not board.read(f"{write}{key}/complete/"):
-            # Only process 0 reads the keys of all processes.
-            if jax.process_index() == 0 and len(board.read(f"{write}{key}/arrived/")) == jax.process_count():
-                board.post(f"{write}{key}/complete/0", "")
-            for process, problem in board.read(f"{write}{_FAILED}").items():
-                raise _PeerError(f"in process {process}: {problem}")
-            if time.monotonic() > end:
-                raise TimeoutError(f"another process has not written its part in {_MAX_BARRIER_SECONDS} s")
-            time.sleep(_POLL_SECONDS)
 
     def _remove_incomplete(self) -> None:
         if jax.process_index() == 0:

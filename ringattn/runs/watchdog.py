@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ringattn.mesh.processes import several_processes
 from ringattn.units import duration_in_words
 
 HUNG = 4
@@ -20,6 +21,8 @@ PATIENT_SECONDS = 1800.0
 """The same before anything has completed, while a program is compiled, and while a checkpoint is started."""
 WRITE_SECONDS = 30.0
 """Maximum seconds for writing the stacks: the file system may be what hangs."""
+OTHERS_SECONDS = 10.0
+"""Seconds, beside those of a step, that a process waits after writing its stacks, so that the others write theirs."""
 TICK = 1.0
 """Maximum seconds between two looks at the clock."""
 
@@ -48,6 +51,14 @@ class Watchdog:
             self._patient = False
             self._waited, self._since = 0.0, time.monotonic()
 
+    @contextmanager
+    def patient_after(self) -> Iterator[None]:
+        """Allows more time after the context, where the last checkpoint is written."""
+        try:
+            yield
+        finally:
+            self._patient, self._waited = True, 0.0
+
     def progress(self, event: str) -> None:
         """Notes that `event`, such as 'step 12', has completed."""
         now = time.monotonic()
@@ -65,13 +76,7 @@ class Watchdog:
             if self._waited > self.limit:
                 self._end()
 
-    def _end(self) -> None:
-        after = f"after {self._last}" if self._last else "at the first step"
-        waited = f"nothing has completed for {duration_in_words(self._waited)} {after}"
-        if self._longest:
-            waited += f"; the longest time between two results was {duration_in_words(self._longest)}"
-        fix = f"stacks of all threads in {self._file}; run the same command again to resume"
-        os.write(2, f"error: the run hangs: {waited}; {fix}\n".encode())
+    def _write_stacks(self) -> None:
         timer = threading.Timer(WRITE_SECONDS, os._exit, [HUNG])
         timer.daemon = True
         timer.start()
@@ -80,6 +85,18 @@ class Watchdog:
                 faulthandler.dump_traceback(file, all_threads=True)
         except OSError:
             faulthandler.dump_traceback(2, all_threads=True)
+        timer.cancel()
+
+    def _end(self) -> None:
+        after = f"after {self._last}" if self._last else "at the first step"
+        waited = f"nothing has completed for {duration_in_words(self._waited)} {after}"
+        if self._longest:
+            waited += f"; the longest time between two results was {duration_in_words(self._longest)}"
+        fix = f"stacks of all threads in {self._file}; run the same command again to resume"
+        os.write(2, f"error: the run hangs: {waited}; {fix}\n".encode())
+        self._write_stacks()
+        if several_processes():
+            time.sleep(self._longest + OTHERS_SECONDS)
         os._exit(HUNG)
 
     def stop(self) -> None:

@@ -65,12 +65,14 @@ def diagnosed(run: Run, state: Callable[[], TrainState], display: Display, watch
     try:
         yield
     except NonFiniteError as error:
-        display.print(f"{error.problem} at step {error.step}: computing the step again to find the first layer")
+        again = f"computing the {'validation' if error.validation else 'step'} again"
+        display.print(f"{error.problem} at step {error.step}: {again} to find the first layer")
         try:
             with watchdog.patient():
-                cause = diagnose(run, state().params, error.step)
+                find = _diagnose_validation if error.validation else diagnose
+                cause = find(run, state().params, error.step)
         except Exception as failure:  # such as a lack of memory; the problem itself must still be reported
-            cause = f"computing the step again failed ({first_line(failure)})"
+            cause = f"{again} failed ({first_line(failure)})"
         raise ValueError(error.message(cause)) from None
 
 
@@ -79,15 +81,24 @@ def diagnose(run: Run, params: Params, step: int) -> str:
     if damaged := _not_finite(_finite_params(params)):
         return f"the parameters before this step contain NaN or infinity: {_listed(damaged)}"
     batch = run.training.batch(step - 1 - run.start_step)
-    forward = _make_forward(model_factory(run.config, run.tokenizer.size), run.tokenizer.size)
-    if found := _first_in_forward(jax.device_get(forward(params, run.place(batch)))):
-        part, rows = found
-        return f"not finite first: {part}, in {_rows(run, batch, rows)}"
+    if text := _Forward(run, params).not_finite(batch):
+        return text
     if found := _first_in_gradient(_Gradient(run, params, batch)):
         text, row = found
         rows = "" if row is None else f", even of only {_rows(run, batch, np.array([row]))}"
         return f"the losses are finite; not finite first in the backward pass: {text}{rows}"
     return "the same step, computed again from the same parameters, is finite: suspect faulty hardware"
+
+
+def _diagnose_validation(run: Run, params: Params, step: int) -> str:
+    """Returns where NaN or infinity first appears in the validation after the update `step`."""
+    if damaged := _not_finite(_finite_params(params)):
+        return f"the parameters contain NaN or infinity: {_listed(damaged)}"
+    forward = _Forward(run, params)
+    for index in range(run.validation_batches):
+        if text := forward.not_finite(run.held_out.batch(index)):
+            return f"batch {index} of the validation: {text}"
+    return "the same validation, computed again, is finite: suspect faulty hardware"
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -178,6 +189,19 @@ def _first_in_forward(finite: FiniteRows) -> tuple[str, Rows] | None:
     parts |= {"the final norm": finite.hidden, "the losses": finite.losses}
     rows = np.flatnonzero(~np.logical_and.reduce(list(parts.values())))
     return (next(part for part, flags in parts.items() if not flags.all()), rows) if rows.size else None
+
+
+class _Forward:
+    """Finds the first part of the forward pass that is not finite."""
+
+    def __init__(self, run: Run, params: Params):
+        self._run, self._params = run, params
+        self._forward = _make_forward(model_factory(run.config, run.tokenizer.size), run.tokenizer.size)
+
+    def not_finite(self, batch: Batch) -> str:
+        """Returns the first part that is not finite and its rows in words; "" if all parts are finite."""
+        found = _first_in_forward(jax.device_get(self._forward(self._params, self._run.place(batch))))
+        return f"not finite first: {found[0]}, in {_rows(self._run, batch, found[1])}" if found else ""
 
 
 class _Gradient:

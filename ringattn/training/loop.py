@@ -109,9 +109,10 @@ def _train_stage(
         write_description(directory, c, run.fingerprints(), run.tokenizer.files | (origin.chat_files if origin else {}))
         with (
             stopped_by_signal(display.print) as stop,  # outermost: exiting Checkpoints waits for the last write
+            watched(directory / f"hang-{jax.process_index()}.txt") as watchdog,
             MetricsFile(directory / "metrics.jsonl", done, display.print) as file,
             Checkpoints(directory / "checkpoints", c.checkpoint.keep, display.print, verified=done) as checkpoints,
-            watched(directory / f"hang-{jax.process_index()}.txt") as watchdog,
+            watchdog.patient_after(),
         ):
             profile = Profile(c.profile, launch_step, steps, directory / "profile", display)
             ended = advance(run, state, Outputs(display, file, checkpoints, watchdog), stop, profile)

@@ -44,12 +44,12 @@ to recover at a lower learning rate."""
 
 
 class NonFiniteError(ValueError):
-    """A loss or gradient norm that is NaN or infinite. The step has frozen the state: see `TrainState`."""
+    """A loss or gradient norm that is NaN or infinite. A train step has frozen the state: see `TrainState`."""
 
-    def __init__(self, problem: str, step: int, fix: str):
-        """The message is `problem at step N; fix`."""
+    def __init__(self, problem: str, step: int, fix: str, *, validation: bool = False):
+        """The message is `problem at step N; fix`. `validation`: it is a loss of the validation after `step`."""
         super().__init__(f"{problem} at step {step}; {fix}")
-        self.problem, self.step, self._fix = problem, step, fix
+        self.problem, self.step, self.validation, self._fix = problem, step, validation, fix
 
     def message(self, cause: str) -> str:
         """Returns the message with the cause of the problem."""
@@ -120,9 +120,10 @@ class Recorder:
         self._clock = time.monotonic()
 
     def validation(self, step: int, values: dict[str, float]) -> str:
-        """Writes and prints the validation after `step`; returns it as text. Raises ValueError if not finite."""
+        """Writes and prints the validation after `step`; returns it as text. Raises NonFiniteError."""
         if not all(map(math.isfinite, values.values())):
-            raise ValueError(f"the validation loss is {values['eval/loss']} after step {step}; {divergence_fix()}")
+            problem = f"the validation loss became {values['eval/loss']}"
+            raise NonFiniteError(problem, step, divergence_fix(), validation=True)
         self._write({"step": step} | values)
         bits = values.get("eval/bits_per_byte")
         text = f"validation loss {values['eval/loss']:.4f} nats per token"
