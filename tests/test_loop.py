@@ -17,7 +17,7 @@ from ringattn.config import Stage
 from ringattn.data import Loader
 from ringattn.runs.checkpoint import Checkpoints, saved_steps
 from ringattn.runs.metrics import read_rows, stage_ends
-from ringattn.training import launch, loop, steps, train
+from ringattn.training import launch, loop, stage, steps, train
 from ringattn.training.recorder import Recorder
 
 
@@ -261,8 +261,8 @@ def infinite(monkeypatch):
     original = Loader.batch
 
     def make_infinite(*steps):
-        def batch(self, step):
-            rows = original(self, step)
+        def batch(self, *args):
+            rows, step = original(self, *args), args[0]
             rows.weights[1, 3] = np.nan if step + 1 in steps else rows.weights[1, 3]
             return rows
 
@@ -378,13 +378,13 @@ def uninterrupted(staged):
     """Directory of a run of the first two stages in one launch."""
     with pytest.MonkeyPatch.context() as patch:
         calls = []
-        for module, name in (launch, "read"), (steps, "prefetch"):
+        for module, name in (launch, "read"), (stage, "prefetch"):
             original = name, vars(module)[name]
             patch.setattr(module, name, lambda *args, _=original: calls.append((_[0], *args)) or _[1](*args))
         c = replace(staged, stages=STAGES[:2], profile="6:7")
         assert train(c) == 0
     # The dataset is read once, not once per stage, and each stage starts with its first rows.
-    assert [(name, *values) for name, _, *values in calls] == [("read", None, None), *[("prefetch", 0, 4)] * 2]
+    assert [(name, *values) for name, _, *values in calls] == [("read", None, None), *[("prefetch", 0, 4, None)] * 2]
     assert calls[0][1] == c.stage(1).data
     return c.run_directory
 
