@@ -234,6 +234,39 @@ def test_a_signal_stops_the_run_after_a_checkpoint(base, monkeypatch, capsys, nu
     assert signal.getsignal(number) == handler
 
 
+@pytest.mark.parametrize("moment", ["token", pytest.param("step", marks=pytest.mark.slow)])
+def test_a_signal_at_the_end_leaves_the_samples_to_the_next_start(base, monkeypatch, capsys, moment):
+    c = replace(base, name=f"samples-{moment}")
+    record, sample, tokens = Recorder.step, stage.sample, []
+
+    def last_step(self, step, metrics, flops):
+        if step == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        record(self, step, metrics, flops)
+
+    def interrupted(*args):
+        def after_token():
+            tokens.append(1)
+            if len(tokens) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            args[-1]()
+
+        return sample(*args[:-1], after_token)
+
+    with monkeypatch.context() as patch:
+        if moment == "step":
+            patch.setattr(Recorder, "step", last_step)
+        patch.setattr(stage, "sample", interrupted)
+        assert train(c) == 128 + signal.SIGTERM
+    assert len(tokens) == (2 if moment == "token" else 0)
+    assert "stopped by SIGTERM after step 6; checkpoint saved" in capsys.readouterr().out
+    assert saved_steps(c.run_directory / "checkpoints") == [6, 3]
+    assert not (c.run_directory / "samples.txt").exists()
+    assert train(c) == 0
+    assert (c.run_directory / "samples.txt").exists()
+    assert (c.run_directory / "plots" / "loss.png").exists()
+
+
 @pytest.mark.parametrize("rate", [1e8, pytest.param(1e38, marks=pytest.mark.slow)])
 def test_a_diverged_run_saves_no_state_that_cannot_be_resumed(base, capfd, rate):
     """A state that is finite, with a loss that is finite, may be ruined: its next gradient is not, or is 0."""

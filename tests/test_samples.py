@@ -42,7 +42,7 @@ def test_samples_are_the_same_on_every_mesh_and_of_the_tokenizers_ids(make_mesh,
     for sizes in {}, {"data": 2, "context": 2, "tensor": 2}:
         with jax.set_mesh(mesh := make_mesh(**sizes)):
             params = jax.jit(lambda: nnx.split(make_model(SMALL)())[1])()
-            texts.append(sample(SMALL, params, mesh, ByteTokenizer(), rows(16), seed=1))
+            texts.append(sample(SMALL, params, mesh, ByteTokenizer(), rows(16), seed=1, after_token=lambda: None))
     assert texts[0] == texts[1]
     assert [answer.tokens for answer in answers[0]] == [answer.tokens for answer in answers[1]]
     ids = np.concatenate([answer.tokens for answer in answers[0]])

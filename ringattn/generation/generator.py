@@ -1,6 +1,6 @@
 """Generates text: the cache of a prompt is sharded over the ring, and tokens are streamed out."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -159,6 +159,7 @@ class Generator:
         samples: int = 1,
         cache: PromptCache | None = None,
         advance: Advance | None = None,
+        after_token: Callable[[], None] = lambda: None,
     ) -> list[Result]:
         """Returns `samples` answers per prompt, in the order of the prompts.
 
@@ -172,6 +173,7 @@ class Generator:
           cache: a cache that all prompts continue. A prompt may then be empty. Its text follows the cached one
             directly.
           advance: called while the prompts are prefilled.
+          after_token: called after each token of all answers. Its exceptions end the generation.
 
         Raises ValueError for a value out of range, an empty prompt, an id outside the vocabulary, and prompts that do
         not fit the cache.
@@ -202,6 +204,7 @@ class Generator:
             for number, step in enumerate(batch.generate(logits, sampling, seen, samples), 1):
                 for answer, token, nats in zip(answers, *step, strict=True):
                     answer.add(int(token), float(nats), last=number == max_tokens)
+                after_token()
                 if all(answer.finish for answer in answers):
                     break
         return [answer.result() for answer in answers]

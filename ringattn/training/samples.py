@@ -1,5 +1,6 @@
 """Sampled continuations of held-out text, for inspection."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import jax
@@ -18,9 +19,18 @@ TEMPERATURE = 0.8
 
 
 def sample(
-    model: config.Model, params: Params, mesh: jax.sharding.Mesh, tokenizer: Tokenizer, rows: Batch, seed: int
+    model: config.Model,
+    params: Params,
+    mesh: jax.sharding.Mesh,
+    tokenizer: Tokenizer,
+    rows: Batch,
+    seed: int,
+    after_token: Callable[[], None],
 ) -> str:
-    """Returns the beginnings of the first SEQUENCES of `rows` [B, L] as text, each with the model's continuation."""
+    """Returns the beginnings of the first SEQUENCES of `rows` [B, L] as text, each with the model's continuation.
+
+    Calls `after_token` after each token of the continuations.
+    """
     model = replace(model, vocabulary=tokenizer.size)  # only these ids are trained
     prompts, most = beginnings(rows), max(min(PROMPT_TOKENS + NEW_TOKENS, rows.tokens.shape[1]), 2)
     generator = Generator.of(
@@ -34,7 +44,7 @@ def sample(
         chunk=max(prompt.size for prompt in prompts),
     )
     new = most - max(prompt.size for prompt in prompts)
-    answers = generator.generate(prompts, max_tokens=new, temperature=TEMPERATURE, seed=seed)
+    answers = generator.generate(prompts, max_tokens=new, temperature=TEMPERATURE, seed=seed, after_token=after_token)
     lines = []
     for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True), 1):
         lines += [f"=== {number}: prompt", tokenizer.decode(prompt), "--- model continuation", answer.text]

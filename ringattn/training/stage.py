@@ -119,10 +119,13 @@ class Run:
         spikes = jax.jit(initial_spikes, out_shardings=shardings)()
         return replace(state, opt_state=SkippingState(state.opt_state, spikes)), notes
 
-    def samples(self, params: Params) -> str:
-        """Returns beginnings of a few held-out documents as text, each with the model's continuation."""
+    def samples(self, params: Params, after_token: Callable[[], None]) -> str:
+        """Returns beginnings of a few held-out documents as text, each with the model's continuation.
+
+        Calls `after_token` after each token of the continuations.
+        """
         c = self.config
-        return sample(c.model, params, self.mesh, self.tokenizer, self.held_out.batch(0), c.train.seed)
+        return sample(c.model, params, self.mesh, self.tokenizer, self.held_out.batch(0), c.train.seed, after_token)
 
 
 def tokens_per_step(c: config.Config) -> int:

@@ -51,12 +51,17 @@ class Ended(NamedTuple):
 
 
 class _StoppedError(Exception):
-    """Ends a validation after a signal."""
+    """Ends a validation or the samples after a signal."""
+
+    def __init__(self, number: int):
+        super().__init__()
+        self.number = number
+        """Number of the signal."""
 
 
-def finish(run: Run, state: TrainState, directory: Path) -> None:
-    """Writes samples and plots of a completed run."""
-    samples = run.samples(state.params)
+def finish(run: Run, state: TrainState, directory: Path, after_token: Callable[[], None] = lambda: None) -> None:
+    """Writes samples and plots of a completed run. Calls `after_token` after each token of the samples."""
+    samples = run.samples(state.params, after_token)
     if jax.process_index() > 0:
         return
     with writing(directory):
@@ -83,6 +88,11 @@ def advance(run: Run, state: TrainState, outputs: Outputs, stop: Stop, profile: 
                 log.write(row | {"stage": run.stage_number})
 
         recorder, agree = Recorder(write, display, _log_config(run)), Agreement()
+
+        def interrupt(ahead: int) -> None:
+            if number := agree(stop.number, ahead=ahead):
+                raise _StoppedError(number)
+
         stop.arm()
         with display, _confirming(checkpoints, recorder), closing(run.batches(restored_step)) as batches:
             for step, batch in enumerate(batches, restored_step + 1):
@@ -100,8 +110,8 @@ def advance(run: Run, state: TrainState, outputs: Outputs, stop: Stop, profile: 
                     recorder.flush()
                 checkpoints.confirm(recorder.confirmed_step)
                 if to_validate:
-                    interrupt = None if is_last else lambda: agree(stop.number, ahead=MAX_PENDING + 1)
-                    values, signal_number = _validate(run, state, outputs, interrupt, compiles=not result)
+                    after_batch = None if is_last else lambda: interrupt(MAX_PENDING + 1)
+                    values, signal_number = _validate(run, state, outputs, after_batch, compiles=not result)
                     if values:
                         result = recorder.validation(step, values)
                     to_save |= signal_number > 0
@@ -111,32 +121,30 @@ def advance(run: Run, state: TrainState, outputs: Outputs, stop: Stop, profile: 
                         checkpoints.save(step, state)
                     recorder.restart_clock()
                 if is_last or signal_number:
-                    _conclude(run, train_step, state, outputs, recorder)
-                    # After a signal in a stage's last step, the next stage must not start. A complete run is complete.
-                    stopped = 0 if run.completes(step) else signal_number or agree.now(stop.number)
-                    return Ended(step, stopped, result)
+                    signal_number = signal_number or agree.now(stop.number)  # the next stage must not start
+                    after_token = None if signal_number else lambda: interrupt(1)
+                    stopped = _conclude(run, train_step, state, outputs, recorder, after_token)
+                    return Ended(step, signal_number or stopped, result)
     raise AssertionError("a stage has at least one step left")
 
 
 def _validate(
-    run: Run, state: TrainState, outputs: Outputs, interrupt: Callable[[], int] | None, *, compiles: bool
+    run: Run, state: TrainState, outputs: Outputs, after_batch: Callable[[], None] | None, *, compiles: bool
 ) -> tuple[dict[str, float], int]:
-    """Returns the values of a validation, or {} and the number of the signal at which `interrupt` ended it."""
-    number = 0
+    """Returns the values of a validation, or {} and the number of the signal at which `after_batch` ended it."""
 
-    def after_batch(count: int) -> None:
-        nonlocal number
+    def advance(count: int) -> None:
         outputs.watchdog.progress("a batch of the validation")
         advance_bar(count)
-        if interrupt is not None and (number := interrupt()):
-            raise _StoppedError
+        if after_batch is not None:
+            after_batch()
 
     with outputs.display.subtask("validation", run.validation_batches, compiles=compiles) as advance_bar:
         try:
             with outputs.watchdog.patient():
-                return run.validate(state.params, after_batch), 0
-        except _StoppedError:
-            return {}, number
+                return run.validate(state.params, advance), 0
+        except _StoppedError as stopped:
+            return {}, stopped.number
 
 
 @contextmanager
@@ -148,18 +156,29 @@ def _confirming(checkpoints: Checkpoints, recorder: Recorder) -> Iterator[None]:
         checkpoints.confirm(recorder.confirmed_step)
 
 
-def _conclude(run: Run, train_step: TrainStep, state: TrainState, outputs: Outputs, recorder: Recorder) -> None:
+def _conclude(
+    run: Run,
+    train_step: TrainStep,
+    state: TrainState,
+    outputs: Outputs,
+    recorder: Recorder,
+    after_token: Callable[[], None] | None,
+) -> int:
     """Completes a run that ends with `state`, and confirms `state` by a discarded extra step.
 
-    Raises ValueError if no run can resume from `state`.
+    Returns the number of the signal at which `after_token` ended the samples, or 0. Without `after_token`, does not
+    complete the run. Raises ValueError if no run can resume from `state`.
     """
     subtask = outputs.display.subtask("samples, plots and checkpoint", compiles=True)
     with subtask, outputs.watchdog.patient():
         try:
-            if run.completes(int(state.step)):
-                finish(run, state, run.config.run_directory)
-        finally:  # an error in `finish` must not lose the last checkpoint
+            if after_token is not None and run.completes(int(state.step)):
+                finish(run, state, run.config.run_directory, after_token)
+        except _StoppedError as stopped:
+            return stopped.number
+        finally:  # nothing in `finish` must lose the last checkpoint
             _confirm(run, train_step, state, outputs, recorder)
+        return 0
 
 
 def _confirm(run: Run, train_step: TrainStep, state: TrainState, outputs: Outputs, recorder: Recorder) -> None:
