@@ -22,7 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
@@ -63,6 +63,8 @@ class Kill(NamedTuple):
 class Launch:
     """A process of the run, whose output goes to a file."""
 
+    processes: ClassVar[list[subprocess.Popen[bytes]]] = []
+
     def __init__(self, directory: Path, name: str):
         self.checkpoints, self.metrics = directory / "runs" / name / "checkpoints", directory / "runs" / name
         self.output = directory / f"{name}.txt"
@@ -71,6 +73,7 @@ class Launch:
         with self.output.open("w") as file:
             self.process = subprocess.Popen([*script, "--name", name], env=environ, stdout=file, stderr=file)
         self.start = time.monotonic()
+        self.processes.append(self.process)
 
     @property
     def step(self) -> int:
@@ -184,36 +187,45 @@ def main() -> int:
     parser.add_argument("--interval", type=float, help="seconds between kills, instead of random moments")
     parser.add_argument("--minutes", type=float, default=120, help="length of the run with --interval")
     options = parser.parse_args()
-    console, every = Console(highlight=False, soft_wrap=True), options.every
     with tempfile.TemporaryDirectory() as name:
-        directory = Path(name)
-        steps = 10_000_000 if options.interval else options.steps  # more than the minutes allow
-        text, runs = str(ROOT / "ringattn"), str(directory / "runs")
-        config = CONFIG.format(text=text, steps=steps, every=every, runs=runs, validate_every=VALIDATE_EVERY)
-        (directory / "config.py").write_text(config)
-        reference = Launch(directory, "uninterrupted")
-        if options.interval:
-            done = soaked(directory, options.interval, options.minutes, console)
-            last = losses(directory, "killed")[-1]["step"]
-            while reference.step < last + VALIDATE_EVERY and reference.process.poll() is None:
-                time.sleep(1)
-            stop(reference)
-        else:
-            finish(reference)
-            done = killed(directory, options.kills, every, random.Random(options.seed))
-        table = Table("kill", "moment", "last step", "newest checkpoint", "steps lost", "seconds of the launch")
-        for number, kill in enumerate(done, 1):
-            lost = kill.reached - kill.saved
-            table.add_row(
-                *map(str, (number, kill.moment, kill.reached, kill.saved, lost)), f"{kill.launch_seconds:.1f}"
-            )
-        console.print(table)
-        rows = losses(directory, "killed")
-        expected = [row for row in losses(directory, "uninterrupted") if row["step"] <= rows[-1]["step"]]
-        most = max((kill.reached - kill.saved for kill in done), default=0)
-        equal = rows == expected
-        console.print(f"{len(done)} kills; at most {most} steps lost; {len(rows)} rows of metrics, equal: {equal}")
-        return 0 if equal and most < 2 * every else 1
+        try:
+            return compare(options, Path(name))
+        finally:
+            for process in Launch.processes:
+                process.kill()
+                process.wait()
+
+
+def compare(options: argparse.Namespace, directory: Path) -> int:
+    """Trains both runs in `directory` and prints the comparison. Returns the exit status."""
+    console, every = Console(highlight=False, soft_wrap=True), options.every
+    steps = 10_000_000 if options.interval else options.steps  # more than the minutes allow
+    text, runs = str(ROOT / "ringattn"), str(directory / "runs")
+    config = CONFIG.format(text=text, steps=steps, every=every, runs=runs, validate_every=VALIDATE_EVERY)
+    (directory / "config.py").write_text(config)
+    reference = Launch(directory, "uninterrupted")
+    if options.interval:
+        done = soaked(directory, options.interval, options.minutes, console)
+        last = losses(directory, "killed")[-1]["step"]
+        while reference.step < last and reference.process.poll() is None:
+            time.sleep(1)
+        stop(reference)
+    else:
+        finish(reference)
+        done = killed(directory, options.kills, every, random.Random(options.seed))
+    table = Table("kill", "moment", "last step", "newest checkpoint", "steps lost", "seconds of the launch")
+    for number, kill in enumerate(done, 1):
+        lost = kill.reached - kill.saved
+        table.add_row(*map(str, (number, kill.moment, kill.reached, kill.saved, lost)), f"{kill.launch_seconds:.1f}")
+    console.print(table)
+    rows, expected = losses(directory, "killed"), losses(directory, "uninterrupted")
+    if options.interval:  # a signal may have ended the validation of the last step
+        last = rows[-1]["step"]
+        rows, expected = ([row for row in each if row["step"] < last] for each in (rows, expected))
+    most = max((kill.reached - kill.saved for kill in done), default=0)
+    equal = rows == expected
+    console.print(f"{len(done)} kills; at most {most} steps lost; {len(rows)} rows of metrics, equal: {equal}")
+    return 0 if equal and most < 2 * every else 1
 
 
 if __name__ == "__main__":

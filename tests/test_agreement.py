@@ -74,11 +74,11 @@ sys.path.insert(0, {str(ROOT / "scripts")!r})
 import startup  # before the package, as in a script
 from ringattn.runs import watchdog
 from ringattn.training.recorder import Recorder
-record, hangs = Recorder.step, sys.argv.pop(1)
-watchdog.LEAST_SECONDS = 5.0 if hangs else 12.0  # the other process waits for a later result
+record, hangs, watchdog.SUSPECT_SECONDS = Recorder.step, sys.argv.pop(1), 0.5
 
 def hanging(self, step, *args):
     if step == 4 and hangs:
+        watchdog.LEAST_SECONDS = 1.0  # the limit of the other process is 10 minutes
         threading.Event().wait()
     return record(self, step, *args)
 

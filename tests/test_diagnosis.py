@@ -91,9 +91,9 @@ def test_the_first_part_that_is_not_finite_is_named(run, params, change, expecte
     assert re.search(expected, found), found
 
 
-def test_the_first_part_of_a_validation_that_is_not_finite_is_named(run, params):
+def test_the_first_part_of_a_validation_that_is_not_finite_is_named(run, params, tmp_path):
     def found(*change: Any) -> str:
-        return diagnosis._diagnose_validation(run, edited(params, change), 1)
+        return diagnosis._diagnose_validation(run, edited(params, change), Watchdog(tmp_path / "hang.txt"))
 
     assert re.search("^the parameters contain NaN or infinity: norm.scale$", found("norm.scale", 0, np.nan))
     expected = r"^batch 0 of the validation: not finite first: the embedding, in row 2 \(0 to 3\) of the batch"
@@ -135,6 +135,6 @@ def test_the_message_of_a_step_says_where_it_began_or_that_this_is_unknown(run, 
 
     monkeypatch.setattr(diagnosis, "diagnose", fail)
     assert message() == "loss became nan at step 7; computing the step again failed (out of memory); lower it"
-    monkeypatch.setattr(diagnosis, "_diagnose_validation", lambda run, params, step: f"it began after step {step}")
-    assert message(validation=True) == "loss became nan at step 7; it began after step 7; lower it"
+    monkeypatch.setattr(diagnosis, "_diagnose_validation", lambda run, params, watchdog: "it began there")
+    assert message(validation=True) == "loss became nan at step 7; it began there; lower it"
     assert "loss became nan at step 7: computing the validation again" in capsys.readouterr().out

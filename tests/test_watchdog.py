@@ -57,6 +57,16 @@ def test_the_limit_follows_the_longest_time(tmp_path, monkeypatch):
     assert each.limit == pytest.approx(10 * 3.0, rel=0.01)
 
 
+def test_the_last_write_has_more_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(watchdog, "PATIENT_SECONDS", 1000.0)
+    each = Watchdog(tmp_path / "hang")
+    each.progress("step 1")
+    each._waited = 90.0
+    with pytest.raises(KeyError), each.patient_after():
+        raise KeyError
+    assert (each.limit, each._waited) == (1000.0, 0.0)
+
+
 def test_the_time_of_a_suspended_process_does_not_count(tmp_path, monkeypatch):
     monkeypatch.setattr(watchdog, "LEAST_SECONDS", 1.0)
     each = Watchdog(tmp_path / "hang")

@@ -20,7 +20,7 @@ from ringattn.data.tokenizer import Tokenizer
 _PREFETCHED = 2  # batches prepared ahead of the device
 
 ReadRows = Callable[[PackedRows, np.ndarray, np.ndarray], tuple[np.ndarray, ...]]
-"""Returns arrays [B, L] of the rows with the given indices ([B]), which are those at the given places of a batch."""
+"""Takes rows, row indices [B] and their indices in the batch [B]; returns arrays [B, L]."""
 
 
 class Seed(NamedTuple):
@@ -48,16 +48,16 @@ class Rows:
         """True unless masked prefixes cover all tokens."""
         return bool(np.any(self._corpus.masked_prefixes < self._corpus.lengths))
 
-    def rows(self, indices: np.ndarray, places: np.ndarray, read: ReadRows) -> list[np.ndarray]:
+    def rows(self, indices: np.ndarray, batch_rows: np.ndarray, read: ReadRows) -> list[np.ndarray]:
         """Returns the arrays that `read` returns for the rows with `indices` ([B], ascending, across epochs).
 
-        `places` ([B]) are the indices of the rows in the batch.
+        `batch_rows` ([B]) are the indices of the rows in the batch.
         """
         epochs, rows = np.divmod(indices, self.per_epoch)
         batches = []
         for epoch in np.unique(epochs):
             packed, order = self._epoch(int(epoch))
-            batches.append(read(packed, order[rows[epochs == epoch]], places[epochs == epoch]))
+            batches.append(read(packed, order[rows[epochs == epoch]], batch_rows[epochs == epoch]))
         return list(map(np.concatenate, zip(*batches, strict=True)))
 
     def _pack(self, epoch: int) -> tuple[PackedRows, np.ndarray]:
@@ -125,23 +125,23 @@ class Loader:
     def batch(self, step: int, needed: np.ndarray | None = None) -> Batch:
         """Returns the batch of `step` (from 0). Arrays are [batch_size, seq_len]. `needed`: see `PackedRows.rows`."""
 
-        def read(packed: PackedRows, rows: np.ndarray, places: np.ndarray) -> Batch:
-            return packed.rows(rows, None if needed is None else needed[places])
+        def read(packed: PackedRows, rows: np.ndarray, batch_rows: np.ndarray) -> Batch:
+            return packed.rows(rows, None if needed is None else needed[batch_rows])
 
         return Batch(*self._read(step, read))
 
     def text_bytes(self, step: int) -> np.ndarray:
         """Returns the number of bytes of text of each target of `batch(step)`: [batch_size, seq_len] int32."""
-        return self._read(step, lambda packed, rows, places: (packed.text_bytes(rows),))[0]
+        return self._read(step, lambda packed, rows, batch_rows: (packed.text_bytes(rows),))[0]
 
     def _read(self, step: int, read: ReadRows) -> list[np.ndarray]:
         """Returns the arrays that `read` returns for the rows of the batch of `step`."""
-        places = np.arange(self._batch_size)
-        rows = step * self._batch_size + places
+        batch_rows = np.arange(self._batch_size)
+        rows = step * self._batch_size + batch_rows
         if len(self._sources) == 1:
-            return self._sources[0].rows(rows, places, read)
+            return self._sources[0].rows(rows, batch_rows, read)
         sources, indices = self._mixture.locate(rows)
-        drawn = {int(source): places[sources == source] for source in np.unique(sources)}
+        drawn = {int(source): batch_rows[sources == source] for source in np.unique(sources)}
         batches = [self._sources[source].rows(indices[drawn[source]], drawn[source], read) for source in drawn]
         inverse = np.argsort(np.concatenate(list(drawn.values())))
         return [np.concatenate(arrays)[inverse] for arrays in zip(*batches, strict=True)]

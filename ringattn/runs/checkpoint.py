@@ -63,9 +63,14 @@ class _UnconfirmedError(Exception):
 
 class _StateHandler(ocp.StandardCheckpointHandler):
     async def async_save(self, *args: Any, **options: Any) -> list[Any]:
-        saved = options["args"]
-        saved.writes += await super().async_save(*args, **options) or []
-        return [*saved.writes, saved.confirmed]
+        self._saved: _StateSave = options["args"]
+        self._saved.writes += await super().async_save(*args, **options) or []
+        return [*self._saved.writes, self._saved.confirmed]
+
+    def finalize(self, directory: Any) -> None:
+        if self._saved.failed:
+            raise _UnconfirmedError
+        super().finalize(directory)
 
 
 @ocp.args.register_with_handler(_StateHandler, for_save=True, for_restore=True)  # Orbax requires both
@@ -75,7 +80,9 @@ class _StateSave(ocp.args.StandardSave):
 
     confirmed: Future[None] = field(default_factory=Future)
     writes: list[Any] = field(default_factory=list)
-    """Futures of the threads that write."""
+    """Futures of the threads that write arrays."""
+    failed: bool = False
+    """True if a part of the write has failed, while its other threads may continue."""
 
 
 class UnwritableError(Exception):
@@ -134,13 +141,12 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        with suppress(*[ValueError] * (kind is not None)):  # the first error is reported
-            self._drop_unconfirmed()
-            self._settle()
-        with suppress(Exception):  # Orbax raises the errors that `_settle` has handled again
-            self._manager.close()
-        if kind is not None:
-            self._remove_incomplete()  # of a write that continued after the error
+        try:
+            with suppress(*[ValueError] * (kind is not None)):  # the first error is reported
+                self._drop_unconfirmed()
+                self._settle()
+        finally:
+            self._close()
 
     def save(self, step: int, tree: Any) -> None:
         """Starts an asynchronous write of `tree`, whose arrays may be donated immediately.
@@ -150,6 +156,8 @@ class Checkpoints:
         """
         self._drop_unconfirmed()
         self._settle()  # otherwise Orbax would raise the error of the previous write as that of this one
+        if self._broken:
+            self._close()
         arrays = named(tree)
         if names := non_finite(arrays):
             problem = f"{names[0]} contains NaN or infinity after step {step}; no checkpoint saved"
@@ -161,8 +169,7 @@ class Checkpoints:
             self._fail(obstacle)
             return
         if any(answer.startswith("1") for answer in answers):
-            with suppress(Exception):
-                self._manager.close()
+            self._close()
             self._manager, self._broken = self._new_manager(), False
         self._write = state = _StateSave(arrays)
         args = ocp.args.Composite(state=state, facts=ocp.args.JsonSave(facts(arrays)))
@@ -172,7 +179,6 @@ class Checkpoints:
             if several_processes():  # the others wait in a barrier of Orbax
                 raise UnwritableError(str(cannot_write(self._directory, reason(error)))) from error
             state.confirmed.set_exception(_UnconfirmedError())
-            self._end_threads()
             self._fail(reason(error), error)
             return
         self._agreement.forget_previous()
@@ -217,28 +223,35 @@ class Checkpoints:
         except _UnconfirmedError:
             self._broken = True
         except Exception as error:  # the disk and the libraries that write can raise any exception
-            self._end_threads()
-            if self._writing not in saved_steps(self._directory):  # else only a description failed, which nothing reads
-                self._fail(str(error) if isinstance(error, PeerError) else reason(error), error)
+            self._fail(str(error) if isinstance(error, PeerError) else reason(error), error)
 
-    def _end_threads(self) -> None:
-        """Waits for all threads of the current write, because Orbax raises an error while others continue."""
+    def _fail(self, problem: str, error: Exception | None = None) -> None:
+        """Tells the other processes that the current write has failed, and reports or raises it.
+
+        Its other threads may continue: see `_close`.
+        """
+        if self._write is not None:
+            self._write.failed = True
+        self._agreement.fail(problem)
         self._broken = True
-        with suppress(Exception):  # the same errors again
+        saved = self._writing in saved_steps(self._directory)  # Orbax then removes earlier ones
+        self.failures += not saved
+        if self._report is None:
+            raise cannot_write(self._directory, problem) from error
+        if saved:
+            self._report(f"checkpoint {self._writing} was saved, but an earlier one was not removed ({problem})")
+            return
+        fix = "later ones will be tried; free disk space or make it writable"
+        self._report(f"checkpoint {self._writing} was not saved to {self._directory} ({problem}); {fix}")
+
+    def _close(self) -> None:
+        """Waits for all threads of the last write, and removes what they have not completed."""
+        with suppress(Exception):  # Orbax raises errors that `_settle` has handled again
             self._manager.close()
         for future in self._write.writes if self._write is not None else []:
             with suppress(Exception):
                 future.result()
-
-    def _fail(self, problem: str, error: Exception | None = None) -> None:
-        """Tells the other processes that the current write has failed, cleans up, and reports or raises it."""
-        self.failures += 1
-        self._agreement.fail(problem)
         self._remove_incomplete()
-        if self._report is None:
-            raise cannot_write(self._directory, problem) from error
-        fix = "later ones will be tried; free disk space or make it writable"
-        self._report(f"checkpoint {self._writing} was not saved to {self._directory} ({problem}); {fix}")
 
     def _remove_incomplete(self) -> None:
         if jax.process_index() == 0:

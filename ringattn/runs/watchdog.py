@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import jax
+
+from ringattn.mesh import board
 from ringattn.mesh.processes import several_processes
 from ringattn.units import duration_in_words
 
@@ -21,10 +24,13 @@ PATIENT_SECONDS = 1800.0
 """The same before anything has completed, while a program is compiled, and while a checkpoint is started."""
 WRITE_SECONDS = 30.0
 """Maximum seconds for writing the stacks: the file system may be what hangs."""
+SUSPECT_SECONDS = 60.0
+"""Seconds without progress before a process asks once per tick whether another one hangs."""
 OTHERS_SECONDS = 10.0
-"""Seconds, beside those of a step, that a process waits after writing its stacks, so that the others write theirs."""
+"""Seconds that a process waits after it has written its stacks, while the other processes write theirs."""
 TICK = 1.0
 """Maximum seconds between two looks at the clock."""
+_HANGING = "hanging/"
 
 
 class Watchdog:
@@ -73,19 +79,22 @@ class Watchdog:
         while not self._ended.wait(min(TICK, self.limit / 10)):
             now = time.monotonic()
             self._waited, before = self._waited + min(now - before, 2 * TICK), now
-            if self._waited > self.limit:
+            if self._waited > self.limit or (self._waited > SUSPECT_SECONDS and _another_hangs()):
                 self._end()
 
     def _write_stacks(self) -> None:
         timer = threading.Timer(WRITE_SECONDS, os._exit, [HUNG])
         timer.daemon = True
         timer.start()
+        if several_processes():
+            board.post(f"{_HANGING}{jax.process_index()}", "")
         try:
             with self._file.open("w") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
         except OSError:
             faulthandler.dump_traceback(2, all_threads=True)
-        timer.cancel()
+        if several_processes():
+            time.sleep(OTHERS_SECONDS)
 
     def _end(self) -> None:
         after = f"after {self._last}" if self._last else "at the first step"
@@ -95,12 +104,14 @@ class Watchdog:
         fix = f"stacks of all threads in {self._file}; run the same command again to resume"
         os.write(2, f"error: the run hangs: {waited}; {fix}\n".encode())
         self._write_stacks()
-        if several_processes():
-            time.sleep(self._longest + OTHERS_SECONDS)
         os._exit(HUNG)
 
     def stop(self) -> None:
         self._ended.set()
+
+
+def _another_hangs() -> bool:
+    return several_processes() and bool(board.read(_HANGING))
 
 
 @contextmanager

@@ -58,7 +58,8 @@ class FiniteRows(NamedTuple):
 
 @contextmanager
 def diagnosed(run: Run, state: Callable[[], TrainState], display: Display, watchdog: Watchdog) -> Iterator[None]:
-    """Adds to a NonFiniteError where NaN or infinity first appears. `state()` is the state that the step froze.
+    """Adds to a NonFiniteError where NaN or infinity first appears. `state()` is the state that the step froze, or
+    that the validation used.
 
     Raises ValueError. Use it in all processes, under the mesh.
     """
@@ -69,8 +70,10 @@ def diagnosed(run: Run, state: Callable[[], TrainState], display: Display, watch
         display.print(f"{error.problem} at step {error.step}: {again} to find the first layer")
         try:
             with watchdog.patient():
-                find = _diagnose_validation if error.validation else diagnose
-                cause = find(run, state().params, error.step)
+                if error.validation:
+                    cause = _diagnose_validation(run, state().params, watchdog)
+                else:
+                    cause = diagnose(run, state().params, error.step)
         except Exception as failure:  # such as a lack of memory; the problem itself must still be reported
             cause = f"{again} failed ({first_line(failure)})"
         raise ValueError(error.message(cause)) from None
@@ -90,14 +93,15 @@ def diagnose(run: Run, params: Params, step: int) -> str:
     return "the same step, computed again from the same parameters, is finite: suspect faulty hardware"
 
 
-def _diagnose_validation(run: Run, params: Params, step: int) -> str:
-    """Returns where NaN or infinity first appears in the validation after the update `step`."""
+def _diagnose_validation(run: Run, params: Params, watchdog: Watchdog) -> str:
+    """Returns where NaN or infinity first appears in a validation of `params`."""
     if damaged := _not_finite(_finite_params(params)):
         return f"the parameters contain NaN or infinity: {_listed(damaged)}"
     forward = _Forward(run, params)
     for index in range(run.validation_batches):
         if text := forward.not_finite(run.held_out.batch(index)):
             return f"batch {index} of the validation: {text}"
+        watchdog.progress("a batch of the validation")
     return "the same validation, computed again, is finite: suspect faulty hardware"
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -88,11 +89,6 @@ def advance(run: Run, state: TrainState, outputs: Outputs, stop: Stop, profile: 
                 log.write(row | {"stage": run.stage_number})
 
         recorder, agree = Recorder(write, display, _log_config(run)), Agreement()
-
-        def interrupt(ahead: int) -> None:
-            if number := agree(stop.number, ahead=ahead):
-                raise _StoppedError(number)
-
         stop.arm()
         with display, _confirming(checkpoints, recorder), closing(run.batches(restored_step)) as batches:
             for step, batch in enumerate(batches, restored_step + 1):
@@ -110,7 +106,7 @@ def advance(run: Run, state: TrainState, outputs: Outputs, stop: Stop, profile: 
                     recorder.flush()
                 checkpoints.confirm(recorder.confirmed_step)
                 if to_validate:
-                    after_batch = None if is_last else lambda: interrupt(MAX_PENDING + 1)
+                    after_batch = None if is_last else partial(_interrupt, agree, stop, MAX_PENDING + 1)
                     values, signal_number = _validate(run, state, outputs, after_batch, compiles=not result)
                     if values:
                         result = recorder.validation(step, values)
@@ -122,10 +118,16 @@ def advance(run: Run, state: TrainState, outputs: Outputs, stop: Stop, profile: 
                     recorder.restart_clock()
                 if is_last or signal_number:
                     signal_number = signal_number or agree.now(stop.number)  # the next stage must not start
-                    after_token = None if signal_number else lambda: interrupt(1)
+                    after_token = None if signal_number else partial(_interrupt, agree, stop, 1)
                     stopped = _conclude(run, train_step, state, outputs, recorder, after_token)
                     return Ended(step, signal_number or stopped, result)
     raise AssertionError("a stage has at least one step left")
+
+
+def _interrupt(agree: Agreement, stop: Stop, ahead: int) -> None:
+    """Raises _StoppedError after a signal. `ahead` is that of Agreement."""
+    if number := agree(stop.number, ahead=ahead):
+        raise _StoppedError(number)
 
 
 def _validate(
