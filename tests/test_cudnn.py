@@ -31,6 +31,7 @@ from ringattn.attn.kernels.xla import Xla
 from ringattn.attn.mask import Mask, Runs, Tokens
 from ringattn.attn.reference import reference_attention
 from ringattn.layout import order
+from ringattn.mesh.gpu_flags import compiler_options
 from ringattn.mesh.topology import arrange_devices
 
 B, G, R, D = 2, 2, 2, 8
@@ -367,10 +368,6 @@ gpu_device_info {
 platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 } device_description_str: "NVIDIA H100 80GB HBM3"
 """
 """XLA's GpuTargetConfig of an H100, as protobuf text."""
-OVERLAP: dict[str, Any] = {
-    "xla_gpu_enable_latency_hiding_scheduler": True,
-    "xla_gpu_experimental_parallel_collective_overlap_limit": 4,
-}
 
 
 @pytest.fixture(scope="module")
@@ -434,7 +431,8 @@ def compile_both(mesh: jax.sharding.Mesh, **options: Any) -> str:
         return out, pull(d_out)
 
     with jax.set_mesh(mesh):
-        hlo: Any = jax.jit(run).lower(query, key, key, query).compile(compiler_options=OVERLAP).as_text()
+        options: Any = compiler_options()
+        hlo: Any = jax.jit(run).lower(query, key, key, query).compile(compiler_options=options).as_text()
     return hlo
 
 

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from ringattn.attn import ring
+from ringattn.attn.kernels.protocol import KVGrads
 from ringattn.mesh import gpu_flags
 
 FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
@@ -55,3 +57,9 @@ def test_xla_knows_the_flags():
     code = "import jax; print(jax.devices())"
     environ = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     subprocess.run([sys.executable, "-c", code], env=environ, check=True, capture_output=True)
+
+
+def test_all_arrays_of_a_hop_are_sent_at_the_same_time():
+    """A shard without its owner and its static runs, and the gradients of another one."""
+    arrays = len(ring._Shard._fields) - 2 + len(KVGrads._fields)
+    assert gpu_flags.compiler_options()["xla_gpu_experimental_parallel_collective_overlap_limit"] >= arrays == 7
