@@ -431,8 +431,8 @@ def compile_both(mesh: jax.sharding.Mesh, **options: Any) -> str:
         return out, pull(d_out)
 
     with jax.set_mesh(mesh):
-        options: Any = compiler_options()
-        hlo: Any = jax.jit(run).lower(query, key, key, query).compile(compiler_options=options).as_text()
+        flags: Any = compiler_options()
+        hlo: Any = jax.jit(run).lower(query, key, key, query).compile(compiler_options=flags).as_text()
     return hlo
 
 
