@@ -73,6 +73,7 @@ def test_a_misspelt_config_option_is_named(capsys, base):
         ),
         (["--learning_rate", "1"], "unknown '--learning_rate': did you mean '--optimizer.learning_rate'?"),
         (["--xyzzy", "1"], "unknown '--xyzzy': --help lists all options"),
+        (["--" + "x" * 5000, "1"], "unknown '--" + "x" * 97 + ": --help lists all options"),
         (["--optimizer.learning_rate", "fast"], "--optimizer.learning_rate fast must be a finite number"),
         (["--optimizer.learning_rate", "nan"], "--optimizer.learning_rate nan must be a finite number"),
         (["--train.steps", "1.5"], "--train.steps 1.5 must be an integer"),

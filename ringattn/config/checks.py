@@ -137,7 +137,7 @@ def unknown(name: str, valid: Iterable[str]) -> str:
     near = [other for other in valid if "." in name and other.rpartition(".")[2] == field]
     if len(near) != 1:
         near = difflib.get_close_matches(name, valid, n=1)
-    return f"unknown {name!r}: " + (f"did you mean {near[0]!r}?" if near else "--help lists all options")
+    return f"unknown {name!r:.100}: " + (f"did you mean {near[0]!r}?" if near else "--help lists all options")
 
 
 def nearest_multiples(value: int, unit: int) -> str:
