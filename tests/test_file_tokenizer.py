@@ -115,10 +115,12 @@ def test_invalid_files_raise(tmp_path: Path):
         file.truncate(2**40)  # takes no space on the disk
     with pytest.raises(ValueError, match=r"t.json has 1,099,511,627,776 bytes, more than .*: it is damaged"):
         load_tokenizer(str(tmp_path / "t.json"))
-    for content in (b"{", b"\xff\xfe", b'{"version": "1.0"}', b""):
+    other_line = b'{"version": "1.0", "model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["a\\n", "a"]]}}'
+    for content in (b"{", b"\xff\xfe", b'{"version": "1.0"}', b"", other_line):
         (tmp_path / "t.json").write_bytes(content)
-        with pytest.raises(ValueError, match=r"is not a valid tokenizer.json"):
+        with pytest.raises(ValueError, match=r"is not a valid tokenizer.json \(.*\); use") as error:
             load_tokenizer(str(tmp_path / "t.json"))
+        assert "\n" not in str(error.value)
 
 
 def test_a_missing_package_is_named(path: str, monkeypatch: pytest.MonkeyPatch):

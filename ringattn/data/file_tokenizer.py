@@ -200,8 +200,8 @@ def _open(path: str, content: bytes | None) -> tuple[Any, bytes]:
     try:
         return tokenizers.Tokenizer.from_buffer(content), content
     except Exception as error:  # tokenizers raises bare Exception
-        fix = "use a file saved by the package tokenizers, or 'bytes'"
-        raise ValueError(f"data.tokenizer={path!r} is not a valid tokenizer.json ({error}); {fix}") from error
+        fix, problem = "use a file saved by the package tokenizers, or 'bytes'", " ".join(str(error).split())
+        raise ValueError(f"data.tokenizer={path!r} is not a valid tokenizer.json ({problem:.200}); {fix}") from error
 
 
 def _switch_off(tokenizer: Any) -> list[str]:
