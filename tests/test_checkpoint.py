@@ -254,6 +254,15 @@ def test_a_disk_that_returns_errors_leaves_the_checkpoint_alone(directory, mesh)
     assert saved_steps(directory) == [6, 4]
 
 
+def test_a_description_that_is_nested_too_deeply_has_no_effect(directory, mesh):
+    for step in (4, 6):
+        (directory / str(step) / "_CHECKPOINT_METADATA").write_bytes(b"[" * 5000 + b"]" * 5000)
+    assert int(restore(directory, mesh)[0].step) == 6
+    with Checkpoints(directory, keep=2) as checkpoints:
+        save(checkpoints, 8, state(mesh, 8))
+    assert saved_steps(directory) == [8, 6]
+
+
 def test_other_entries_are_no_checkpoints(directory, mesh):
     for name in ("8.orbax-checkpoint-tmp", "abc", "007", "0", "٩", "damaged-9", "10.5", "-3"):
         (directory / name).mkdir()

@@ -69,7 +69,7 @@ def renamed(options: Mapping[str, str]) -> Iterator[None]:
 def require(holds: bool, section: Any, name: str, rule: str) -> None:
     """Raises ValueError('model.heads=6 must be <rule>') unless `holds`."""
     if not holds:
-        raise ValueError(f"{option(PREFIXES[type(section)] + name)}={vars(section)[name]!r} must be {rule}")
+        raise ValueError(f"{option(PREFIXES[type(section)] + name)}={vars(section)[name]!r:.200} must be {rule}")
 
 
 def at_least(low: int, section: Any, *names: str, at_most: float = math.inf) -> None:

@@ -121,7 +121,7 @@ def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _build(kind: type, values: Any, prefix: str) -> Any:
     """Builds a dataclass from parsed JSON. `prefix`, such as 'stages.2.', precedes its fields in messages."""
     if not isinstance(values, dict):
-        raise ValueError(f"{prefix.rstrip('.') or 'config'}={values!r} must be a JSON object")
+        raise ValueError(f"{prefix.rstrip('.') or 'config'}={values!r:.200} must be a JSON object")
     kinds: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(kind)}
     built = {}
     for name, value in values.items():

@@ -32,6 +32,7 @@ from ringattn.runs.verification import (
     named,
     non_finite,
     reason,
+    remove_undecodable,
 )
 from ringattn.runs.write_agreement import PeerError, WriteAgreement
 from ringattn.units import bytes_in_words
@@ -132,6 +133,8 @@ class Checkpoints:
                 create_directories_asynchronously=False,  # else a failure in process 0 holds the others for 300 s
             ),
         )
+        for step in saved_steps(self._directory):
+            remove_undecodable(self._directory / str(step) / "_CHECKPOINT_METADATA")
         try:
             return ocp.CheckpointManager(self._directory, options=options)
         except OSError as error:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -136,3 +137,13 @@ def _os_error(message: str) -> int | None:
     """Returns the number in a TensorStore message, such as '... [os_error_code='5'] ...'."""
     found = re.search(r"\[os_error_code='(\d+)'\]", message)
     return int(found[1]) if found else None
+
+
+def remove_undecodable(description: Path) -> None:
+    """Removes a JSON file that is nested too deeply. Orbax does without it, but raises RecursionError if it exists."""
+    try:
+        json.loads(description.read_bytes())
+    except RecursionError:
+        description.unlink(missing_ok=True)
+    except (OSError, ValueError):
+        pass  # Orbax continues
