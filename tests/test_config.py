@@ -183,7 +183,8 @@ def test_a_config_is_required_and_must_exist(capsys, base):
 @pytest.mark.parametrize(
     ("section", "values", "message"),
     [
-        (Model, {"layers": 0}, "model.layers=0 must be at least 1"),
+        (Model, {"layers": 0}, "model.layers=0 must be from 1 to 2147483647"),
+        (Model, {"layers": 2**63}, "model.layers=9223372036854775808 must be from 1 to 2147483647"),
         (Model, {"head_dim": 33}, "model.head_dim=33 must be even.*use 32 or 34"),
         (Model, {"rope_theta": 0}, "model.rope_theta=0.0 must be more than 1"),
         (config.Data, {"validation": 1}, "data.validation=1.0 must be between 0 and 1"),

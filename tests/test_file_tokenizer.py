@@ -121,6 +121,10 @@ def test_invalid_files_raise(tmp_path: Path):
         with pytest.raises(ValueError, match=r"is not a valid tokenizer.json \(.*\); use") as error:
             load_tokenizer(str(tmp_path / "t.json"))
         assert "\n" not in str(error.value)
+    far = b'{"version": "1.0", "model": {"type": "BPE", "vocab": {"a": 2147483648}, "merges": []}}'
+    (tmp_path / "t.json").write_bytes(far)
+    with pytest.raises(ValueError, match=r"has the token id 2,147,483,648, and 1 tokens; ids must be below"):
+        load_tokenizer(str(tmp_path / "t.json"))
 
 
 def test_a_missing_package_is_named(path: str, monkeypatch: pytest.MonkeyPatch):

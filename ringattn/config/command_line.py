@@ -214,7 +214,7 @@ def _converted(name: str, words: list[str], kind: Any) -> Any:
         value = spec.instance_from_str(words)
         if set(words) <= set(spec.choices or words) and fits(value, kind):
             return value
-    raise ValueError(f"--{name} {' '.join(words):.200} must be {described(kind)}")
+    raise ValueError(f"--{name} {' '.join(words)} must be {described(kind)}")
 
 
 def _unexpected(word: str) -> str:

@@ -70,9 +70,8 @@ class Model:
         check_types(self)
         rule = "a Hugging Face directory, a .gguf file or a run directory, or None for random weights"
         require(self.weights != "", self, "weights", rule)
-        at_least(
-            1, self, "layers", "dim", "heads", "kv_heads", "head_dim", "feed_forward", "rope_original", "head_groups"
-        )
+        sizes = "layers", "dim", "heads", "kv_heads", "head_dim", "feed_forward", "rope_original", "head_groups"
+        at_least(1, self, *sizes, at_most=2**31 - 1)  # JAX cannot describe larger shapes
         require(self.vocabulary is None or self.vocabulary >= 1, self, "vocabulary", "at least 1, or None")
         multiple = f"a multiple of model.kv_heads={self.kv_heads}; use {nearest_multiples(self.heads, self.kv_heads)}"
         require(self.heads % self.kv_heads == 0, self, "heads", multiple)

@@ -26,6 +26,8 @@ BOUNDARIES = (
     "[EOS]",
     "[SEP]",  # BERT
 )
+MAX_SIZE = 2**24
+"""Maximum size of a vocabulary. A larger one would need gigabytes for the spellings alone."""
 _AFFIXES = ("continuing_subword_prefix", "end_of_word_suffix")
 _UTF8_BYTES = [byte for byte in range(0xF5) if byte not in (0xC0, 0xC1)]  # other bytes do not occur in UTF-8
 
@@ -56,6 +58,9 @@ class FileTokenizer:
             _log.warning("data.tokenizer=%r: disabled its %s, %s", path, " and ".join(switched_off), reason)
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.size: int = 1 + max(vocabulary.values(), default=-1)
+        if self.size > MAX_SIZE:
+            problem = f"has the token id {self.size - 1:,}, and {len(vocabulary):,} tokens"
+            raise ValueError(f"data.tokenizer={path!r} {problem}; ids must be below {MAX_SIZE:,}: it is damaged")
         added = self._tokenizer.get_added_tokens_decoder().items()
         special = {token.content: token_id for token_id, token in added if token.special}
         self._boundary_name = next((name for name in BOUNDARIES if name in special), "")
