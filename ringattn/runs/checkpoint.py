@@ -217,7 +217,6 @@ class Checkpoints:
         if (write := self._unconfirmed()) is not None:
             write.confirmed.set_exception(_UnconfirmedError())
             self._settle()
-            self._remove_incomplete()
 
     def _settle(self) -> None:
         """Waits for the current write, and reports it if it has failed."""
@@ -254,9 +253,6 @@ class Checkpoints:
         for future in self._write.writes if self._write is not None else []:
             with suppress(Exception):
                 future.result()
-        self._remove_incomplete()
-
-    def _remove_incomplete(self) -> None:
         if jax.process_index() == 0:
             for path in self._directory.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(path, ignore_errors=True)
