@@ -76,6 +76,15 @@ def test_the_time_of_a_suspended_process_does_not_count(tmp_path, monkeypatch):
     assert each.limit <= 10 * 2 * watchdog.TICK
 
 
+def test_an_error_of_the_board_does_not_end_the_watch(monkeypatch):
+    def fail(directory):
+        raise RuntimeError("unavailable")
+
+    monkeypatch.setattr(watchdog, "several_processes", lambda: True)
+    monkeypatch.setattr(watchdog.board, "read", fail)
+    assert not watchdog._another_hangs()
+
+
 def test_it_ends_with_its_context(tmp_path):
     with watched(tmp_path / "hang"):
         assert "watchdog" in {thread.name for thread in threading.enumerate()}

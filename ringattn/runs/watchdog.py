@@ -5,7 +5,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import jax
@@ -21,7 +21,7 @@ FACTOR = 10
 LEAST_SECONDS = 600.0
 """Minimum seconds without progress before a run counts as hanging."""
 PATIENT_SECONDS = 1800.0
-"""The same before anything has completed, while a program is compiled, and while a checkpoint is started."""
+"""The same before anything has completed, while programs compile or a checkpoint is started, and in the last write."""
 WRITE_SECONDS = 30.0
 """Maximum seconds for writing the stacks: the file system may be what hangs."""
 SUSPECT_SECONDS = 60.0
@@ -82,20 +82,6 @@ class Watchdog:
             if self._waited > self.limit or (self._waited > SUSPECT_SECONDS and _another_hangs()):
                 self._end()
 
-    def _write_stacks(self) -> None:
-        timer = threading.Timer(WRITE_SECONDS, os._exit, [HUNG])
-        timer.daemon = True
-        timer.start()
-        if several_processes():
-            board.post(f"{_HANGING}{jax.process_index()}", "")
-        try:
-            with self._file.open("w") as file:
-                faulthandler.dump_traceback(file, all_threads=True)
-        except OSError:
-            faulthandler.dump_traceback(2, all_threads=True)
-        if several_processes():
-            time.sleep(OTHERS_SECONDS)
-
     def _end(self) -> None:
         after = f"after {self._last}" if self._last else "at the first step"
         waited = f"nothing has completed for {duration_in_words(self._waited)} {after}"
@@ -103,7 +89,19 @@ class Watchdog:
             waited += f"; the longest time between two results was {duration_in_words(self._longest)}"
         fix = f"stacks of all threads in {self._file}; run the same command again to resume"
         os.write(2, f"error: the run hangs: {waited}; {fix}\n".encode())
-        self._write_stacks()
+        timer = threading.Timer(WRITE_SECONDS, os._exit, [HUNG])
+        timer.daemon = True
+        timer.start()
+        if several_processes():
+            with suppress(Exception):  # process 0, which keeps the board, may have ended
+                board.post(f"{_HANGING}{jax.process_index()}", "")
+        try:
+            with self._file.open("w") as file:
+                faulthandler.dump_traceback(file, all_threads=True)
+        except OSError:
+            faulthandler.dump_traceback(2, all_threads=True)
+        if several_processes():
+            time.sleep(OTHERS_SECONDS)
         os._exit(HUNG)
 
     def stop(self) -> None:
@@ -111,7 +109,9 @@ class Watchdog:
 
 
 def _another_hangs() -> bool:
-    return several_processes() and bool(board.read(_HANGING))
+    with suppress(Exception):  # an error of the board must not end the thread that watches
+        return several_processes() and bool(board.read(_HANGING))
+    return False
 
 
 @contextmanager
