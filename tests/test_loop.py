@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -237,7 +238,8 @@ def test_a_signal_stops_the_run_after_a_checkpoint(base, monkeypatch, capsys, nu
 @pytest.mark.parametrize("moment", ["token", pytest.param("step", marks=pytest.mark.slow)])
 def test_a_signal_at_the_end_leaves_the_samples_to_the_next_start(base, monkeypatch, capsys, moment):
     c = replace(base, name=f"samples-{moment}")
-    record, sample, tokens = Recorder.step, stage.sample, []
+    record, tokens = Recorder.step, []
+    sample: Any = stage.sample
 
     def last_step(self, step, metrics, flops):
         if step == 6:
