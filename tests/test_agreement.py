@@ -76,13 +76,16 @@ from ringattn.runs import watchdog
 from ringattn.training.recorder import Recorder
 record, hangs, watchdog.SUSPECT_SECONDS = Recorder.step, sys.argv.pop(1), 0.5
 
-def hanging(self, step, *args):
+def hang():
+    watchdog.LEAST_SECONDS = 1.0  # the limit of the other process is 10 minutes
+    threading.Event().wait()
+
+def step_or_hang(self, step, *args):
     if step == 4 and hangs:
-        watchdog.LEAST_SECONDS = 1.0  # the limit of the other process is 10 minutes
-        threading.Event().wait()
+        hang()
     return record(self, step, *args)
 
-Recorder.step, sys.argv[0] = hanging, {str(ROOT / "scripts/train.py")!r}
+Recorder.step, sys.argv[0] = step_or_hang, {str(ROOT / "scripts/train.py")!r}
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
@@ -128,4 +131,4 @@ def test_all_processes_write_their_stacks_if_one_hangs(text):
     assert HUNG in [status for *_, status in done], done
     assert {status for *_, status in done} <= {HUNG, peers.STATUS}, done
     stacks = [(text / "runs" / "quickstart" / f"hang-{index}.txt").read_text() for index in range(2)]
-    assert ["in hanging" in stack for stack in stacks] == [False, True]
+    assert ["in hang\n" in stack for stack in stacks] == [False, True]
