@@ -1,8 +1,11 @@
 """The time of a step, from the text of a compiled program and the schedules of its kernels."""
 
+import jax
+import numpy as np
 import pytest
 
 from ringattn import config
+from ringattn.attn.kernels.registry import choose_kernel
 from ringattn.attn.mask import Mask
 from ringattn.config.stages import with_values
 from ringattn.cost.attention_kernels import (
@@ -13,16 +16,18 @@ from ringattn.cost.attention_kernels import (
     pallas_tilings,
     ring_kernels,
     step_rings,
+    step_trips,
 )
 from ringattn.cost.cycles import CYCLE_FLOPS, KernelSchedule, TileCounts
 from ringattn.cost.flops import useful_step_flops
 from ringattn.cost.program import KernelCall
 from ringattn.cost.visited import Ring, ring_counts
 from ringattn.hardware import CHIPS
+from ringattn.mesh.axes import AXES
 from ringattn.planning.compile import prepare
 from ringattn.planning.timing import KERNEL_UTILISATION, analyse
 
-KIND, LOCAL = "TPU v5 lite", 1024
+KIND, LOCAL, L = "TPU v5 lite", 1024, 16_384
 C = config.Config(
     model=config.Model(
         layers=2, dim=256, heads=4, kv_heads=2, head_dim=128, feed_forward=512, vocabulary=1024, dtype="bfloat16"
@@ -113,3 +118,27 @@ def test_counts_are_averaged_over_kinds_of_layers():
     spec = ring_kernels(Ring(Mask(), "zigzag", 4, 8), Heads(4, 2, 128, "bfloat16"), segments=True)[0]
     found = call_cycles(KIND, {spec: KernelSchedule(10, 10**6, 2 * 10**6)}, window)
     assert found == {call: CallCycles(40 + 4 * 10**6, 2 * 10**6)}
+
+
+@pytest.mark.parametrize("window", [None, 600])
+@pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
+@pytest.mark.parametrize(
+    ("strategy", "outer", "shards"),
+    [("ring", 1, 8), ("ring", 2, 8), ("gather", 1, 1), ("ulysses", 1, 1), ("usp", 2, 2), ("usp", 4, 4)],
+)
+def test_all_tiles_are_counted_whatever_the_strategy(strategy, outer, shards, layout, window):
+    """The trips of all calls of a device are the visible tiles of keys per tile of queries."""
+    names = {"attention.strategy": strategy, "attention.layout": layout, "model.window": window}
+    c = with_values(C, names | {"data.seq_len": L})
+    mesh = jax.make_mesh((1, outer, 8 // outer, 1), AXES)
+    options = {"heads": 4, "kv_heads": 2, "head_dim": 128, "dtype": "bfloat16"}
+    q_size, kv_size = choose_kernel("xla", **options, device_kind=KIND).kernel.tile
+    oldest = L if window is None else window
+    first, keys = np.arange(0, L, q_size)[:, None], np.arange(0, L, kv_size)
+    visible = (keys < first + q_size) & (keys + kv_size > first - oldest)
+    full = (keys + kv_size <= first + 1) & (keys >= first + q_size - 1 - oldest)
+    per_row = [np.sum(full) / len(first), np.sum(visible & ~full) / len(first)]
+    calls = len(
+        list(Ring(Mask() if window is None else Mask(window=(window, 0)), layout, shards, L // shards).owners(0))
+    )
+    assert [calls * trips for trips in step_trips(c, mesh, KIND)] == pytest.approx(per_row)

@@ -15,7 +15,7 @@ from ringattn.cost.cycles import CORES, CYCLE_FLOPS, KernelSchedule, TileCounts
 from ringattn.cost.flops import attention_flops
 from ringattn.cost.program import KernelCall
 from ringattn.cost.visited import Ring, Tiling, ring_counts
-from ringattn.mesh.axes import TENSOR, context_shards
+from ringattn.mesh.axes import CONTEXT_OUTER, TENSOR, context_shards
 from ringattn.model.families import layer_kinds, layer_mask
 
 DIRECTIONS = {"forward": 1.0, "backward": 2.5}
@@ -167,3 +167,19 @@ def xla_trips(ring: Ring, shape: Heads, kind: str) -> tuple[float, float]:
     forward = counts[KernelCall("ringattn_forward", ring.local, ring.local)]
     tiles = ring.local // tiling.sizes(ring.local, ring.local)[0]
     return forward.full / tiles, forward.partial / tiles
+
+
+def step_trips(c: config.Config, mesh: jax.sharding.Mesh, kind: str) -> tuple[float | int, float | int]:
+    """Returns `xla_trips` of a call of the step's strategy, averaged over all layers.
+
+    The strategies gather, ulysses and usp attend to more keys in a call than a ring over all context axes.
+    """
+    heads, length = step_heads(c.model, mesh), c.data.seq_len
+    shards = {"ring": context_shards(mesh), "usp": mesh.shape[CONTEXT_OUTER]}.get(c.attention.strategy, 1)
+    sums = [0.0, 0.0]
+    for layers, ring in step_rings(c, mesh):
+        own = ring._replace(members=shards, local=length // shards)
+        hops = len(list(ring.owners(0))) / len(list(own.owners(0)))
+        for n, trips in enumerate(xla_trips(ring, heads, kind)):
+            sums[n] += hops * trips * layers / c.model.layers
+    return sums[0], sums[1]

@@ -16,7 +16,7 @@ from ringattn.cost.attention_kernels import (
     ring_kernels,
     step_heads,
     step_rings,
-    xla_trips,
+    step_trips,
 )
 from ringattn.cost.cycles import CYCLE_FLOPS, KernelSchedule
 from ringattn.cost.flops import RECOMPUTED, product_weights, useful_step_flops
@@ -96,7 +96,7 @@ def analyse(
     """
     devices = list(mesh.devices.flat)
     kind, chip = devices[0].device_kind, CHIPS.get(devices[0].device_kind)
-    program, links = Program(text, _trips(c, mesh, kind)), Links(devices)
+    program, links = Program(text, step_trips(c, mesh, kind)), Links(devices)
     halves = kind == "TPU v4" and any(device.core_on_chip for device in devices)  # `chip` is a whole chip
     if chip is None or halves or devices[0].platform == "cpu":
         return None, Timeline(program, None, links).collectives()
@@ -166,14 +166,6 @@ def _step_time(
 
 def _is_kernel(op: Op) -> bool:
     return 'custom_call_target="tpu_custom_call"' in op.rest
-
-
-def _trips(c: config.Config, mesh: jax.sharding.Mesh, kind: str) -> tuple[float | int, float | int]:
-    """Returns the mean trips of the kernel "xla", as `xla_trips`, over all layers."""
-    rings, heads = step_rings(c, mesh), step_heads(c.model, mesh)
-    trips = [(layers, xla_trips(ring, heads, kind)) for layers, ring in rings]
-    full, partial = (sum(layers * each[n] for layers, each in trips) / c.model.layers for n in (0, 1))
-    return full, partial
 
 
 def _kernel_seconds(
