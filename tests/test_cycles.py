@@ -17,7 +17,7 @@ from ringattn.benchmark.report import make_console
 from ringattn.cost import attention_kernels
 from ringattn.cost.attention_kernels import KernelSpec
 from ringattn.cost.cycles import CORES, CYCLE_FLOPS, KernelSchedule, TileCounts, kernel_schedule
-from ringattn.cost.program import KernelCall, Program
+from ringattn.cost.program import KernelCall, Program, TileTrips
 from ringattn.cost.visited import Ring, Tiling, count_tiles, ring_counts
 from ringattn.hardware import CHIPS
 from ringattn.planning.kernel_schedules import kernel_schedules
@@ -223,13 +223,22 @@ def test_cycles_of_a_call():
 
 
 def test_loops_multiply_the_cycles_of_ops():
-    program = Program(HLO, tile_trips=(4, 1.5))
+    program = Program(HLO, TileTrips(4, 1.5, 8192))
     tanh, sine, cosine, exponential, copy = 21340, 46365, 46365, 24051, 10856
     inner = 4 * (sine + copy) + 1.5 * (cosine + copy)
     assert program.cost.cycles == 5 * (copy + tanh) + 3 * inner + exponential
     assert not program.cost.calls
     trips = [(loop.trips, loop.runs, loop.body.cycles) for loop in program.loops()]
     assert trips == [(5, 1, copy + tanh), (3, 1, inner), (4, 3, sine + copy), (1.5, 3, cosine + copy)]
+
+
+def test_a_call_of_half_the_keys_has_half_the_trips():
+    """As in the backward pass of a ring, which attends to each half of the local shard separately."""
+    query, half = "bf16[1,2,4,8192,128]{4,3,2,1,0}", "bf16[1,2,4096,128]{3,2,1,0}"
+    carried = HLO.replace("%while.37 = s32[] while", f"%while.37 = (s32[], {query}, {half}) while")
+    assert carried != HLO
+    trips = [loop.trips for loop in Program(carried, TileTrips(4, 1.5, 8192)).loops()]
+    assert trips == [5, 3, 2, 1.5]
 
 
 def test_a_traced_loop_needs_its_trips():
@@ -240,14 +249,14 @@ def test_a_traced_loop_needs_its_trips():
 def test_a_loop_need_not_start_at_zero():
     started = HLO.replace("%tuple.68 = s32[] tuple(%copy.12,", "%tuple.68 = s32[] tuple(%constant.18,")
     assert started != HLO
-    assert next(Program(started, (1, 1)).loops()).trips == 5 - 3
+    assert next(Program(started, TileTrips(1, 1, 8192)).loops()).trips == 5 - 3
 
 
 def test_kernel_calls_are_counted_with_their_lengths():
     body = "%wide.region_0.2.sunk (p: ()) -> () {"
-    cost = Program(HLO.replace(body, f"{body}\n{CALL}"), (1, 1)).cost
+    cost = Program(HLO.replace(body, f"{body}\n{CALL}"), TileTrips(1, 1, 8192)).cost
     assert cost.calls == {KernelCall("ringattn_backward", 16384, 8192): 5}
-    assert cost.cycles == Program(HLO, (1, 1)).cost.cycles
+    assert cost.cycles == Program(HLO, TileTrips(1, 1, 8192)).cost.cycles
 
 
 def test_peaks_agree_with_the_clocks():

@@ -6,6 +6,7 @@ import pytest
 
 from ringattn import config
 from ringattn.attn.kernels.registry import choose_kernel
+from ringattn.attn.kernels.xla import Xla
 from ringattn.attn.mask import Mask
 from ringattn.config.stages import with_values
 from ringattn.cost.attention_kernels import (
@@ -132,7 +133,9 @@ def test_all_tiles_are_counted_whatever_the_strategy(strategy, outer, shards, la
     c = with_values(C, names | {"data.seq_len": L})
     mesh = jax.make_mesh((1, outer, 8 // outer, 1), AXES)
     options = {"heads": 4, "kv_heads": 2, "head_dim": 128, "dtype": "bfloat16"}
-    q_size, kv_size = choose_kernel("xla", **options, device_kind=KIND).kernel.tile
+    kernel = choose_kernel("xla", **options, device_kind=KIND).kernel
+    assert isinstance(kernel, Xla)
+    q_size, kv_size = kernel.tile
     oldest = L if window is None else window
     first, keys = np.arange(0, L, q_size)[:, None], np.arange(0, L, kv_size)
     visible = (keys < first + q_size) & (keys + kv_size > first - oldest)
@@ -141,4 +144,6 @@ def test_all_tiles_are_counted_whatever_the_strategy(strategy, outer, shards, la
     calls = len(
         list(Ring(Mask() if window is None else Mask(window=(window, 0)), layout, shards, L // shards).owners(0))
     )
-    assert [calls * trips for trips in step_trips(c, mesh, KIND)] == pytest.approx(per_row)
+    *trips, keys = step_trips(c, mesh, KIND)
+    assert [calls * each for each in trips] == pytest.approx(per_row)
+    assert keys == L // shards

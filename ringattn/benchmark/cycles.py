@@ -17,7 +17,7 @@ from ringattn.benchmark.cycle_report import ProgramRow, kernel_table, plot, prog
 from ringattn.benchmark.kernel_rows import KernelRow, describe, kernel_rows, kernel_specs
 from ringattn.benchmark.report import make_console
 from ringattn.benchmark.subjects import Case, useful_flops
-from ringattn.cost.attention_kernels import KernelSpec, call_cycles, pallas_tilings, ring_kernels, xla_trips
+from ringattn.cost.attention_kernels import KernelSpec, call_cycles, pallas_tilings, ring_kernels, step_trips
 from ringattn.cost.cycles import CYCLE_FLOPS, KernelSchedule
 from ringattn.cost.program import Cost, Program
 from ringattn.cost.visited import Ring, ring_counts
@@ -130,7 +130,7 @@ class _Count:
             step, kind = Step(path, topology, kernel), device_kind(topology)
             text = step.compile()
             if kernel == "xla":
-                cost = Program(text, xla_trips(step.ring, step.heads, kind)).cost
+                cost = Program(text, step_trips(step.config, step.mesh, kind)).cost
                 yield program_row(topology, f"step of {name}", kind, step.useful_flops(), cost.cycles, None)
                 return
             program, specs, layers = Program(text), step.kernels(), step.config.model.layers

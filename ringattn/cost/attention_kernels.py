@@ -13,7 +13,7 @@ from ringattn.attn.kernels.xla import Xla
 from ringattn.attn.mask import Mask
 from ringattn.cost.cycles import CORES, CYCLE_FLOPS, KernelSchedule, TileCounts
 from ringattn.cost.flops import attention_flops
-from ringattn.cost.program import KernelCall
+from ringattn.cost.program import KernelCall, TileTrips
 from ringattn.cost.visited import Ring, Tiling, ring_counts
 from ringattn.mesh.axes import CONTEXT_OUTER, TENSOR, context_shards
 from ringattn.model.families import layer_kinds, layer_mask
@@ -158,28 +158,22 @@ def step_heads(c: config.Model, mesh: jax.sharding.Mesh) -> Heads:
     return Heads(c.heads // parts, c.kv_heads // parts, c.head_dim, c.dtype)
 
 
-def xla_trips(ring: Ring, shape: Heads, kind: str) -> tuple[float, float]:
-    """Returns mean trips of the kernel "xla" over tiles of keys, per tile of queries: without and with a mask."""
-    kernel = choose_kernel("xla", **shape._asdict(), device_kind=kind).kernel
-    assert isinstance(kernel, Xla)
-    tiling = Tiling(kernel.tile)
-    counts = ring_counts(ring, dict.fromkeys(("ringattn_forward", "ringattn_backward"), tiling))
-    forward = counts[KernelCall("ringattn_forward", ring.local, ring.local)]
-    tiles = ring.local // tiling.sizes(ring.local, ring.local)[0]
-    return forward.full / tiles, forward.partial / tiles
-
-
-def step_trips(c: config.Config, mesh: jax.sharding.Mesh, kind: str) -> tuple[float | int, float | int]:
-    """Returns `xla_trips` of a call of the step's strategy, averaged over all layers.
+def step_trips(c: config.Config, mesh: jax.sharding.Mesh, kind: str) -> TileTrips:
+    """Returns the trips of a call of the kernel "xla" in a step, averaged over all layers.
 
     The strategies gather, ulysses and usp attend to more keys in a call than a ring over all context axes.
     """
-    heads, length = step_heads(c.model, mesh), c.data.seq_len
+    length = c.data.seq_len
+    kernel = choose_kernel("xla", **step_heads(c.model, mesh)._asdict(), device_kind=kind).kernel
+    assert isinstance(kernel, Xla)
     shards = {"ring": context_shards(mesh), "usp": mesh.shape[CONTEXT_OUTER]}.get(c.attention.strategy, 1)
-    sums = [0.0, 0.0]
+    full = partial = 0.0
     for layers, ring in step_rings(c, mesh):
         own = ring._replace(members=shards, local=length // shards)
         hops = len(list(ring.owners(0))) / len(list(own.owners(0)))
-        for n, trips in enumerate(xla_trips(ring, heads, kind)):
-            sums[n] += hops * trips * layers / c.model.layers
-    return sums[0], sums[1]
+        counts = ring_counts(ring, dict.fromkeys(("ringattn_forward", "ringattn_backward"), Tiling(kernel.tile)))
+        forward = counts[KernelCall("ringattn_forward", ring.local, ring.local)]
+        tiles = ring.local // Tiling(kernel.tile).sizes(ring.local, ring.local)[0]
+        share = layers / c.model.layers * hops / tiles
+        full, partial = full + share * forward.full, partial + share * forward.partial
+    return TileTrips(full, partial, length // shards)

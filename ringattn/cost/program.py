@@ -36,6 +36,17 @@ class Loop(NamedTuple):
     body: Cost
 
 
+class TileTrips(NamedTuple):
+    """Mean trips of the kernel "xla" per tile of queries, which depend on data."""
+
+    full: float
+    """Of its loop over tiles of keys without a mask."""
+    partial: float
+    """Of the following loop over those with one."""
+    keys: int
+    """Number of keys of the call. A call with fewer keys has proportionally fewer trips."""
+
+
 class Op(NamedTuple):
     """An op of scheduled HLO: `%name = shape kind(rest`."""
 
@@ -66,11 +77,10 @@ class Program:
     Attributes:
       computations: the ops of each computation, by name.
       entry: name of the computation that runs first.
-      tile_trips: mean trips of the kernel "xla" per tile of queries: of its loop over tiles of keys without a mask, and
-        of the following loop over those with one. Their number depends on data.
+      tile_trips: those of the kernel "xla"; None if the program has none.
     """
 
-    def __init__(self, text: str, tile_trips: tuple[float | int, float | int] | None = None):
+    def __init__(self, text: str, tile_trips: TileTrips | None = None):
         """Parses the scheduled HLO of a compiled program."""
         self.computations: dict[str, list[Op]] = {}
         self.entry, self.tile_trips, ops = "", tile_trips, []
@@ -138,7 +148,8 @@ class Program:
         if self.tile_trips is None:
             raise ValueError(f"the loop %{op.name} has no constant number of trips; give tile_trips")
         traced = [each.name for each in self.computations[computation] if self._is_traced_leaf(computation, each)]
-        return self.tile_trips[min(traced.index(op.name), 1)]
+        trips = self.tile_trips[min(traced.index(op.name), 1)]
+        return trips * _keys(op, self.tile_trips.keys) / self.tile_trips.keys
 
     def _is_traced_leaf(self, computation: str, op: Op) -> bool:
         if op.kind != "while" or self._bounds(computation, op)[0] is not None:
@@ -167,6 +178,13 @@ class Program:
             return _constant(source) if source is not None and source.kind == "constant" else None
 
         return value(limit), value(index)
+
+
+def _keys(op: Op, default: int) -> int:
+    """Returns M of the key [B, G, M, D] that a loop of the kernel "xla" carries beside the query [B, G, R, L, D]."""
+    carried = [[int(n) for n in dims.split(",") if n] for _, dims in _SHAPE.findall(op.shape)]
+    widths = {dims[-1] for dims in carried if len(dims) == 5}
+    return next((dims[2] for dims in carried if len(dims) == 4 and dims[3] in widths), default)
 
 
 def _constant(op: Op) -> int | None:

@@ -86,7 +86,8 @@ def gpu_devices(topology: str) -> Sequence[Any]:
     _find_tools()
     jax.config.update("jax_platforms", "cpu")
     try:
-        shape, target = f"1x{hosts}x{gpus}", GPUS[name].target()
+        # In a run, too, the GPUs of a host are one slice.
+        shape, target = f"{hosts}x1x{gpus}", GPUS[name].target()
         return topologies.get_topology_desc(platform="cuda", topology=shape, target_config=target).devices
     except Exception as error:  # the plugin's errors have no narrower type
         raise ValueError(f"--topology {topology}: {first_line(error)}; use one such as {name}:8") from None

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from ringattn.cost.program import Op
 from ringattn.cost.roofline import arrays
 from ringattn.hardware import CHIPS, NETWORKS
+from ringattn.mesh.processes import host_of
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
@@ -58,13 +59,10 @@ class Links:
         if self.bandwidth is None:
             return None
         network = NETWORKS.get(self._devices[0].device_kind)
-        crosses = hops > 1 if members is None else len({self._host(member) for member in members}) > 1
-        if network is not None:
-            return sent / (network if crosses else self.bandwidth)
-        return sent * hops / self.bandwidth
-
-    def _host(self, index: int) -> int:
-        return self._devices[index].process_index if self._devices[0].platform == "gpu" else 0
+        if network is None:
+            return sent * hops / self.bandwidth
+        crosses = hops > 1 if members is None else len({host_of(self._devices[each]) for each in members}) > 1
+        return sent / (network if crosses else self.bandwidth)
 
     def _members(self, op: Op) -> tuple[int, Sequence[int]]:
         """Returns the size of the groups of a collective, and the members of the first one."""
@@ -80,7 +78,7 @@ class Links:
         pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", op.rest)
         found = re.findall(r"\{(\d+),(\d+)", pairs[0]) if pairs else []
         if not self._is_tpu:
-            return 1 + any(self._host(int(a)) != self._host(int(b)) for a, b in found)
+            return 1 + any(host_of(self._devices[int(a)]) != host_of(self._devices[int(b)]) for a, b in found)
         coords = [each.coords for each in self._devices]
         sides = [max(side) + 1 for side in zip(*coords, strict=True)]
 
