@@ -1,4 +1,4 @@
-"""Peak FLOP/s, memory and link bandwidth of accelerators, per JAX device, keyed by `device_kind`.
+"""Peak FLOP/s, memory and link bandwidth of accelerators, per JAX device, keyed by `chip_name`.
 
 Sources: for TPUs https://docs.cloud.google.com/tpu/docs/v5e (also v3, v4, v5p, v6e, tpu7x) and, for measured link
 bandwidth, https://jax-ml.github.io/scaling-book/tpus (about 10% below Google's nominal figure); for NVIDIA the data
@@ -6,7 +6,8 @@ sheets at https://www.nvidia.com/en-us/data-center/ (h100, h200, hgx, a100, l4, 
 the driver.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 
 def platform(device_kind: str) -> str:
@@ -16,8 +17,17 @@ def platform(device_kind: str) -> str:
     return "tpu" if device_kind.startswith("TPU") else "gpu"
 
 
+def chip_name(devices: Sequence[Any]) -> str:
+    """Returns the name in `CHIPS` of JAX devices of one kind: their `device_kind`, except for halves of v4 chips.
+
+    As one device, a v4 chip is "TPU v4". The compiler for absent TPUs takes it for two devices, each a "TPU v4 core".
+    """
+    kind = devices[0].device_kind
+    return f"{kind} core" if kind == "TPU v4" and any(device.core_on_chip for device in devices) else kind
+
+
 class Chip(NamedTuple):
-    """One JAX device. On TPU v3 and TPU7x a device is half a chip; both devices of a chip share its links."""
+    """One JAX device. On TPU v3 and TPU7x, and as "TPU v4 core", it is half a chip; both halves share its links."""
 
     flops: float
     """Dense bfloat16 FLOP/s, without sparsity."""
@@ -32,6 +42,7 @@ class Chip(NamedTuple):
 CHIPS: dict[str, Chip] = {
     "TPU v3": Chip(61.5e12, 16 * 2**30, 450e9, 70e9),
     "TPU v4": Chip(275e12, 32 * 2**30, 1200e9, 45e9),
+    "TPU v4 core": Chip(137.5e12, 16 * 2**30, 600e9, 45e9),
     "TPU v5 lite": Chip(197e12, 16 * 2**30, 819e9, 45e9),
     "TPU v5": Chip(459e12, 95 * 2**30, 2765e9, 90e9),
     "TPU v6 lite": Chip(918e12, 32 * 2**30, 1638e9, 90e9),
@@ -44,7 +55,7 @@ CHIPS: dict[str, Chip] = {
     "NVIDIA H200": Chip(989.4e12, 141e9, 4800e9, 450e9),
     "NVIDIA B200": Chip(2250e12, 191.5e9, 8000e9, 900e9),
 }
-"""Supported chips by `device_kind`. NVIDIA figures come from data sheets and were not measured."""
+"""Supported chips by `chip_name`. NVIDIA figures come from data sheets and were not measured."""
 
 NETWORKS = {"NVIDIA H100 80GB HBM3": 50e9, "NVIDIA H200": 50e9, "NVIDIA B200": 50e9}
 """Bandwidth of a GPU to other hosts in bytes/s, one way: one 400 Gbit/s adapter per GPU, as in DGX H100, H200 and B200

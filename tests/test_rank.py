@@ -172,7 +172,7 @@ def test_the_first_candidate_that_fits_is_chosen():
     assert "disagree with the estimates" in text
     assert "4 s per step against 7 s" in text
     agreeing = ranked(LLAMA, V5P, lambda c: Outcome(None, 1, 1.0), compiled=4)
-    assert "it is the fastest of 4" in agreeing.reasons[-1]
+    assert "none of 4 is faster by more than 0.5%" in agreeing.reasons[-1]
 
 
 def test_candidates_that_cannot_fit_are_not_compiled():

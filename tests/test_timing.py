@@ -105,6 +105,16 @@ def test_kernels_that_are_no_hops_take_their_share_of_attention(mesh):
     assert time.kernel_seconds == pytest.approx(attention / KERNEL_UTILISATION / CHIPS[KIND].flops)
 
 
+def test_a_v4_chip_is_two_devices_of_half_its_speed(mesh):
+    mesh = prepare(C, "v4:2x2x1").mesh
+    whole = CHIPS["TPU v4"]
+    time, (sent,) = analyse(program(4 * LOCAL), C, mesh, [])
+    assert time is not None
+    assert time.compute_seconds - time.kernel_seconds == pytest.approx(2 * 30_000 * CYCLE_FLOPS["TPU v4"] / whole.flops)
+    assert time.utilisation == pytest.approx(useful_step_flops(C) / 8 / time.seconds / (whole.flops / 2))
+    assert sent.link_seconds == pytest.approx(1e-3)
+
+
 def test_a_kernel_without_a_schedule_is_named(mesh):
     _, ring = step_rings(C, mesh)[0]
     specs = ring_kernels(ring, Heads(4, 2, 128, "bfloat16"), segments=True)

@@ -14,12 +14,13 @@ from typing import NamedTuple
 CYCLE_FLOPS = {
     "TPU v3": 65_536,
     "TPU v4": 262_144,
+    "TPU v4 core": 131_072,
     "TPU v5 lite": 131_072,
     "TPU v5": 262_144,
     "TPU v6 lite": 524_288,
     "TPU7x": 524_288,
 }
-"""Dense bfloat16 FLOPs per cycle of a JAX device, by `device_kind`: all of its matrix units, busy in every cycle.
+"""Dense bfloat16 FLOPs per cycle of a JAX device, by `chip_name`: all of its matrix units, busy in every cycle.
 
 A core of v3 has two units of 128 x 128 multiply-adds, one of v4, v5e and v5p four of them
 (`jax/_src/pallas/mosaic/tpu_info.py`), and a device of v4 and v5p two cores. These give the chip's peak FLOP/s

@@ -28,7 +28,7 @@ from ringattn.config.stages import with_values
 from ringattn.cost.attention_kernels import DIRECTIONS
 from ringattn.cost.flops import RECOMPUTED, attention_flops, document_pairs, product_weights
 from ringattn.cost.minimum import host_moments, minimum_memory, saved_bytes
-from ringattn.hardware import CHIPS, NETWORKS, Chip, platform
+from ringattn.hardware import CHIPS, NETWORKS, Chip, chip_name, platform
 from ringattn.mesh.axes import CONTEXT, CONTEXT_OUTER, DATA, TENSOR, sequence_shards
 from ringattn.mesh.processes import host_of
 from ringattn.model.families import layer_kinds, layer_mask
@@ -58,12 +58,13 @@ class Machine(NamedTuple):
     def of(cls, devices: Sequence[Any]) -> "Machine":
         """Returns the machine of JAX devices, which may be compile-only."""
         first, count = devices[0], len(devices)
-        chip, network = CHIPS.get(first.device_kind, CHIPS[NOMINAL]), NETWORKS.get(first.device_kind)
+        kind, network = chip_name(devices), NETWORKS.get(first.device_kind)
+        chip = CHIPS.get(kind, CHIPS[NOMINAL])
         per_host = count
         if network is not None:
             per_host = sum(host_of(device) == host_of(first) for device in devices)
-        is_torus = platform(first.device_kind) == "tpu"
-        return cls(first.device_kind, count, chip, is_torus, per_host, network or chip.link_bandwidth)
+        is_torus = platform(kind) == "tpu"
+        return cls(kind, count, chip, is_torus, per_host, network or chip.link_bandwidth)
 
     @property
     def is_nominal(self) -> bool:

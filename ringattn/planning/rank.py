@@ -16,6 +16,9 @@ from ringattn.planning.candidates import RUNGS, STRATEGIES, Candidate, Open, can
 from ringattn.planning.estimate import NOMINAL, Estimate, Machine, estimate, least_bytes
 from ringattn.units import bytes_in_words
 
+EQUAL = 0.005
+"""Relative difference of step times that count as equal."""
+
 
 class Limits(NamedTuple):
     """Memory in bytes; None if unknown."""
@@ -232,11 +235,11 @@ def _reasons(
         yield f"--attention.layout {possible[0].candidate.layout} is estimated to be faster: {seconds}"
     timed = {each: outcome.seconds for each, outcome in outcomes.items() if outcome.seconds and not outcome.refusal}
     fastest = min(timed, key=lambda each: timed[each], default=chosen)
-    if fastest != chosen and chosen in timed:
+    if chosen in timed and timed[fastest] < timed[chosen] * (1 - EQUAL):
         times = f"{timed[fastest]:.4g} s per step against {timed[chosen]:.4g} s"
         yield f"the compiled schedules disagree with the estimates: {fastest} is the fastest of them, {times}"
     elif len(timed) > 1:
-        yield f"the compiled schedules agree: it is the fastest of {len(timed)}"
+        yield f"the compiled schedules agree: none of {len(timed)} is faster by more than {EQUAL:.1%}"
 
 
 def _why(found: Sequence[_Estimated], chosen: Candidate) -> str:

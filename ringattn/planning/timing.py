@@ -23,7 +23,7 @@ from ringattn.cost.flops import RECOMPUTED, product_weights, useful_step_flops
 from ringattn.cost.program import KernelCall, Op, Program, kernel_call
 from ringattn.cost.roofline import Roofline
 from ringattn.cost.visited import ring_counts
-from ringattn.hardware import CHIPS, Chip
+from ringattn.hardware import CHIPS, Chip, chip_name
 from ringattn.mesh.axes import DATA
 from ringattn.planning.kernel_schedules import Found, compiling_kernels
 from ringattn.planning.links import Links
@@ -76,7 +76,7 @@ def compiling_step_kernels(c: config.Config, topology: str, mesh: jax.sharding.M
 
 def _kernels(c: config.Config, mesh: jax.sharding.Mesh) -> list[KernelSpec]:
     """Returns the kernels of a hop of the first kind of layers. A batch always has segment ids."""
-    kind, heads = mesh.devices.flat[0].device_kind, step_heads(c.model, mesh)
+    kind, heads = _kind(mesh), step_heads(c.model, mesh)
     specs = ring_kernels(step_rings(c, mesh)[0][1], heads, segments=True)
     if kind not in CYCLE_FLOPS or c.attention.kernel == "xla":
         return []
@@ -94,11 +94,9 @@ def analyse(
 
     `text` is the scheduled HLO, and `schedules` those of the kernels that it calls.
     """
-    devices = list(mesh.devices.flat)
-    kind, chip = devices[0].device_kind, CHIPS.get(devices[0].device_kind)
-    program, links = Program(text, step_trips(c, mesh, kind)), Links(devices)
-    halves = kind == "TPU v4" and any(device.core_on_chip for device in devices)  # `chip` is a whole chip
-    if chip is None or halves or devices[0].platform == "cpu":
+    devices, kind = list(mesh.devices.flat), _kind(mesh)
+    chip, program, links = CHIPS.get(kind), Program(text, step_trips(c, mesh, kind)), Links(devices)
+    if chip is None or devices[0].platform == "cpu":
         return None, Timeline(program, None, links).collectives()
     kernels, roofline = _kernel_seconds(program, c, mesh, dict(schedules)), Roofline(program)
     if kind in CYCLE_FLOPS:
@@ -147,7 +145,7 @@ def _step_time(
     source: str,
     parts: tuple[float | int, float | int],
 ) -> StepTime:
-    chip, tokens = CHIPS[mesh.devices.flat[0].device_kind], c.train.batch_size * c.data.seq_len
+    chip, tokens = CHIPS[_kind(mesh)], c.train.batch_size * c.data.seq_len
     step_hours = mesh.size * timeline.seconds / HOUR
     return StepTime(
         source=source,
@@ -164,6 +162,10 @@ def _step_time(
     )
 
 
+def _kind(mesh: jax.sharding.Mesh) -> str:
+    return chip_name(list(mesh.devices.flat))
+
+
 def _is_kernel(op: Op) -> bool:
     return 'custom_call_target="tpu_custom_call"' in op.rest
 
@@ -172,7 +174,7 @@ def _kernel_seconds(
     program: Program, c: config.Config, mesh: jax.sharding.Mesh, schedules: dict[KernelSpec, KernelSchedule | str]
 ) -> dict[KernelCall, float]:
     """Returns the seconds of each kernel call of a program, averaged over the kinds of layers."""
-    kind = mesh.devices.flat[0].device_kind
+    kind = _kind(mesh)
     calls: Mapping[KernelCall, float | int] = program.cost.calls if kind in CYCLE_FLOPS else {}
     if not calls:
         return {}
@@ -199,4 +201,4 @@ def _assumed(
     passes = 1 + RECOMPUTED[c.model.remat][1] if direction == "forward" else 1
     share = DIRECTIONS.get(direction, 1.0) * passes / 3 * attention / mesh.size
     same = sum(times for other, times in calls.items() if other.name == call.name)
-    return share / same / (KERNEL_UTILISATION * CHIPS[mesh.devices.flat[0].device_kind].flops)
+    return share / same / (KERNEL_UTILISATION * CHIPS[_kind(mesh)].flops)
