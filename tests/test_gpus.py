@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ringattn.hardware import CHIPS, HOST_MEMORY, NETWORKS
+from ringattn.hardware import CHIPS, HOST_LINKS, HOST_MEMORY, NETWORKS
 from ringattn.planning import gpus
 
 ROOT = Path(__file__).parents[1]
@@ -21,6 +21,7 @@ def test_targets_agree_with_the_speeds():
         assert gpu.memory == pytest.approx(chip.memory, rel=0.1)
         assert gpu.name in HOST_MEMORY
         assert gpu.name in NETWORKS
+        assert gpu.name in HOST_LINKS
         assert f"device_memory_size: {gpu.memory}" in gpu.target()
 
 

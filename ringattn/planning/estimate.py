@@ -28,15 +28,13 @@ from ringattn.config.stages import with_values
 from ringattn.cost.attention_kernels import DIRECTIONS
 from ringattn.cost.flops import RECOMPUTED, attention_flops, document_pairs, product_weights
 from ringattn.cost.minimum import host_moments, minimum_memory, saved_bytes
-from ringattn.hardware import CHIPS, NETWORKS, Chip, chip_name, platform
+from ringattn.hardware import CHIPS, HOST_BANDWIDTH, HOST_LINKS, NETWORKS, Chip, chip_name, platform
 from ringattn.mesh.axes import CONTEXT, CONTEXT_OUTER, DATA, TENSOR, sequence_shards
 from ringattn.mesh.processes import host_of
 from ringattn.model.families import layer_kinds, layer_mask
 
 PRODUCT_UTILISATION = 0.8
 """Fraction of peak FLOP/s assumed for matrix products outside of attention."""
-HOST_BANDWIDTH = 16e9
-"""Bandwidth between a device and its host in bytes/s, one way: half of a PCIe 4.0 x16 slot."""
 NOMINAL = "TPU v5 lite"
 """Chip whose ratios of compute, memory and links are assumed for devices of unknown speed, such as CPUs."""
 
@@ -114,7 +112,8 @@ def estimate(c: config.Config, sizes: Mapping[str, int], machine: Machine) -> Es
     tokens = c.train.batch_size * c.data.seq_len
     products = (6 * weights + 2 * repeated_products * layer_weights) * tokens / machine.devices
     compute += products / (PRODUCT_UTILISATION * machine.chip.flops)
-    copies = 2 * (_copied_bytes(c, sizes) * c.train.accumulate + host_moments(c, machine.devices)) / HOST_BANDWIDTH
+    copied = _copied_bytes(c, sizes) * c.train.accumulate + host_moments(c, machine.devices)
+    copies = 2 * copied / HOST_LINKS.get(machine.kind, HOST_BANDWIDTH)
     return Estimate(
         compute=compute,
         attention=attention,

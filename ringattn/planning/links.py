@@ -4,6 +4,7 @@ A permute sends its operand to one neighbor. All other collectives are counted a
 them along one axis of a torus (https://jax-ml.github.io/scaling-book/sharding): an all-gather or a reduce-scatter sends
 (n - 1) / n of the full array, an all-reduce twice as much. On TPUs these use both directions of the link; an all-to-all
 sends n / 8 times a device's array per direction. Through the switch of GPUs, an all-to-all sends (n - 1) / n of it.
+Copies of offloaded arrays use the device's link to its host, once in each direction.
 """
 
 import re
@@ -12,14 +13,25 @@ from typing import Any, NamedTuple
 
 from ringattn.cost.program import Op
 from ringattn.cost.roofline import arrays
-from ringattn.hardware import CHIPS, NETWORKS
+from ringattn.hardware import CHIPS, HOST_BANDWIDTH, HOST_LINKS, NETWORKS
 from ringattn.mesh.processes import host_of
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+HOST_COPIES = ("copy to host", "copy from host")
+_COPIES = ("copy-start", "dynamic-slice-start", "dynamic-update-slice-start")
+
+
+def host_copy(op: Op) -> str | None:
+    """Returns the kind of the copy in `HOST_COPIES` that an op starts; None if it starts none."""
+    name = op.name if op.kind == "fusion-start" else op.kind  # "fusion-start": the GPU compiler's
+    if not name.startswith(_COPIES) or "S(5)" not in op.shape:
+        return None
+    to_host = name.startswith("dynamic-update-slice") or (name.startswith("copy") and arrays(op.shape)[0].bytes == 0)
+    return HOST_COPIES[0] if to_host else HOST_COPIES[1]
 
 
 class Sent(NamedTuple):
-    """Bytes that a device sends for one execution of a collective, and the time on the link."""
+    """Bytes that a device sends for one execution of a collective or a copy, and the time on the link."""
 
     bytes: int
     seconds: float | None
@@ -36,7 +48,11 @@ class Links:
         """Bytes/s to one neighbor, one way; None if unknown."""
 
     def sent(self, kind: str, op: Op) -> Sent:
-        """Returns the bytes and the time of a collective of scheduled HLO."""
+        """Returns the bytes and the time of a collective or a copy, of `kind`, of scheduled HLO."""
+        if kind in HOST_COPIES:
+            own = max(array.bytes for array in arrays(op.shape))  # 0 of the arrays on the host
+            bandwidth = HOST_LINKS.get(self._devices[0].device_kind, HOST_BANDWIDTH)
+            return Sent(own, None if self.bandwidth is None else own / bandwidth)
         found = arrays(op.shape.partition(", u32[]")[0] if kind == "collective-permute" else op.shape)
         sizes = [array.size for array in found]
         count, members = self._members(op)

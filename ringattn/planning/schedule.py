@@ -3,6 +3,7 @@
 The ops of a computation run one after the other. A transfer that the compiler has split into a start and a done runs
 meanwhile. Of several, the link serves the one that is awaited first. A done waits for its transfer: that time is
 exposed. So is all the time of a collective that is one op. Transfers inside a loop and around it do not share the link.
+Copies to and from the host have links of their own.
 """
 
 import re
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ringattn.cost.program import Op, Program
-from ringattn.planning.links import COLLECTIVES, Links, Sent
+from ringattn.planning.links import COLLECTIVES, HOST_COPIES, Links, Sent, host_copy
 
 OpSeconds = Callable[[str, Op], float | int]
 """Returns the seconds of an op of a computation, apart from the computations that it runs."""
@@ -22,7 +23,7 @@ _STEP = "async_collective_fusion"  # their step that runs together with compute
 
 @dataclass(frozen=True)
 class Collective:
-    """A collective op of the schedule. Bytes and seconds are per device and execution."""
+    """A collective or a copy to or from the host in the schedule. Bytes and seconds are per device and execution."""
 
     op: str
     part: str
@@ -152,9 +153,11 @@ class Timeline:
                 self._count(name, runs * times)
 
     def _started(self, op: Op) -> str | None:
-        """Returns the kind of the collective that an op starts; None if it starts none."""
+        """Returns the kind of the transfer that an op starts; None if it starts none."""
         if '"is_sync":true' in op.rest:
             return None
+        if (copy := host_copy(op)) is not None:
+            return copy
         base = op.kind.removesuffix("-start")
         if base in COLLECTIVES and base != op.kind:
             return base
@@ -178,10 +181,12 @@ class Timeline:
 
 
 def _serve(pending: dict[str, _Pending], seconds: float | int) -> None:
-    """Transfers for so many seconds what is pending, first what is awaited first."""
+    """Transfers for so many seconds what is pending on each link, first what is awaited first."""
+    unused = dict.fromkeys((*HOST_COPIES, ""), seconds)
     for each in sorted(pending.values(), key=lambda each: each.awaited):
-        used = min(each.left, seconds)
-        each.left, seconds = each.left - used, seconds - used
+        link = each.kind if each.kind in HOST_COPIES else ""
+        used = min(each.left, unused[link])
+        each.left, unused[link] = each.left - used, unused[link] - used
 
 
 def _awaited(op: Op) -> str:
