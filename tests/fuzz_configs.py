@@ -75,6 +75,7 @@ COMBINED: dict[str, tuple[str, ...]] = {
     "attention.kernel": ("auto", "xla", "pallas", "cudnn"),
     "data.seq_len": ("1", "2", "8", "16", "64", "96", "100", "256", "4096", "1000000000"),
     "data.overlap": ("0", "1", "15", "63"),
+    "data.separate_documents": ("True", "False"),
     "data.path": (
         "stdlib",
         "stdlib task:needle",

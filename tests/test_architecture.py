@@ -165,7 +165,7 @@ def test_each_test_file_belongs_to_a_module():
         "notebooks",
         "architecture",
     }
-    across |= {"configs", "readme", "commands", "elastic", "support", "compile_once", "fuzz"}
+    across |= {"configs", "readme", "commands", "elastic", "support", "compile_once", "fuzz", "documents"}
     modules = {path.stem for path in SOURCES} | {room(path) for path in SOURCES}
     for path in (ROOT / "tests").glob("test_*.py"):
         assert path.stem.removeprefix("test_") in modules | across, name(path)

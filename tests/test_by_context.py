@@ -76,6 +76,7 @@ def test_validation_on_a_ring_agrees_with_the_logits_on_one_device(small, make_m
         run_model = jax.jit(lambda params, *ids: nnx.merge(graphdef, params).logits(*ids))
         for index in range(2):
             batch = run.held_out.batch(index)
+            assert batch.segment_ids is not None
             ids = (batch.tokens, batch.positions, batch.segment_ids)
             logits = np.asarray(run_model(params, *permute_and_place(ids, mesh, "contiguous")), np.float64)
             target_logits = np.take_along_axis(logits, batch.targets[..., None], -1)[..., 0]

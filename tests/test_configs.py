@@ -58,7 +58,7 @@ def test_configs_differ_in_every_field():
     assert len({c.log.tensorboard for c in configs}) > 1
     assert len({c.log.wandb for c in configs}) > 1
     assert {"bytes", "dna", "video"} <= {c.data.tokenizer for c in configs}
-    for name in ("path", "mixture", "overlap", "frame_size", "validation"):
+    for name in ("path", "mixture", "overlap", "separate_documents", "frame_size", "validation"):
         assert len({vars(c.data)[name] for c in configs}) > 1, name
     for name in REPLACES:
         assert len({vars(stage)[name] for c in configs for stage in c.stages}) > 1, name

@@ -89,6 +89,10 @@ def test_a_run_without_its_config_is_not_resumed(tmp_path, content):
         (lambda c: replace(c, resume="never"), r"resume='never', but .* has a checkpoint of step 3; .* another --name"),
         (lambda c: replace(c, train=replace(c.train, seed=5)), r"train.seed=5, but the run .* --train.seed 0"),
         (lambda c: replace(c, model=replace(c.model, dim=32)), r"model.dim=32, but the run .* --model.dim 16"),
+        (
+            lambda c: replace(c, data=replace(c.data, separate_documents=False)),
+            r"data.separate_documents=False, but the run .* use --data.separate_documents True",
+        ),
         (lambda c: replace(c, model=replace(c.model, window=9)), r"model.window=9, but .* use --model.window None"),
     ],
 )

@@ -126,6 +126,7 @@ def reference_logits(params: Any, recipe: Recipe, rows: Batch) -> np.ndarray:
 
     attention, feed_forward = params["layers"]["attention"], params["layers"]["feed_forward"]
     x = params["embedding"][rows.tokens] * recipe.embedding_scale
+    assert rows.segment_ids is not None
     distance = np.arange(LENGTH)[:, None] - np.arange(LENGTH)
     for n, (window, theta) in enumerate(zip(recipe.windows, recipe.thetas, strict=True)):
         y = norm(x, attention["norm"], n)
@@ -191,7 +192,8 @@ def ours(c: config.Model, mesh: jax.sharding.Mesh, params: Any, rows: Batch, gra
             return value, all_logits(hidden, output, soft_cap)[..., :VOCABULARY]
 
         run = jax.jit(jax.value_and_grad(loss, has_aux=True) if gradients else lambda *x: (loss(*x), {}))
-        arrays: Any = permute_and_place(rows, mesh, "zigzag")
+        given: Any = rows
+        arrays: Any = permute_and_place(given, mesh, "zigzag")
         (value, logits), gradient = run(placed, Batch(*arrays))
     logits = unpermute(np.asarray(logits), "zigzag", context_shards(mesh))
     return float(value), logits, plain(jax.device_get(gradient)) if gradients else {}

@@ -33,6 +33,8 @@ def test_visible_pairs_agree_with_the_mask(window):
     tokens = Tokens(np.tile(np.arange(24, dtype=np.int32), (3, 1)), PACKED.segment_ids)
     seen = visible(mask, tokens, tokens)  # by positions in the row, as attention does
     assert visible_pairs(PACKED.positions, PACKED.segment_ids, window) == int(seen.sum())
+    seen = visible(mask, tokens._replace(segments=None), tokens._replace(segments=None))
+    assert visible_pairs(np.tile(np.arange(24, dtype=np.int32), (3, 1)), None, window) == int(seen.sum())
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -50,6 +52,8 @@ def test_step_flops_agree_with_a_count_by_hand():
     weights = 3 * (8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 16) + 100 * 8
     pairs = 24 * 25 // 2 + 9 * 10 // 2 + 1 + 14 * 15 // 2 + 5 * 6 // 2 + 12 * 13 // 2
     assert step_flops(c, 100, PACKED) == 6 * weights * (24 + 24 + 17) + 3 * 3 * 4 * (2 * 4) * pairs
+    joined = PACKED._replace(positions=np.tile(np.arange(24, dtype=np.int32), (3, 1)), segment_ids=None)
+    assert step_flops(c, 100, joined) == 6 * weights * 72 + 3 * 3 * 4 * (2 * 4) * 3 * 24 * 25 // 2
     more = replace(c, model=replace(c.model, vocabulary=128))  # unused ids are multiplied too
     assert step_flops(more, 100, PACKED) - step_flops(c, 100, PACKED) == 6 * 28 * 8 * (24 + 24 + 17)
 

@@ -3,13 +3,15 @@ import threading
 import time
 from pathlib import Path
 
+import chex
+import jax
 import numpy as np
 import pytest
 
 from ringattn.config import Data
 from ringattn.data.corpus import Corpus, build_corpus, encode
 from ringattn.data.formats import Document
-from ringattn.data.loader import Loader, Seed, load, prefetch
+from ringattn.data.loader import Loader, Packing, Seed, load, prefetch
 from ringattn.data.tokenizer import ByteTokenizer
 
 
@@ -52,7 +54,7 @@ def test_a_batch_is_a_function_of_seed_and_step(corpus: Corpus):
     again = Loader([corpus], 16, 3, seed=7)
     assert all(same(again.batch(step), batches[step]) for step in (59, 3, 41, 0, 17))
     assert not same(Loader([corpus], 16, 3, seed=8).batch(0), batches[0])
-    assert all(array.shape == (3, 16) for array in batches[0])
+    assert {array.shape for array in jax.tree.leaves(batches[0])} == {(3, 16)}
 
 
 def test_epochs_contain_all_documents_in_new_orders(corpus: Corpus):
@@ -169,8 +171,24 @@ def test_stages_have_different_orders_and_stage_0_that_of_a_run_without_stages(c
     assert not same(second.batch(3), mixed.batch(3))
 
 
+@pytest.mark.parametrize("mixture", [None, (1.0, 2.0)], ids=["one", "mixture"])
+def test_batches_without_separate_documents_have_the_same_tokens(corpus: Corpus, mixture):
+    corpora, packing = [corpus] * (1 if mixture is None else 2), Packing(overlap=2, separate_documents=False)
+    separate = Loader(corpora, 16, 5, seed=0, packing=Packing(overlap=2), mixture=mixture)
+    joined = Loader(corpora, 16, 5, seed=0, packing=packing, mixture=mixture)
+    needed = np.random.default_rng(0).random((5, 16)) < 0.5
+    for step in range(-(-separate.rows_per_epoch // 5) + 1):  # a batch spans two epochs
+        expected, batch = separate.batch(step, needed), joined.batch(step, needed)
+        assert batch.segment_ids is None
+        assert batch.positions.tolist() == [list(range(16))] * 5
+        ids = {"positions": expected.positions, "segment_ids": expected.segment_ids}
+        chex.assert_trees_all_equal(batch._replace(**ids), expected)
+    assert joined.fingerprint == separate.fingerprint
+    assert joined.text_bytes(3).tolist() == separate.text_bytes(3).tolist()
+
+
 def test_the_fingerprint_does_not_depend_on_seq_len(corpus: Corpus):
-    for options in [{"overlap": 2}, {"mixture": (1.0, 2.0)}, {}]:
+    for options in [{"packing": Packing(overlap=2)}, {"mixture": (1.0, 2.0)}, {}]:
         short, long = (Loader([corpus, corpus], length, 1, 0, **options) for length in (16, 32))
         assert short.fingerprint == long.fingerprint
 
@@ -226,9 +244,9 @@ def test_text_that_consists_only_of_prompts_raises():
 
 def test_overlap_gives_each_piece_a_row_and_counts_each_target_once():
     corpus = corpus_of([Document("long", bytes(range(100))), Document("short", b"xyz" * 3)])
-    loader = Loader([corpus], 16, 1, seed=0, overlap=4)
+    loader = Loader([corpus], 16, 1, seed=0, packing=Packing(overlap=4))
     rows = [loader.batch(step) for step in range(loader.rows_per_epoch)]
-    full = [row for row in rows if row.segment_ids.max() == 0]
+    full = [row for row in rows if not np.any(row.segment_ids)]
     assert len(full) >= 7
     starts = sorted(int(row.tokens[0, 0]) for row in full if row.tokens[0, 0] != 256)
     assert starts[:6] == [11, 23, 35, 47, 59, 71]  # offset by the boundary

@@ -1,3 +1,5 @@
+import chex
+import jax
 import numpy as np
 import pytest
 import tokenizers
@@ -28,6 +30,7 @@ def test_rows_by_hand():
     packed = PackedRows(corpus(2, 6, 1), 4, np.array([0, 1, 2]))
     assert len(packed) == 3
     tokens, targets, positions, segments, weights = all_rows(packed)
+    assert segments is not None
     assert tokens.tolist() == [[99, 10, 11, 99], [20, 21, 22, 23], [24, 25, 99, 30]]
     assert targets.tolist() == [[10, 11, 99, 20], [21, 22, 23, 24], [25, 99, 30, 99]]
     assert positions.tolist() == [[0, 1, 2, 0], [0, 1, 2, 3], [0, 1, 0, 1]]
@@ -53,6 +56,7 @@ def test_every_token_occurs_once_in_order_and_predicts_the_next(seq_len: int):
 @pytest.mark.parametrize("seq_len", [1, 3, 7, 16])
 def test_each_boundary_starts_a_segment_and_positions_restart(seq_len: int):
     batch = all_rows(PackedRows(corpus(3, 0, 9, 1, 5, 0, 8, 2), seq_len, np.arange(8)))
+    assert batch.segment_ids is not None
     for tokens, positions, segments in zip(batch.tokens, batch.positions, batch.segment_ids, strict=True):
         starts = tokens == BOUNDARY
         starts[0] = False
@@ -63,10 +67,22 @@ def test_each_boundary_starts_a_segment_and_positions_restart(seq_len: int):
 
 def test_a_row_does_not_depend_on_the_others():
     packed = PackedRows(corpus(30, 2, 17, 5), 6, np.array([2, 0, 3, 1]))
-    batch = all_rows(packed)
-    selected = packed.rows(np.array([7, 2, 2]))
-    for part, full in zip(selected, batch, strict=True):
-        assert np.array_equal(part, full[[7, 2, 2]])
+    expected = jax.tree.map(lambda x: x[[7, 2, 2]], all_rows(packed))
+    chex.assert_trees_all_equal(packed.rows(np.array([7, 2, 2])), expected)
+
+
+@pytest.mark.parametrize("needed", [None, np.arange(12).reshape(2, 6) % 5 > 1], ids=["all", "needed"])
+def test_without_separate_documents_a_row_is_one_sequence(needed):
+    documents = corpus(30, 2, 17, 5, masked_prefixes=(7, 0, 3, 0))._replace(ignored_id=31 if needed is None else None)
+    order, indices = np.array([2, 0, 3, 1]), np.array([8, 2])
+    separate, joined = (PackedRows(documents, 6, order, value).rows(indices, needed) for value in (True, False))
+    assert separate.segment_ids is not None
+    assert separate.segment_ids.max() > 0
+    assert joined.segment_ids is None
+    assert joined.positions.tolist() == [list(range(6))] * 2
+    assert joined.positions.dtype == np.int32
+    ids = {"positions": separate.positions, "segment_ids": separate.segment_ids}
+    chex.assert_trees_all_equal(joined._replace(**ids), separate)
 
 
 def test_a_row_out_of_range_raises():
@@ -97,6 +113,7 @@ def test_a_piece_predicts_the_token_that_follows_in_its_document():
         starts=np.array([0, 4, 7]), lengths=np.array([4, 3, 3]), masked_prefixes=np.array([0, 2, 0])
     )
     tokens, targets, positions, segments, weights = PackedRows(pieces, 10, np.array([1, 2, 0])).rows(np.array([0]))
+    assert segments is not None
     assert tokens.tolist() == [[13, 14, 15, 99, 20, 21, 99, 10, 11, 12]]
     assert targets.tolist() == [[14, 15, 99, 20, 21, 99, 10, 11, 12, 13]]
     assert positions.tolist() == [[0, 1, 2, 0, 1, 2, 0, 1, 2, 3]]

@@ -28,6 +28,7 @@ from ringattn.planning.compile import Compiled, Target, abstract_step, compile_p
 from ringattn.planning.devices import devices_of
 from ringattn.planning.schedule import Collective
 from ringattn.planning.timing import StepTime
+from ringattn.training.stage import prepare_stage
 from ringattn.units import bytes_in_words
 
 ROOT = Path(__file__).parents[1]
@@ -45,13 +46,15 @@ def compiled(c, devices=1):
         return step.lower(state, batch).compile()
 
 
+@pytest.mark.parametrize("separate", [True, False], ids=["separate", "joined"])
 @pytest.mark.parametrize("remat", ["off", "on"])
-def test_each_layer_of_the_compiled_step_rotates_kv_twice(remat):
-    step = compiled(replace(SMALL, model=replace(SMALL.model, remat=remat)), devices=4)
+def test_each_layer_of_the_compiled_step_rotates_kv_twice(remat, separate):
+    data = replace(SMALL.data, separate_documents=separate)
+    step = compiled(replace(SMALL, model=replace(SMALL.model, remat=remat), data=data), devices=4)
     layers, hops = SMALL.model.layers, 3
     kv_sends = layers * hops * (2 + 2 + 2)  # K and V forward, again backward, and their gradients
     # Ids are equal for all layers, so JAX moves their first send out of the loop over layers.
-    id_sends = layers * hops * 2 - (layers - 1)
+    id_sends = separate * (layers * hops * 2 - (layers - 1))
     assert executed(step.as_text(), "collective-permute") == kv_sends + id_sends
 
 
@@ -82,6 +85,18 @@ def test_a_plan_of_decoding_counts_cache_and_parameters():
     assert text.endswith("it fits")
     with pytest.raises(ValueError, match="vocabulary=None must be"):
         planning.plan_decode(replace(c, model=replace(c.model, vocabulary=None)), "cpu:8")
+
+
+@pytest.mark.parametrize(("separate", "arrays"), [(True, 5), (False, 4)])
+def test_the_abstract_batch_has_the_arrays_of_a_batch(separate, arrays):
+    c, mesh = replace(SMALL, data=replace(SMALL.data, separate_documents=separate)), ring_mesh(2)
+    with jax.set_mesh(mesh):
+        batch, run = abstract_step(c, mesh)[1], prepare_stage(c, mesh)
+    real = run.place(run.training.batch(0))
+    assert len(jax.tree.leaves(batch)) == arrays
+    assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), batch) == jax.tree.map(
+        lambda x: (x.shape, x.dtype, x.sharding), real
+    )
 
 
 def test_a_plan_counts_what_each_device_holds():
@@ -305,6 +320,12 @@ def test_pictures_and_tables_of_a_ring(tmp_path):
     planning.write_report(plan, tmp_path)
     assert imread(tmp_path / "plots/ring.png").shape[2] == 4
     assert "![a hop of the ring, forward and backward](plots/ring.png)" in (tmp_path / "report.md").read_text()
+
+
+def test_cudnn_is_refused_for_separate_documents():
+    c = replace(SMALL, attention=replace(SMALL.attention, kernel="cudnn"))
+    with pytest.raises(ValueError, match=r"cannot keep documents separate; .*, or --data.separate_documents False$"):
+        planning.plan(c, "cpu:8")
 
 
 def test_a_kernel_that_cannot_train_on_the_devices_is_refused():

@@ -34,6 +34,9 @@ def test_a_prompt_is_the_beginning_of_a_document(length, documents, size):
     prompts = beginnings(rows(*documents, length=length))
     assert [prompt.tobytes() for prompt in prompts] == [rows(length=length).tokens[0, :size].tobytes()] * 3
     assert size <= PROMPT_TOKENS < PROMPT_TOKENS + NEW_TOKENS
+    given = rows(*documents, length=length)
+    joined = given._replace(positions=np.tile(np.arange(length, dtype=np.int32), (4, 1)), segment_ids=None)
+    assert {prompt.tobytes() for prompt in beginnings(joined)} == {p.tobytes() for p in beginnings(rows(length=length))}
 
 
 def test_samples_are_the_same_on_every_mesh_and_of_the_tokenizers_ids(make_mesh, monkeypatch):

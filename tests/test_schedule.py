@@ -198,3 +198,23 @@ def test_copies_to_and_from_the_host_have_links_of_their_own():
     assert [each.hidden for each in found] == pytest.approx([1, 1, 1, 1, 0.75, 0])
     assert {(each.bytes, each.count, each.link_seconds) for each in copies} == {(32_000_000, 7, 2e-3)}
     assert timeline.seconds - timeline.compute == pytest.approx(7 * 0.5e-3 + 0.75e-3)
+
+
+@pytest.mark.parametrize(
+    ("mask", "window", "pairs"),
+    [("NO_MASK", 0, 64 * 64), ("CAUSAL", 0, 64 * 65 // 2), ("CAUSAL", 10, 10 * 11 // 2 + 54 * 10)],
+)
+def test_attention_of_cudnn_counts_visible_pairs(mask, window, pairs):
+    options = f'backend_config={{"mask_type": "{mask}", "sliding_window_length": {window}}}'
+    program = Program(f"""
+ENTRY %main (p: ()) -> () {{
+  %q = bf16[3,8,64,16] parameter(0)
+  %k = bf16[3,2,64,16] parameter(1)
+  %v = bf16[3,2,64,16] parameter(2)
+  %f = bf16[3,8,64,16] custom-call(%q, %k, %v), custom_call_target="__cudnn$fmhaSoftmax", {options}
+  ROOT %b = bf16[3,8,64,16] custom-call(%q, %k, %v), custom_call_target="__cudnn$fmhaSoftmaxBackward", {options}
+}}
+""")
+    found = {each.name: Roofline(program).traffic("main", each).flops for each in program.computations["main"]}
+    forward = 2 * 2 * 3 * 8 * pairs * 16
+    assert (found["f"], found["b"]) == (forward, 2.5 * forward)

@@ -6,6 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
+import chex
 import numpy as np
 import pytest
 
@@ -81,8 +82,7 @@ def test_shards_give_the_same_batches_as_their_source(tmp_path: Path):
         for loader, other in zip(load(data, 2, 5)[1:], load(from_shards, 2, 5)[1:], strict=True):
             assert loader.rows_per_epoch == other.rows_per_epoch
             for step in range(loader.rows_per_epoch):
-                for x, y in zip(loader.batch(step), other.batch(step), strict=True):
-                    assert np.array_equal(x, y)
+                chex.assert_trees_all_equal(loader.batch(step), other.batch(step))
 
 
 def flip_bit(path: Path, offset: int) -> None:

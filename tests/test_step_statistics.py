@@ -27,7 +27,9 @@ def small(tmp_path_factory):
     )
 
 
-def test_statistics_agree_with_the_program(small, make_mesh):
+@pytest.mark.parametrize("separate", [True, False], ids=["separate", "joined"])
+def test_statistics_agree_with_the_program(small, make_mesh, separate):
+    small = replace(small, data=replace(small.data, separate_documents=separate))
     with jax.set_mesh(mesh := make_mesh(data=2, context=4)):
         run = prepare_stage(small, mesh)
         state, batch = run.initial_state(), run.place(run.training.batch(0))
@@ -38,7 +40,7 @@ def test_statistics_agree_with_the_program(small, make_mesh):
     attention = statistics["attention"]
     reported = attention["forward_bytes_sent"] + attention["backward_bytes_sent"]
     # Segment ids are the same in all layers: JAX hoists their first send out of the scan over the layers.
-    ids = 64 // 4 * 4
+    ids = 64 // 4 * 4 * separate
     assert reported == sum(each.total_bytes for each in sends) + 2 * (run.config.model.layers - 1) * ids
     assert attention["kinds"] == {"full": {"layers": 2, "strategy": "ring", "hops": 3, "max_hops": 3}}
     memory = statistics["device_bytes"]

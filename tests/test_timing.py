@@ -26,7 +26,7 @@ from ringattn.cost.visited import Ring, ring_counts
 from ringattn.hardware import CHIPS
 from ringattn.mesh.axes import AXES
 from ringattn.planning.compile import prepare
-from ringattn.planning.timing import KERNEL_UTILISATION, analyse
+from ringattn.planning.timing import KERNEL_UTILISATION, _kernels, analyse
 
 KIND, LOCAL, L = "TPU v5 lite", 1024, 16_384
 C = config.Config(
@@ -93,6 +93,12 @@ def test_kernels_count_by_their_tiles(mesh):
     two_rows, _ = analyse(program(LOCAL), with_values(C, {"train.batch_size": 2}), mesh, list(schedules.items()))
     assert two_rows is not None
     assert two_rows.kernel_seconds == pytest.approx(2 * kernels)
+
+
+@pytest.mark.parametrize("separate", [True, False])
+def test_kernels_have_segments_if_documents_are_separate(mesh, separate):
+    specs = _kernels(with_values(C, {"data.separate_documents": separate}), mesh)
+    assert [spec.segments for spec in specs] == [separate] * 2
 
 
 def test_kernels_that_are_no_hops_take_their_share_of_attention(mesh):

@@ -87,8 +87,8 @@ class Step:
         return step_heads(self.config.model, self.mesh)
 
     def kernels(self) -> list[KernelSpec]:
-        """Returns the kernels of a hop. A batch always has segment ids."""
-        return ring_kernels(self.ring, self.heads, segments=True)
+        """Returns the kernels of a hop."""
+        return ring_kernels(self.ring, self.heads, segments=self.config.data.separate_documents)
 
     def useful_flops(self, layers: int | None = None) -> float:
         """Returns the useful FLOPs of an update per device, for rows of one document; `layers`: of so many layers only,

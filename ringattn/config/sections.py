@@ -32,6 +32,9 @@ class Data:
     """Tokens per row (L)."""
     overlap: int = 0
     """Number of tokens by which consecutive rows of one document overlap. Overlapping tokens count once in the loss."""
+    separate_documents: bool = True
+    """Tokens attend only within their document. False: a row is one sequence, across the boundaries of its documents;
+    kernel cudnn (GPU) needs this."""
     frame_size: tuple[int, ...] = (32, 48)
     """Height and width to which video frames are resized; multiples of 4, because a token is a 4 x 4 patch."""
     validation: float = 0.05

@@ -20,7 +20,7 @@ def step_flops(c: config.Config, vocabulary: int, batch: Batch) -> int:
     optimizer are not counted. `vocabulary` is the tokenizer's vocabulary size, used unless `model.vocabulary` is set.
     """
     vocabulary = c.model.vocabulary or vocabulary
-    tokens = int(np.count_nonzero(batch.segment_ids >= 0))
+    tokens = int(np.count_nonzero(_unpadded(batch.positions, batch.segment_ids)))
     pairs = 0
     for kind, layers in layer_kinds(c.model).items():
         window = layer_mask(c.model, kind).left
@@ -51,16 +51,22 @@ def product_weights(c: config.Model, vocabulary: int) -> int:
     return c.layers * c.dim * (attention + 3 * c.feed_forward) + vocabulary * c.dim
 
 
-def visible_pairs(positions: np.ndarray, segment_ids: np.ndarray, window: int | None) -> int:
+def visible_pairs(positions: np.ndarray, segment_ids: np.ndarray | None, window: int | None) -> int:
     """Returns the number of unmasked (query, key) pairs under a causal mask.
 
     Args:
       positions: int32 [B, L], counted from the start of each segment.
-      segment_ids: int32 [B, L]; negative ids are padding, which neither attends nor is attended to.
+      segment_ids: int32 [B, L]; negative ids are padding, which neither attends nor is attended to. None: each row is
+        one segment.
       window: number of preceding tokens that a token attends to, besides itself; None for its whole segment.
     """
     preceding = positions if window is None else np.minimum(positions, window)
-    return int(np.sum(preceding + 1, where=segment_ids >= 0, dtype=np.int64))
+    return int(np.sum(preceding + 1, where=_unpadded(positions, segment_ids), dtype=np.int64))
+
+
+def _unpadded(positions: np.ndarray, segment_ids: np.ndarray | None) -> np.ndarray:
+    """Returns True for the tokens that are not padding, boolean [B, L]."""
+    return np.ones(positions.shape, bool) if segment_ids is None else segment_ids >= 0
 
 
 def document_pairs(length: int, window: int | None) -> int:

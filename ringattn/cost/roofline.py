@@ -10,6 +10,7 @@ import re
 from functools import cached_property
 from typing import NamedTuple
 
+from ringattn.cost.flops import document_pairs
 from ringattn.cost.program import Op, Program
 
 BITS = {"pred": 8, "bf16": 16, "f16": 16, "f8e4m3fn": 8, "f8e5m2": 8, "c64": 64, "c128": 128}
@@ -111,9 +112,17 @@ class Roofline:
 
     @staticmethod
     def _attention_flops(named: dict[str, Op], op: Op) -> int:
-        """Returns the FLOPs of a cuDNN attention call, all pairs visible, of query and key in layout BTNH or BNTH."""
+        """Returns the FLOPs of a cuDNN attention call on visible pairs, of query and key in layout BTNH or BNTH.
+
+        A causal call has as many keys as queries.
+        """
         query, key = (arrays(named[name].shape)[0] for name in op.operands[:2])
-        pairs = math.prod(query.dims) * math.prod(key.dims) // max(math.prod(key.dims[:1]), 1)
-        heads = min(key.dims[1:3])
+        keys, depth = max(key.dims[1:3]), key.dims[-1]
+        rows = math.prod(query.dims) // depth  # queries of all heads and sequences
+        pairs = rows * keys
+        if re.search(r'"mask_type": ?"CAUSAL"', op.rest):
+            window = re.search(r'"sliding_window_length": ?"?(\d+)', op.rest)
+            visible = int(window[1]) if window else 0  # with the query's own key; 0 without a window
+            pairs = rows // keys * document_pairs(keys, visible - 1 if visible else None)
         products = 5 if "Backward" in op.rest else 2
-        return 2 * products * pairs // (key.dims[-1] * heads)
+        return 2 * products * pairs * depth

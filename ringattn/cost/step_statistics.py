@@ -39,7 +39,8 @@ def attention_statistics(c: config.Config, mesh: jax.sharding.Mesh) -> Statistic
         jax.ShapeDtypeStruct((rows, tokens, heads // sizes[TENSOR], c.model.head_dim), c.model.dtype)
         for heads in (c.model.heads, c.model.kv_heads)
     )
-    layout, device_kind = c.attention.layout, mesh.devices.flat[0].device_kind
+    layout, segments = c.attention.layout, c.data.separate_documents
+    device_kind = mesh.devices.flat[0].device_kind
     # Like attention(), which runs a plain ring over both axes if either has size 1.
     over = (outer, inner) if c.attention.strategy == "usp" or min(outer, inner) > 1 else outer * inner
     kinds, forward, backward = {}, 0, 0
@@ -47,9 +48,10 @@ def attention_statistics(c: config.Config, mesh: jax.sharding.Mesh) -> Statistic
         mask, strategy = layer_mask(c.model, kind), c.attention.strategy
         if strategy == "auto":
             strategy = strategy_for(query, key, mask, layout, over, device_kind)
-        sent: Traffic = traffic(strategy, over, query, key, mask, layout)
+        sent: Traffic = traffic(strategy, over, query, key, mask, layout, segments)
         repeated = c.model.remat != "off" and strategy in ("ulysses", "usp")
-        exchanged = traffic("ulysses", inner if strategy == "usp" else outer * inner, query, key, mask, layout)
+        exchanging = inner if strategy == "usp" else outer * inner
+        exchanged = traffic("ulysses", exchanging, query, key, mask, layout, segments)
         calls = layers * c.train.accumulate
         forward += calls * sent.forward
         again = sent.forward if RECOMPUTED[c.model.remat][1] else repeated * exchanged.forward

@@ -8,19 +8,20 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from ringattn.config import Data, option
 from ringattn.data.corpus import Corpus, cut_long
 from ringattn.data.dataset import Splits, read
 from ringattn.data.mixture import Mixture, integer_counts
-from ringattn.data.packing import Batch, PackedRows
+from ringattn.data.packing import Arrays, Batch, PackedRows, concatenate
 from ringattn.data.tokenizer import Tokenizer
 
 _PREFETCHED = 2  # batches prepared ahead of the device
 
-ReadRows = Callable[[PackedRows, np.ndarray, np.ndarray], tuple[np.ndarray, ...]]
-"""Takes rows, row indices [B] and their indices in the batch [B]; returns arrays [B, L]."""
+ReadRows = Callable[[PackedRows, np.ndarray, np.ndarray], Arrays]
+"""Takes rows, row indices [B] and their indices in the batch [B]; returns a batch or an array [B, L]."""
 
 
 class Seed(NamedTuple):
@@ -29,13 +30,25 @@ class Seed(NamedTuple):
     """Index of the stage. Stages shuffle documents and rows differently."""
 
 
+class Packing(NamedTuple):
+    """How documents are packed into rows."""
+
+    overlap: int = 0
+    """Tokens by which the pieces of a document that is longer than a row overlap."""
+    separate_documents: bool = True
+    """See `PackedRows`."""
+
+
+SEPARATE = Packing()
+
+
 class Rows:
     """Rows of one corpus over all epochs. Each epoch shuffles documents, then rows, by (seed, epoch, stage)."""
 
-    def __init__(self, corpus: Corpus, seq_len: int, seed: Seed, overlap: int = 0):
+    def __init__(self, corpus: Corpus, seq_len: int, seed: Seed, packing: Packing):
         self.fingerprint: str = corpus.fingerprint  # before cut_long, so that it does not depend on seq_len
-        self._corpus = cut_long(corpus, seq_len, overlap) if overlap else corpus
-        self._seq_len, self._seed, self._overlap = seq_len, seed, overlap
+        self._corpus = cut_long(corpus, seq_len, packing.overlap) if packing.overlap else corpus
+        self._seq_len, self._seed, self._packing = seq_len, seed, packing
         self.per_epoch: int = self._corpus.count // seq_len
         self._epoch = lru_cache(maxsize=2)(self._pack)  # a batch spans at most two epochs
 
@@ -48,8 +61,8 @@ class Rows:
         """True unless masked prefixes cover all tokens."""
         return bool(np.any(self._corpus.masked_prefixes < self._corpus.lengths))
 
-    def rows(self, indices: np.ndarray, batch_rows: np.ndarray, read: ReadRows) -> list[np.ndarray]:
-        """Returns the arrays that `read` returns for the rows with `indices` ([B], ascending, across epochs).
+    def rows(self, indices: np.ndarray, batch_rows: np.ndarray, read: ReadRows[Arrays]) -> Arrays:
+        """Returns what `read` returns for the rows with `indices` ([B], ascending, across epochs).
 
         `batch_rows` ([B]) are the indices of the rows in the batch.
         """
@@ -58,7 +71,7 @@ class Rows:
         for epoch in np.unique(epochs):
             packed, order = self._epoch(int(epoch))
             batches.append(read(packed, order[rows[epochs == epoch]], batch_rows[epochs == epoch]))
-        return list(map(np.concatenate, zip(*batches, strict=True)))
+        return concatenate(batches)
 
     def _pack(self, epoch: int) -> tuple[PackedRows, np.ndarray]:
         """Returns the rows of an epoch, and a random permutation of them.
@@ -70,18 +83,17 @@ class Rows:
         bits = np.random.PCG64([self._seed.value, epoch, self._seed.stage])
         counts = self._corpus.starts.size, self.per_epoch
         pieces, rows = (np.argsort(np.atleast_1d(bits.random_raw(count)), kind="stable") for count in counts)
-        if self._overlap:
+        if self._packing.overlap:
             # Pieces that fill a row come first, so that each one, with its overlap, is exactly one row.
             pieces = pieces[np.argsort(self._corpus.lengths[pieces] < self._seq_len, kind="stable")]
-        return PackedRows(self._corpus, self._seq_len, pieces), rows
+        return PackedRows(self._corpus, self._seq_len, pieces, self._packing.separate_documents), rows
 
 
 class Loader:
     """Batches of packed rows of `corpora` over all epochs: `batch_size` rows per step, `seq_len` tokens per row.
 
     Rows of several corpora are mixed in the proportions `mixture`; with None, each row occurs once per epoch. A batch
-    at the end of an epoch is completed with rows of the next epoch. Pieces of documents longer than a row overlap by
-    `overlap` tokens. `name` is used in messages.
+    at the end of an epoch is completed with rows of the next epoch. `name` is used in messages.
 
     Raises ValueError if a single corpus has fewer rows than a batch, if one of several corpora has no full row, if all
     targets are masked out of the loss, or if `seed` is negative.
@@ -94,7 +106,7 @@ class Loader:
         batch_size: int,
         seed: Seed | int,
         name: str = "training",
-        overlap: int = 0,
+        packing: Packing = SEPARATE,
         mixture: tuple[float, ...] | None = None,
     ):
         seed = seed if isinstance(seed, Seed) else Seed(seed)
@@ -103,7 +115,7 @@ class Loader:
         for field, value in (("data.seq_len", seq_len), ("train.batch_size", batch_size)):
             if value < 1:
                 raise ValueError(f"{option(field)}={value} must be at least 1")
-        self._sources = [Rows(corpus, seq_len, seed, overlap) for corpus in corpora]
+        self._sources = [Rows(corpus, seq_len, seed, packing) for corpus in corpora]
         for source in self._sources:
             _check_rows(source.tokens, seq_len, batch_size if len(corpora) == 1 else None, name)
         if not any(source.has_targets for source in self._sources):
@@ -128,14 +140,14 @@ class Loader:
         def read(packed: PackedRows, rows: np.ndarray, batch_rows: np.ndarray) -> Batch:
             return packed.rows(rows, None if needed is None else needed[batch_rows])
 
-        return Batch(*self._read(step, read))
+        return self._read(step, read)
 
     def text_bytes(self, step: int) -> np.ndarray:
         """Returns the number of bytes of text of each target of `batch(step)`: [batch_size, seq_len] int32."""
-        return self._read(step, lambda packed, rows, batch_rows: (packed.text_bytes(rows),))[0]
+        return self._read(step, lambda packed, rows, batch_rows: packed.text_bytes(rows))
 
-    def _read(self, step: int, read: ReadRows) -> list[np.ndarray]:
-        """Returns the arrays that `read` returns for the rows of the batch of `step`."""
+    def _read(self, step: int, read: ReadRows[Arrays]) -> Arrays:
+        """Returns what `read` returns for the rows of the batch of `step`."""
         batch_rows = np.arange(self._batch_size)
         rows = step * self._batch_size + batch_rows
         if len(self._sources) == 1:
@@ -144,7 +156,7 @@ class Loader:
         drawn = {int(source): batch_rows[sources == source] for source in np.unique(sources)}
         batches = [self._sources[source].rows(indices[drawn[source]], drawn[source], read) for source in drawn]
         inverse = np.argsort(np.concatenate(list(drawn.values())))
-        return [np.concatenate(arrays)[inverse] for arrays in zip(*batches, strict=True)]
+        return jax.tree.map(lambda array: array[inverse], concatenate(batches))
 
 
 def fingerprint(corpora: Sequence[str], mixture: tuple[float, ...] | None) -> str:
@@ -206,6 +218,6 @@ def make_loaders(splits: Splits, data: Data, batch_size: int, seed: int, stage: 
     The order of validation rows does not depend on seed or stage, so that runs of equal seq_len are comparable. Raises
     ValueError: see `Loader`.
     """
-    options = data.overlap, data.mixture
+    options = Packing(data.overlap, data.separate_documents), data.mixture
     training = Loader(splits.training, data.seq_len, batch_size, Seed(seed, stage), "training", *options)
     return training, Loader(splits.validation, data.seq_len, batch_size, 0, "validation", *options)

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Integer
 
 from ringattn.data import Batch
+from ringattn.data.packing import concatenate
 from ringattn.model.scoring import Scores
 
 ScoreFn = Callable[[Iterable[Batch]], Iterator[Scores]]
@@ -15,10 +16,12 @@ ScoreFn = Callable[[Iterable[Batch]], Iterator[Scores]]
 
 
 def as_batch(tokens: Integer[np.ndarray, " L"], targets: Integer[np.ndarray, " L"]) -> Batch:
-    """A batch [1, L] of one row that is a single document; every target has weight 1."""
+    """A batch [1, L] of one row that is a single document, so without segment ids; every target has weight 1."""
     positions, weights = np.arange(tokens.size, dtype=np.int32), np.ones(tokens.size, np.float32)
-    arrays = tokens.astype(np.int32), targets.astype(np.int32), positions, np.zeros_like(positions), weights
-    return Batch(*(array[None] for array in arrays))
+    tokens, targets, positions, weights = (
+        array[None] for array in (tokens.astype(np.int32), targets.astype(np.int32), positions, weights)
+    )
+    return Batch(tokens, targets, positions, None, weights)
 
 
 def score_in_batches(score: ScoreFn, rows: Iterable[Batch], size: int) -> Iterator[tuple[Batch, Scores]]:
@@ -31,13 +34,9 @@ def score_in_batches(score: ScoreFn, rows: Iterable[Batch], size: int) -> Iterat
 
     def padded() -> Iterator[Batch]:
         while group := list(islice(remaining, size)):
-            unpadded.append(_concatenate(group))
-            yield _concatenate(group + [group[0]] * (size - len(group)))
+            unpadded.append(concatenate(group))
+            yield concatenate(group + [group[0]] * (size - len(group)))
 
     for scores in score(padded()):
         batch = unpadded.popleft()
         yield batch, Scores(*(array[: len(batch.tokens)] for array in scores))
-
-
-def _concatenate(batches: list[Batch]) -> Batch:
-    return Batch(*map(np.concatenate, zip(*batches, strict=True)))

@@ -129,6 +129,9 @@ def check_kernel(run: config.Config, platform: str) -> None:
     if run.attention.kernel == "pallas" and platform == "cpu":
         rule = "trains on TPUs only: on CPU devices an interpreter runs it, which has no rematerialization"
         raise ValueError(f"attention.kernel='pallas' {rule}; use --attention.kernel auto")
+    if run.attention.kernel == "cudnn" and run.data.separate_documents:
+        rule = "cannot keep documents separate; use --attention.kernel auto, or --data.separate_documents False"
+        raise ValueError(f"attention.kernel='cudnn' {rule}")
 
 
 def check_sizes(run: config.Config, sizes: Mapping[str, int]) -> None:

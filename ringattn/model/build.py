@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
@@ -48,7 +49,7 @@ def make_forward(make_model: MakeModel) -> Forward:
 
     def forward(params: Params, batch: Batch):
         model = nnx.merge(graphdef, params)
-        hidden = model(*map(jnp.asarray, (batch.tokens, batch.positions, batch.segment_ids)))
+        hidden = model(*jax.tree.map(jnp.asarray, (batch.tokens, batch.positions, batch.segment_ids)))
         return hidden, model.output_table(), output_soft_cap(model.config)
 
     return forward

@@ -102,7 +102,11 @@ class Attention(nnx.Module):
         return qkv_projection(x, norms, weights, biases, angles, self.config.dtype, group)
 
     def heads(
-        self, x: Float[Array, "B L E"], angles: tuple[Array, Array], segment_ids: Int[Array, "B L"], kind: LayerKind
+        self,
+        x: Float[Array, "B L E"],
+        angles: tuple[Array, Array],
+        segment_ids: Int[Array, "B L"] | None,
+        kind: LayerKind,
     ) -> Float[Array, "B L H D"] | Float[Array, "groups B L h D"]:
         """Returns the output of all heads; with `head_groups`, group by group, as in UPipe (arXiv 2602.21196)."""
 
@@ -156,7 +160,11 @@ class Layer(nnx.Module):
         self.attention, self.feed_forward = Attention(c, attend, rngs), FeedForward(c, rngs)
 
     def __call__(
-        self, x: Float[Array, "B L E"], angles: tuple[Array, Array], segment_ids: Int[Array, "B L"], kind: LayerKind
+        self,
+        x: Float[Array, "B L E"],
+        angles: tuple[Array, Array],
+        segment_ids: Int[Array, "B L"] | None,
+        kind: LayerKind,
     ) -> Float[Array, "B L E"]:
         return self.finish(x, self.attention.heads(x, angles, segment_ids, kind))
 
@@ -215,14 +223,14 @@ class Transformer(nnx.Module):
             self.unembedding = init_normal(rngs, (rows, c.dim), 0.02, P(TENSOR, FSDP))
 
     def __call__(
-        self, tokens: Int[Array, "B L"], positions: Int[Array, "B L"], segment_ids: Int[Array, "B L"]
+        self, tokens: Int[Array, "B L"], positions: Int[Array, "B L"], segment_ids: Int[Array, "B L"] | None
     ) -> Float[Array, "B L E"]:
         """Returns hidden states in the compute dtype, after the final norm.
 
         The arguments are int32, in the layout that `attention` expects. Positions are counted from the start of each
-        segment.
+        segment. Without segment ids, a row is one sequence.
         """
-        tokens, positions, segment_ids = (jax.reshard(x, TOKENS) for x in (tokens, positions, segment_ids))
+        tokens, positions, segment_ids = jax.reshard((tokens, positions, segment_ids), TOKENS)
         c, angles = self.config, layer_rotations(self.config, positions)
         graphdef, params = nnx.split(self.layers)
 
@@ -248,7 +256,7 @@ class Transformer(nnx.Module):
         return embeddings * jnp.asarray(c.dim**0.5, c.dtype)  # rounded to the compute dtype, as Gemma was trained
 
     def logits(
-        self, tokens: Int[Array, "B L"], positions: Int[Array, "B L"], segment_ids: Int[Array, "B L"]
+        self, tokens: Int[Array, "B L"], positions: Int[Array, "B L"], segment_ids: Int[Array, "B L"] | None
     ) -> Float[Array, "B L V"]:
         """Returns float32 next-token logits: B * L * V * 4 bytes, sharded over the data and context axes."""
         hidden = self(tokens, positions, segment_ids)

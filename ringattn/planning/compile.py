@@ -226,14 +226,12 @@ def required_vocabulary(c: config.Model) -> int:
 
 
 def _abstract_batch(c: config.Config, mesh: jax.sharding.Mesh) -> Batch:
-    """Arrays [microbatches, B / microbatches, L]."""
+    """Arrays [microbatches, B / microbatches, L]; segment ids as in `data.PackedRows`."""
     count = c.train.accumulate
     shape, sharding = (count, c.train.batch_size // count, c.data.seq_len), jax.NamedSharding(mesh, P(None, *TOKENS))
-    dtypes = dict.fromkeys(Batch._fields, jnp.int32) | {"weights": jnp.float32}
-    arrays: dict[str, Any] = {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()
-    }
-    return Batch(**arrays)
+    ids: Any = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
+    weights: Any = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
+    return Batch(ids, ids, ids, ids if c.data.separate_documents else None, weights)
 
 
 def shard_bytes(tree: Any) -> int:

@@ -154,7 +154,7 @@ def _exposed(c: config.Config, sizes: Mapping[str, int], machine: Machine, mask:
     dtype = jnp.dtype(call.dtype)
     query = jax.ShapeDtypeStruct((call.batch, call.queries, call.heads, call.head_dim), dtype)
     key = jax.ShapeDtypeStruct((call.batch, call.keys, call.kv_heads, call.head_dim), dtype)
-    sent = traffic(strategy, shards, query, key, mask, layout)
+    sent = traffic(strategy, shards, query, key, mask, layout, segments=c.data.separate_documents)
     passes = 1 + sent.backward / max(sent.forward, 1)
     if RECOMPUTED[c.model.remat][1]:
         return forward * (passes + 1)

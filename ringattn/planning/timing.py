@@ -75,9 +75,9 @@ def compiling_step_kernels(c: config.Config, topology: str, mesh: jax.sharding.M
 
 
 def _kernels(c: config.Config, mesh: jax.sharding.Mesh) -> list[KernelSpec]:
-    """Returns the kernels of a hop of the first kind of layers. A batch always has segment ids."""
+    """Returns the kernels of a hop of the first kind of layers."""
     kind, heads = _kind(mesh), step_heads(c.model, mesh)
-    specs = ring_kernels(step_rings(c, mesh)[0][1], heads, segments=True)
+    specs = ring_kernels(step_rings(c, mesh)[0][1], heads, segments=c.data.separate_documents)
     if kind not in CYCLE_FLOPS or c.attention.kernel == "xla":
         return []
     try:
@@ -167,7 +167,8 @@ def _kind(mesh: jax.sharding.Mesh) -> str:
 
 
 def _is_kernel(op: Op) -> bool:
-    return 'custom_call_target="tpu_custom_call"' in op.rest
+    """Returns True for an attention kernel: a Pallas kernel on TPUs, cuDNN on GPUs."""
+    return 'custom_call_target="tpu_custom_call"' in op.rest or 'custom_call_target="__cudnn$fmha' in op.rest
 
 
 def _kernel_seconds(

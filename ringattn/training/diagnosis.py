@@ -159,8 +159,8 @@ def _make_forward(make_model: MakeModel, vocabulary: int) -> Callable[[Params, B
 
     def forward(params: Params, batch: Batch) -> FiniteRows:
         model = nnx.merge(graphdef, params)
-        ids = (batch.tokens, batch.positions, batch.segment_ids)
-        tokens, positions, segment_ids = (jax.reshard(jnp.asarray(x), TOKENS) for x in ids)
+        ids = jax.tree.map(jnp.asarray, (batch.tokens, batch.positions, batch.segment_ids))
+        tokens, positions, segment_ids = jax.reshard(ids, TOKENS)
         angles, (layer_graphdef, layer_params) = layer_rotations(model.config, positions), nnx.split(model.layers)
 
         def layer(carry: Any, values: Params, where: Place) -> Any:
@@ -227,7 +227,7 @@ class _Gradient:
         # Copies replace the other rows: a weight of 0 alone would not do, because 0 times infinity is NaN.
         index = np.where(np.isin(self.rows, rows), self.rows, rows[0])
         weights = self._batch.weights * np.isin(self.rows, rows).astype(np.float32)[:, None]
-        batch = Batch(*(array[index] for array in self._batch._replace(weights=weights)))
+        batch = jax.tree.map(lambda array: array[index], self._batch._replace(weights=weights))
         return _not_finite(self._finite(self._params, self._run.place(batch)))[::-1]
 
 

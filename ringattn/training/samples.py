@@ -52,8 +52,11 @@ def sample(
 
 
 def beginnings(rows: Batch) -> list[Int[np.ndarray, " tokens"]]:
-    """Returns the beginnings of the first documents of SEQUENCES rows: PROMPT_TOKENS, or 5/8 of a short document."""
+    """Returns the beginnings of the first documents of SEQUENCES rows: PROMPT_TOKENS, or 5/8 of a short document.
+
+    Without segment ids, returns the beginnings of the rows.
+    """
     share = PROMPT_TOKENS / (PROMPT_TOKENS + NEW_TOKENS)
-    sizes = (rows.segment_ids == rows.segment_ids[:, :1]).sum(1)
+    sizes = (rows.positions == np.arange(rows.positions.shape[1])).sum(1)  # positions restart at the next document
     lengths = np.clip((sizes * share).astype(int), 1, PROMPT_TOKENS)
     return [row[:length] for row, length in zip(rows.tokens[:SEQUENCES], lengths, strict=False)]
