@@ -65,7 +65,8 @@ HOST_BANDWIDTH = 16e9
 """Bandwidth between a device and its host in bytes/s, one way, where `HOST_LINKS` has no other: that of TPUs up to v5p
 (https://jax-ml.github.io/scaling-book/tpus), and half of a PCIe 4.0 x16 slot."""
 HOST_LINKS = {"TPU v6 lite": 32e9, "NVIDIA H100 80GB HBM3": 64e9, "NVIDIA H200": 64e9, "NVIDIA B200": 64e9}
-"""The same by device: v6e from the same source, GPUs with PCIe 5.0 x16 from their data sheets."""
+"""Bandwidth between a device and its host in bytes/s, one way, by `device_kind`: v6e from the same source, GPUs with
+PCIe 5.0 x16 from their data sheets."""
 HOST_MEMORY = {
     "TPU v3": 340e9 / 8,  # v3-8
     "TPU v4": 407e9 / 8,  # ct4p-hightpu-4t; plans compile for half chips

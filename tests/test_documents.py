@@ -107,13 +107,14 @@ def test_the_kernel_for_gpus_serves_rows_that_are_one_sequence(base, make_mesh, 
     expected = measured(separate(c), mesh, as_one_segment)
     assert calls == []
     found = measured(c, mesh)
-    assert [found[name] for name in ("loss", "grad_norm")] == pytest.approx(
-        [expected[name] for name in ("loss", "grad_norm")], rel=0.02
-    )
+    documents = measured(separate(c), mesh)
+    for name in ("loss", "grad_norm"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-4)
+        assert found[name] != pytest.approx(documents[name], rel=5e-4)
     assert set(calls) == {"forward", "backward"}
 
 
-def test_where_numbers_are_not_finite_is_found(base, make_mesh):
+def test_diagnosis_and_samples_take_rows_without_segment_ids(base, make_mesh):
     with jax.set_mesh(mesh := make_mesh(context=4)):
         run: Run = prepare_stage(base, mesh)
         params = run.initial_state().params

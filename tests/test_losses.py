@@ -64,22 +64,6 @@ def test_bits_per_byte_count_the_source(tmp_path, measure):
     assert result["bits_per_byte"] == pytest.approx(8 * 4 / len(source.encode()), rel=1e-6)
 
 
-@pytest.mark.parametrize("separate", [True, False])
-def test_rows_of_a_kind_are_packed_as_in_training(separate):
-    tokenizer, rng, batches = load_tokenizer("bytes"), np.random.default_rng(0), []
-    documents = [Document(f"{number}.txt", rng.bytes(50)) for number in range(9)]
-    corpus, _, kinds, _ = build_corpus(encode(documents, tokenizer), tokenizer)
-
-    def oracle(given):
-        for batch in given:
-            batches.append(batch)
-            yield Scores(np.ones(batch.targets.shape, np.float32), batch.targets)
-
-    losses.by_kind(oracle, config.Evaluation(), losses.Text([corpus], [kinds], separate), 128)
-    assert [batch.segment_ids is not None for batch in batches] == [separate] * len(batches)
-    assert max(int(batch.positions.max()) for batch in batches) == (50 if separate else 127)
-
-
 def test_changes_are_paired_by_row():
     """Rows that are difficult at every length do not affect the change. Its error is that of paired differences."""
     results = [

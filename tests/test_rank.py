@@ -171,8 +171,14 @@ def test_the_first_candidate_that_fits_is_chosen():
     assert f"chosen: {plan.chosen}, estimated" in text
     assert "disagree with the estimates" in text
     assert "4 s per step against 7 s" in text
-    agreeing = ranked(LLAMA, V5P, lambda c: Outcome(None, 1, 1.0), compiled=4)
-    assert "none of 4 is faster by more than 0.5%" in agreeing.reasons[-1]
+
+
+@pytest.mark.parametrize(("slower", "agree"), [(1.004, True), (1.006, False)])
+def test_times_within_half_a_percent_are_equal(slower, agree):
+    times = iter([slower, 1.0, 1.0, 1.0])
+    reasons = ranked(LLAMA, V5P, lambda c: Outcome(None, 1, next(times)), compiled=4).reasons
+    assert ("none of 4 is faster by more than 0.5%" in reasons[-1]) == agree
+    assert ("disagree with the estimates" in reasons[-1]) != agree
 
 
 def test_candidates_that_cannot_fit_are_not_compiled():

@@ -1,5 +1,6 @@
 """Hidden and exposed transfers, from schedules written by hand and from a compiled one."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -188,6 +189,14 @@ def test_copies_to_and_from_the_host_have_links_of_their_own():
     on_gpu = text.replace("dynamic-slice-start(", "fusion-start(").replace("%in.start", "%dynamic-slice-start.4")
     (same,) = [each for each in run(on_gpu, GPUS)[1] if each.op == "copy from host"]
     assert (same.bytes, same.hidden, same.link_seconds) == (32_000_000, 1, 0.5e-3)
+    in_vmem = run(text.replace(piece, piece.replace("T(8,128)", "T(8,128)S(1)")))[1]
+    assert in_vmem == [replace(each, array=new.array) for each, new in zip(run(text)[1], in_vmem, strict=True)]
+    (late,) = [
+        each
+        for each in run(text.replace("  %in = ", "  %other = ").replace("(%in.start)", "(%x)"))[1]
+        if each.op == "copy from host"
+    ]
+    assert (late.is_asynchronous, late.hidden) == (False, 0)
     timeline, found = run(text)
     copies = [each for each in found if each.op.startswith("copy")]
     assert [(each.op, each.part) for each in copies] == [

@@ -137,6 +137,11 @@ def test_counts_are_averaged_over_kinds_of_layers():
     assert found == {call: CallCycles(40 + 4 * 10**6, 2 * 10**6)}
 
 
+def test_tiles_of_a_strategy_that_is_not_chosen_yet_are_unknown():
+    with pytest.raises(ValueError, match="must be one of ring, usp, gather, ulysses"):
+        step_trips(with_values(C, {"attention.strategy": "auto"}), jax.make_mesh((1, 1, 8, 1), AXES), KIND)
+
+
 @pytest.mark.parametrize("window", [None, 600])
 @pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from ringattn.cost.cycles import CYCLE_FLOPS, KernelSchedule
 from ringattn.cost.program import Cost, Program
 from ringattn.cost.visited import Ring, ring_counts
 from ringattn.environment import environment
+from ringattn.hardware import chip_name
 from ringattn.planning.devices import devices_of
 from ringattn.planning.kernel_schedules import kernel_schedules
 from ringattn.runs.files import write_json
@@ -186,8 +187,8 @@ def program_row(
 
 
 def device_kind(topology: str) -> str:
-    """Returns the `device_kind` of a topology. Raises ValueError unless its cycles are known."""
-    kind = devices_of(topology)[0].device_kind
+    """Returns the `chip_name` of a topology. Raises ValueError unless its cycles are known."""
+    kind = chip_name(devices_of(topology))
     if kind not in CYCLE_FLOPS:
         raise ValueError(f"--topology {topology}: cycles are known for TPUs; use one such as v5e:2x4")
     return kind

@@ -161,12 +161,16 @@ def step_heads(c: config.Model, mesh: jax.sharding.Mesh) -> Heads:
 def step_trips(c: config.Config, mesh: jax.sharding.Mesh, kind: str) -> TileTrips:
     """Returns the trips of a call of the kernel "xla" in a step, averaged over all layers.
 
-    The strategies gather, ulysses and usp attend to more keys in a call than a ring over all context axes.
+    The strategies gather, ulysses and usp attend to more keys in a call than a ring over all context axes. Raises
+    ValueError for the strategy "auto".
     """
     length = c.data.seq_len
     kernel = choose_kernel("xla", **step_heads(c.model, mesh)._asdict(), device_kind=kind).kernel
     assert isinstance(kernel, Xla)
-    shards = {"ring": context_shards(mesh), "usp": mesh.shape[CONTEXT_OUTER]}.get(c.attention.strategy, 1)
+    possible = {"ring": context_shards(mesh), "usp": mesh.shape[CONTEXT_OUTER], "gather": 1, "ulysses": 1}
+    shards = possible.get(c.attention.strategy)
+    if shards is None:
+        raise ValueError(f"attention.strategy={c.attention.strategy!r} must be one of {', '.join(possible)}")
     full = partial = 0.0
     for layers, ring in step_rings(c, mesh):
         own = ring._replace(members=shards, local=length // shards)

@@ -40,9 +40,9 @@ class TileTrips(NamedTuple):
     """Mean trips of the kernel "xla" per tile of queries, which depend on data."""
 
     full: float
-    """Of its loop over tiles of keys without a mask."""
+    """Trips of the loop over tiles of keys without a mask."""
     partial: float
-    """Of the following loop over those with one."""
+    """Trips of the following loop, over tiles with a mask."""
     keys: int
     """Number of keys of the call. A call with fewer keys has proportionally fewer trips."""
 
@@ -77,7 +77,7 @@ class Program:
     Attributes:
       computations: the ops of each computation, by name.
       entry: name of the computation that runs first.
-      tile_trips: those of the kernel "xla"; None if the program has none.
+      tile_trips: trips of the kernel "xla"; None if the program does not contain it.
     """
 
     def __init__(self, text: str, tile_trips: TileTrips | None = None):
@@ -181,10 +181,17 @@ class Program:
 
 
 def _keys(op: Op, default: int) -> int:
-    """Returns M of the key [B, G, M, D] that a loop of the kernel "xla" carries beside the query [B, G, R, L, D]."""
+    """Returns M of the key [B, G, M, D] that a loop of the kernel "xla" carries beside the query [B, G, R, L, D].
+
+    Returns `default` if it carries no query.
+    """
     carried = [[int(n) for n in dims.split(",") if n] for _, dims in _SHAPE.findall(op.shape)]
-    widths = {dims[-1] for dims in carried if len(dims) == 5}
-    return next((dims[2] for dims in carried if len(dims) == 4 and dims[3] in widths), default)
+    query = next((dims for dims in carried if len(dims) == 5), None)
+    if query is None:
+        return default
+    B, G, R, L, D = query
+    keys = (dims[2] for dims in carried if [*dims[:2], *dims[3:]] == [B, G, D] and dims != [B, G, R, L])
+    return next(keys, default)
 
 
 def _constant(op: Op) -> int | None:

@@ -29,6 +29,7 @@ class Array(NamedTuple):
     """Its size, 0 in a memory other than the device's main memory."""
     size: int
     """Its size in any memory, in bytes."""
+    on_host: bool
 
 
 def arrays(shape: str) -> list[Array]:
@@ -38,8 +39,9 @@ def arrays(shape: str) -> list[Array]:
         bits = BITS.get(dtype) or int(re.sub(r"\D", "", dtype) or 32)
         sizes = tuple(int(n) for n in dims.split(",") if n)
         size = math.prod(sizes) * bits // 8
-        outside = _ON_CHIP.search(layout) is not None or "S(5)" in layout
-        found.append(Array(sizes, 0 if outside else size, size))
+        on_host = "S(5)" in layout
+        outside = on_host or _ON_CHIP.search(layout) is not None
+        found.append(Array(sizes, 0 if outside else size, size, on_host))
     return found
 
 

@@ -16,12 +16,9 @@ ScoreFn = Callable[[Iterable[Batch]], Iterator[Scores]]
 
 
 def as_batch(tokens: Integer[np.ndarray, " L"], targets: Integer[np.ndarray, " L"]) -> Batch:
-    """A batch [1, L] of one row that is a single document, so without segment ids; every target has weight 1."""
+    """A batch [1, L] of one row that is one sequence; every target has weight 1."""
     positions, weights = np.arange(tokens.size, dtype=np.int32), np.ones(tokens.size, np.float32)
-    tokens, targets, positions, weights = (
-        array[None] for array in (tokens.astype(np.int32), targets.astype(np.int32), positions, weights)
-    )
-    return Batch(tokens, targets, positions, None, weights)
+    return Batch(tokens[None].astype(np.int32), targets[None].astype(np.int32), positions[None], None, weights[None])
 
 
 def score_in_batches(score: ScoreFn, rows: Iterable[Batch], size: int) -> Iterator[tuple[Batch, Scores]]:

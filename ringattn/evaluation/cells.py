@@ -156,15 +156,12 @@ def _chat_template(subject: Subject, c: config.Evaluation) -> ChatTemplate | Non
 
 
 def _read_text(subject: Subject, first: Subject, c: config.Evaluation) -> losses.Text:
-    """Returns the text at `c.path`, or the run's held-out text, packed as in the training of `subject`.
+    """Returns the text at `c.path`, or the run's held-out text. Raises ValueError if the latter has changed.
 
-    `model.weights` has no held-out text. It is compared with runs on the text that the `first` one held out. Raises
-    ValueError if the held-out text has changed.
+    `model.weights` has no held-out text. It is compared with runs on the text that the `first` one held out.
     """
-    separate = subject.stage.data.separate_documents
     if c.path is not None:
-        corpora, kinds = read_all(replace(subject.stage.data, path=c.path, mixture=None), subject.tokenizer)
-        return losses.Text(corpora, kinds, separate)
+        return losses.Text(*read_all(replace(subject.stage.data, path=c.path, mixture=None), subject.tokenizer))
     fix = "choose a text for the losses with --path"
     if subject.step is None and first.step is None:
         raise ValueError(f"{subject.name} has no held-out text; {fix}")
@@ -181,7 +178,7 @@ def _read_text(subject: Subject, first: Subject, c: config.Evaluation) -> losses
     if stored not in (None, fingerprints):
         fix = "restore it, or choose other text with --path"
         raise ValueError(f"the text of data.path={data.path!r} has changed since {subject.name} was trained; {fix}")
-    return losses.Text(splits.validation, splits.kinds, separate)
+    return losses.Text(splits.validation, splits.kinds)
 
 
 def _results(
@@ -198,7 +195,7 @@ def _results(
             yield result, " (stored)"
             continue
         model, name = load(), f"{subject.name}: {cell.task}, {cell.length:,} tokens"
-        program = cell.length, cell.task == LOSSES[2] and text is not None and text.separate_documents
+        program = cell.length, cell.task == "loss_by_kind"  # whose rows alone have segment ids
         with display.subtask(name, c.samples, compiles=program not in compiled) as advance:
             result = asdict(cell) | _measure(_counted(model, advance), subject, c, cell, text)
         compiled.add(program)
@@ -221,7 +218,6 @@ def _cell_key(
     if cell.task in LOSSES:
         assert text is not None
         content += [text.fingerprint, losses.MAX_RANGES, c.lengths if cell.task == "loss_by_context" else None]
-        content.append(text.separate_documents)
     else:  # the tokens of one sample change with the haystack (the Python version) and with the wording of the task
         seed, chat = retrieval.sample_seeds(c)[0], _chat_template(subject, c)
         sample = question(cell.task, subject.tokenizer, cell.length, cell.depth or 0.0, seed, chat)

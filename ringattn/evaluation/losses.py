@@ -35,8 +35,6 @@ class Text:
     corpora: list[Corpus]
     kinds: list[list[str]]
     """The kind of each document, per corpus."""
-    separate_documents: bool = True
-    """See `PackedRows`."""
 
     @cached_property
     def fingerprint(self) -> str:
@@ -128,12 +126,12 @@ def changes(results: list[Result]) -> list[Mean]:
 
 
 def by_kind(score: ScoreFn, c: Evaluation, text: Text, length: int) -> Result:
-    """Loss of rows packed as in training, separately per kind of document. Also lists the kinds that fill no row."""
+    """Loss of packed rows, separately per kind of document. Also lists the kinds that do not fill one row."""
     totals: dict[str, Total] = {}
     for corpus, kinds in zip(text.corpora, text.kinds, strict=True):
         for kind in sorted(set(kinds)):
             chosen = corpus.take(np.array([other == kind for other in kinds]))
-            packed = PackedRows(chosen, length, np.arange(chosen.starts.size), text.separate_documents)
+            packed = PackedRows(chosen, length, np.arange(chosen.starts.size))
             total = totals.setdefault(kind, Total())
             numbers = (np.array([number]) for number in _draw(len(packed), c.samples, c.seed))
             rows = (total.count(packed.rows(number), packed.text_bytes(number)) for number in numbers)

@@ -65,7 +65,7 @@ class Plan:
     host_limit: int | None
     """Memory of a host per device; None if unknown, or if it is the device's memory."""
     collectives: list[Collective]
-    """All collectives of the schedule; empty if the compiler refused the step."""
+    """All collectives of the schedule, and copies to and from the host; empty if the compiler refused the step."""
     time: StepTime | None
     """None if the compiler refused the step, or if the speed of the device is unknown."""
     compile_seconds: float

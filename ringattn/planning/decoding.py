@@ -21,7 +21,7 @@ from ringattn.cost.program import Program
 from ringattn.generation import cache as caches
 from ringattn.generation.programs import Pending, compute_format, generation_model, make_programs
 from ringattn.generation.sampling import Sampling
-from ringattn.hardware import CHIPS
+from ringattn.hardware import CHIPS, chip_name
 from ringattn.mesh.axes import DATA, FSDP, abstract, describe_sizes
 from ringattn.mesh.devices import check_divisible, resolve
 from ringattn.mesh.topology import arrange_devices
@@ -107,7 +107,7 @@ def plan_decode(c: config.Config, topology: str, compiling: AbstractContextManag
     with jax.set_mesh(mesh), compiling or nullcontext():
         lowered, sizes = lower_decode(c.model, mesh, c.data.seq_len)
         compiled = lowered.compile()
-    kind, memory, text = devices[0].device_kind, program_memory(compiled), compiled.as_text() or ""
+    kind, memory, text = chip_name(devices), program_memory(compiled), compiled.as_text() or ""
     assert memory is not None
     chip, per_cycle = CHIPS.get(kind), CYCLE_FLOPS.get(kind)
     collectives = Counter(

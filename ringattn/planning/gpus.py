@@ -86,7 +86,7 @@ def gpu_devices(topology: str) -> Sequence[Any]:
     _find_tools()
     jax.config.update("jax_platforms", "cpu")
     try:
-        # In a run, too, the GPUs of a host are one slice.
+        # The compiler takes a slice for what NVLink connects; in a run, a slice is a host.
         shape, target = f"{hosts}x1x{gpus}", GPUS[name].target()
         return topologies.get_topology_desc(platform="cuda", topology=shape, target_config=target).devices
     except Exception as error:  # the plugin's errors have no narrower type

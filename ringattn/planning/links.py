@@ -1,4 +1,4 @@
-"""Time of collectives on the links between devices.
+"""Time of collectives on the links between devices, and of copies on the links to their hosts.
 
 A permute sends its operand to one neighbor. All other collectives are counted as on a ring of n devices, as XLA runs
 them along one axis of a torus (https://jax-ml.github.io/scaling-book/sharding): an all-gather or a reduce-scatter sends
@@ -24,9 +24,10 @@ _COPIES = ("copy-start", "dynamic-slice-start", "dynamic-update-slice-start")
 def host_copy(op: Op) -> str | None:
     """Returns the kind of the copy in `HOST_COPIES` that an op starts; None if it starts none."""
     name = op.name if op.kind == "fusion-start" else op.kind  # "fusion-start": the GPU compiler's
-    if not name.startswith(_COPIES) or "S(5)" not in op.shape:
+    found = arrays(op.shape)
+    if not name.startswith(_COPIES) or not any(array.on_host for array in found):
         return None
-    to_host = name.startswith("dynamic-update-slice") or (name.startswith("copy") and arrays(op.shape)[0].bytes == 0)
+    to_host = name.startswith("dynamic-update-slice") or (name.startswith("copy") and found[0].on_host)
     return HOST_COPIES[0] if to_host else HOST_COPIES[1]
 
 
@@ -50,7 +51,7 @@ class Links:
     def sent(self, kind: str, op: Op) -> Sent:
         """Returns the bytes and the time of a collective or a copy, of `kind`, of scheduled HLO."""
         if kind in HOST_COPIES:
-            own = max(array.bytes for array in arrays(op.shape))  # 0 of the arrays on the host
+            own = max(array.size for array in arrays(op.shape) if not array.on_host)
             bandwidth = HOST_LINKS.get(self._devices[0].device_kind, HOST_BANDWIDTH)
             return Sent(own, None if self.bandwidth is None else own / bandwidth)
         found = arrays(op.shape.partition(", u32[]")[0] if kind == "collective-permute" else op.shape)

@@ -17,7 +17,7 @@ from ringattn.planning.estimate import NOMINAL, Estimate, Machine, estimate, lea
 from ringattn.units import bytes_in_words
 
 EQUAL = 0.005
-"""Relative difference of step times that count as equal."""
+"""Step times within this relative difference count as equal."""
 
 
 class Limits(NamedTuple):

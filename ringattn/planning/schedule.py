@@ -84,7 +84,7 @@ class Timeline:
         self._count(program.entry, 1.0)
 
     def collectives(self) -> list[Collective]:
-        """Returns all collectives, in the order of their computations."""
+        """Returns all collectives and copies to and from the host, in the order of their computations."""
         found = []
         for name, transfers in self._transfers.items():
             around = Counter(filter(None, (_direction(op) for op in self._program.computations[name])))
@@ -131,6 +131,10 @@ class Timeline:
                 sent = self._links.sent(kind, inner)
                 now += sent.seconds or 0.0
                 transfers.append(_Transfer(inner, kind, sent, False, 0.0, sent.seconds or 0.0))
+            elif (copy := host_copy(op)) is not None:  # not asynchronous, or awaited in another computation
+                sent = self._links.sent(copy, op)
+                now += sent.seconds or 0.0
+                transfers.append(_Transfer(op, copy, sent, False, 0.0, sent.seconds or 0.0))
             else:
                 duration, compute = self._duration(computation, op)
                 now, computed = now + duration, computed + compute
@@ -181,7 +185,7 @@ class Timeline:
 
 
 def _serve(pending: dict[str, _Pending], seconds: float | int) -> None:
-    """Transfers for so many seconds what is pending on each link, first what is awaited first."""
+    """Advances the pending transfers of each link by `seconds`, first those that are awaited first."""
     unused = dict.fromkeys((*HOST_COPIES, ""), seconds)
     for each in sorted(pending.values(), key=lambda each: each.awaited):
         link = each.kind if each.kind in HOST_COPIES else ""

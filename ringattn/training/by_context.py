@@ -9,8 +9,8 @@ from jaxtyping import Float, Int
 FIRST_RANGE = 64
 """Size of the first range in tokens."""
 KEY_PREFIX = "eval/loss/"
-"""'eval/loss/64-127' is the loss of tokens with 64 to 127 preceding tokens that they attend to without a window: of
-their document, or of their row with data.separate_documents=False."""
+"""'eval/loss/64-127' is the loss of tokens with 64 to 127 preceding tokens in their document, or in their row with
+data.separate_documents=False."""
 
 
 def context_ranges(length: int) -> list[tuple[int, int]]:

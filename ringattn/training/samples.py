@@ -52,9 +52,9 @@ def sample(
 
 
 def beginnings(rows: Batch) -> list[Int[np.ndarray, " tokens"]]:
-    """Returns the beginnings of the first documents of SEQUENCES rows: PROMPT_TOKENS, or 5/8 of a short document.
+    """Returns the beginnings of the first sequences of SEQUENCES rows: PROMPT_TOKENS, or 5/8 of a short sequence.
 
-    Without segment ids, returns the beginnings of the rows.
+    A sequence is a document, or a row without segment ids.
     """
     share = PROMPT_TOKENS / (PROMPT_TOKENS + NEW_TOKENS)
     sizes = (rows.positions == np.arange(rows.positions.shape[1])).sum(1)  # positions restart at the next document
