@@ -14,7 +14,7 @@ from ringattn.attn.kernels import cudnn
 from ringattn.config.stages import with_values
 from ringattn.data import Batch, dataset
 from ringattn.training.diagnosis import diagnose
-from ringattn.training.stage import Run, prepare_stage
+from ringattn.training.stage import Run, kernel_notes, prepare_stage
 
 H100 = "NVIDIA H100 80GB HBM3"
 
@@ -112,6 +112,14 @@ def test_the_kernel_for_gpus_serves_rows_that_are_one_sequence(base, make_mesh, 
         assert found[name] == pytest.approx(expected[name], rel=1e-4)
         assert found[name] != pytest.approx(documents[name], rel=5e-4)
     assert set(calls) == {"forward", "backward"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "notes"), [(H100, True, 1), (H100, False, 0), ("TPU v5", True, 0), ("cpu", True, 0)]
+)
+def test_a_run_on_gpus_says_how_to_use_cudnn(base, kind, given, notes):
+    c = with_values(base, {"model.dtype": "bfloat16", "data.separate_documents": given})
+    assert sum("--data.separate_documents False" in note for note in kernel_notes(c, kind)) == notes
 
 
 def test_diagnosis_and_samples_take_rows_without_segment_ids(base, make_mesh):

@@ -10,6 +10,7 @@ import numpy as np
 from jax import NamedSharding, P
 
 from ringattn import config
+from ringattn.attn.kernels.registry import choose_kernel
 from ringattn.cost.flops import step_flops
 from ringattn.cost.step_statistics import Statistics, attention_statistics, memory_statistics
 from ringattn.data import Batch, Loader, Splits, Tokenizer, make_loaders, prefetch, read
@@ -206,3 +207,13 @@ def describe(run: Run, state: TrainState) -> Iterator[str]:
     numbers = f"{count_parameters(state.params):,} parameters, {tokens_per_step(c):,} tokens per step"
     yield f"{devices.size} {devices.flat[0].device_kind} devices, mesh {describe_sizes(run.mesh.shape)}, {numbers}"
     yield config.summary(c)
+    yield from kernel_notes(c, devices.flat[0].device_kind)
+
+
+def kernel_notes(c: config.Config, device_kind: str) -> Iterator[str]:
+    """Yields how attention could use a faster kernel on devices of `device_kind`."""
+    shape = {"heads": c.model.heads, "kv_heads": c.model.kv_heads, "head_dim": c.model.head_dim}
+    kernel = choose_kernel(c.attention.kernel, **shape, dtype=c.model.dtype, device_kind=device_kind)
+    if kernel.name == "cudnn" and c.data.separate_documents:
+        fix = "if each row may be one sequence, --data.separate_documents False is faster"
+        yield f"cuDNN cannot keep documents separate, so attention uses the slower kernel xla; {fix}"
