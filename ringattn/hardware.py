@@ -67,6 +67,13 @@ HOST_BANDWIDTH = 16e9
 HOST_LINKS = {"TPU v6 lite": 32e9, "NVIDIA H100 80GB HBM3": 64e9, "NVIDIA H200": 64e9, "NVIDIA B200": 64e9}
 """Bandwidth between a device and its host in bytes/s, one way, by `device_kind`: v6e from the same source, GPUs with
 PCIe 5.0 x16 from their data sheets."""
+
+
+def host_bandwidth(device_kind: str) -> float:
+    """Returns the bandwidth between a device and its host in bytes/s, one way."""
+    return HOST_LINKS.get(device_kind, HOST_BANDWIDTH)
+
+
 HOST_MEMORY = {
     "TPU v3": 340e9 / 8,  # v3-8
     "TPU v4": 407e9 / 8,  # ct4p-hightpu-4t; plans compile for half chips

@@ -171,13 +171,13 @@ def step_trips(c: config.Config, mesh: jax.sharding.Mesh, kind: str) -> TileTrip
     shards = possible.get(c.attention.strategy)
     if shards is None:
         raise ValueError(f"attention.strategy={c.attention.strategy!r} must be one of {', '.join(possible)}")
-    full = partial = 0.0
+    full, partial, tiling = 0.0, 0.0, Tiling(kernel.tile)
     for layers, ring in step_rings(c, mesh):
         own = ring._replace(members=shards, local=length // shards)
         hops = len(list(ring.owners(0))) / len(list(own.owners(0)))
-        counts = ring_counts(ring, dict.fromkeys(("ringattn_forward", "ringattn_backward"), Tiling(kernel.tile)))
+        counts = ring_counts(ring, dict.fromkeys(("ringattn_forward", "ringattn_backward"), tiling))
         forward = counts[KernelCall("ringattn_forward", ring.local, ring.local)]
-        tiles = ring.local // Tiling(kernel.tile).sizes(ring.local, ring.local)[0]
+        tiles = ring.local // tiling.sizes(ring.local, ring.local)[0]
         share = layers / c.model.layers * hops / tiles
         full, partial = full + share * forward.full, partial + share * forward.partial
     return TileTrips(full, partial, length // shards)

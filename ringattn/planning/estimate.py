@@ -28,7 +28,7 @@ from ringattn.config.stages import with_values
 from ringattn.cost.attention_kernels import DIRECTIONS
 from ringattn.cost.flops import RECOMPUTED, attention_flops, document_pairs, product_weights
 from ringattn.cost.minimum import host_moments, minimum_memory, saved_bytes
-from ringattn.hardware import CHIPS, HOST_BANDWIDTH, HOST_LINKS, NETWORKS, Chip, chip_name, platform
+from ringattn.hardware import CHIPS, NETWORKS, Chip, chip_name, host_bandwidth, platform
 from ringattn.mesh.axes import CONTEXT, CONTEXT_OUTER, DATA, TENSOR, sequence_shards
 from ringattn.mesh.processes import host_of
 from ringattn.model.families import layer_kinds, layer_mask
@@ -113,7 +113,7 @@ def estimate(c: config.Config, sizes: Mapping[str, int], machine: Machine) -> Es
     products = (6 * weights + 2 * repeated_products * layer_weights) * tokens / machine.devices
     compute += products / (PRODUCT_UTILISATION * machine.chip.flops)
     copied = _copied_bytes(c, sizes) * c.train.accumulate + host_moments(c, machine.devices)
-    copies = 2 * copied / HOST_LINKS.get(machine.kind, HOST_BANDWIDTH)
+    copies = 2 * copied / host_bandwidth(machine.kind)
     return Estimate(
         compute=compute,
         attention=attention,

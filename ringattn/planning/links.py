@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from ringattn.cost.program import Op
 from ringattn.cost.roofline import arrays
-from ringattn.hardware import CHIPS, HOST_BANDWIDTH, HOST_LINKS, NETWORKS
+from ringattn.hardware import CHIPS, NETWORKS, host_bandwidth
 from ringattn.mesh.processes import host_of
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
@@ -52,8 +52,7 @@ class Links:
         """Returns the bytes and the time of a collective or a copy, of `kind`, of scheduled HLO."""
         if kind in HOST_COPIES:
             own = max(array.size for array in arrays(op.shape) if not array.on_host)
-            bandwidth = HOST_LINKS.get(self._devices[0].device_kind, HOST_BANDWIDTH)
-            return Sent(own, None if self.bandwidth is None else own / bandwidth)
+            return Sent(own, None if self.bandwidth is None else own / host_bandwidth(self._devices[0].device_kind))
         found = arrays(op.shape.partition(", u32[]")[0] if kind == "collective-permute" else op.shape)
         sizes = [array.size for array in found]
         count, members = self._members(op)

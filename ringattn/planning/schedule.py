@@ -125,16 +125,11 @@ class Timeline:
             elif (done := pending.pop(_awaited(op), None)) is not None:
                 now += done.left
                 transfers.append(_Transfer(done.op, done.kind, done.sent, True, computed - done.computed, done.left))
-            elif (inner := self._collective(op)) is not None and not self._is_step(op):
-                fused = "all-reduce-scatter" in (op.attribute("calls") or "")
-                kind = "reduce-scatter" if fused else inner.kind
+            elif (found := self._synchronous(op)) is not None:
+                kind, inner = found
                 sent = self._links.sent(kind, inner)
                 now += sent.seconds or 0.0
                 transfers.append(_Transfer(inner, kind, sent, False, 0.0, sent.seconds or 0.0))
-            elif (copy := host_copy(op)) is not None:  # not asynchronous, or awaited in another computation
-                sent = self._links.sent(copy, op)
-                now += sent.seconds or 0.0
-                transfers.append(_Transfer(op, copy, sent, False, 0.0, sent.seconds or 0.0))
             else:
                 duration, compute = self._duration(computation, op)
                 now, computed = now + duration, computed + compute
@@ -169,6 +164,15 @@ class Timeline:
             inner = self._collective(op)
             return None if inner is None else inner.kind.removesuffix("-start")
         return None
+
+    def _synchronous(self, op: Op) -> tuple[str, Op] | None:
+        """Returns the kind and the op of a transfer that is not awaited in its computation; None if `op` is none."""
+        if (copy := host_copy(op)) is not None:
+            return copy, op
+        inner = self._collective(op)
+        if inner is None or self._is_step(op):
+            return None
+        return "reduce-scatter" if "all-reduce-scatter" in (op.attribute("calls") or "") else inner.kind, inner
 
     def _collective(self, op: Op) -> Op | None:
         """Returns the collective that an op is or contains; None without one."""
