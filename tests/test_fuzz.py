@@ -65,9 +65,9 @@ def test_the_command_finds_nothing(tmp_path):
         sys.executable,
         str(Path(__file__).with_name("fuzz.py")),
         "--cases",
-        "100",
+        "50",
         "--files",
-        "60",
+        "40",
         "--seed",
         "1",
     ]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import chex
@@ -227,6 +228,35 @@ def test_bfloat16_results_are_not_rounded(name):
     for x in (*part, *gradients):
         assert x.dtype == jnp.float32
         assert (jnp.asarray(x).astype(jnp.bfloat16).astype(jnp.float32) != x).mean() > 0.5
+
+
+@pytest.mark.parametrize(
+    ("window", "padded", "carried"),
+    [((11, 0), (0, 1, 0, 1), False), ((11, 0), (0, 1, 0, 1), True), (None, (1, 1, 1, 1), True)],
+)
+def test_query_gradients_are_rounded_once_all_keys_have_been_seen(window, padded, carried, capfd):
+    """Also those of tiles of queries without keys; with (1, 1, 1, 1), no tile of one of the two rows has any."""
+    segments = np.stack([np.repeat(-np.array(padded), 8), np.zeros(32, np.int64)]).astype(np.int32)
+    queries, kv, d_out = inputs(32, 32, tokens=Tokens(np.arange(32, dtype=np.int32)[None], segments))
+    queries = queries._replace(query=queries.query.astype(jnp.bfloat16))
+    kv = kv._replace(key=kv.key.astype(jnp.bfloat16), value=kv.value.astype(jnp.bfloat16))
+    subject, logit_spec = kernel("pallas", (8, 8)), LogitSpec(Mask(window=window), 0.3)
+    slopes = jnp.full(DIMS[1:3], 0.1)
+    numbers = jnp.asarray(np.random.default_rng(1).standard_normal(queries.query.shape), jnp.float32)
+    carry = QueryGrads(numbers, jnp.ones_like(slopes)) if carried else None
+
+    @partial(jax.jit, static_argnums=0)
+    def backward(dtype, queries, kv, d_out):
+        part = subject.forward(logit_spec, queries, kv, slopes, None)
+        residuals = Residuals(part.lse, (d_out * part.out).sum(-1), d_out.astype(jnp.bfloat16), part.out)
+        return subject.backward(logit_spec, queries, kv, slopes, residuals, carry, dtype)
+
+    with without_races(capfd):
+        actual = backward(jnp.bfloat16, queries, kv, d_out)
+    query_grads, kv_grads = backward(None, queries, kv, d_out)
+    assert query_grads.query.dtype == jnp.float32
+    rounded = query_grads._replace(query=query_grads.query.astype(jnp.bfloat16))
+    chex.assert_trees_all_equal(actual, (rounded, kv_grads))
 
 
 @both_kernels

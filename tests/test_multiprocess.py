@@ -83,25 +83,6 @@ def losses(directory, name):
     return [row[key] for row in rows for key in ("loss", "eval/loss") if key in row]
 
 
-@pytest.mark.slow
-def test_two_processes_train_like_one_and_their_run_is_resumed_by_one(text):
-    data = "--data.path", str(text / "one")
-    both = command(text, *data, "--mesh.simulate", "4", "--name", "both")
-    done = run_processes(both, both)
-    assert [status for *_, status in done] == [0, 0], done
-    assert ["run directory" in stdout for stdout, *_ in done] == [True, False]  # only process 0 prints
-    for name in ("single", "both"):  # the run of two processes is resumed by one
-        steps = "4" if name == "both" else "3"
-        done = subprocess.run(
-            command(text, *data, "--name", name, "--train.steps", steps), env=environ(), capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
-    assert "resuming from step 3" in done.stdout
-    single, both = losses(text, "single"), losses(text, "both")
-    assert (len(single), len(both)) == (4, 6)
-    np.testing.assert_allclose(both[:4], single, rtol=1e-5)
-
-
 @pytest.mark.parametrize("differs", ["data", "config"])
 def test_processes_with_different_data_or_config_do_not_train_together(text, differs):
     directories = (text / "one", text / ("two" if differs == "data" else "one"))

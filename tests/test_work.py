@@ -45,7 +45,7 @@ class AppendOwner:
     def forward(self, spec, queries, kv, slopes, carry, dtype=None):
         return carry._replace(out=10 * carry.out + kv.key)
 
-    def backward(self, spec, queries, kv, slopes, residuals, carry):
+    def backward(self, spec, queries, kv, slopes, residuals, carry, dtype=None):
         raise NotImplementedError
 
 

@@ -51,9 +51,10 @@ class Gather:
         slopes: Slopes | None,
         residuals: Residuals,
         carry: QueryGrads | None,
+        dtype: DTypeLike | None = None,
     ) -> tuple[QueryGrads, KVGrads]:
         """See `protocol.Kernel.backward`. Gathers K/V again, so that the forward pass need not keep them."""
-        query_grads, kv_grads = self.kernel.backward(spec, queries, self._gather(kv), slopes, residuals, carry)
+        query_grads, kv_grads = self.kernel.backward(spec, queries, self._gather(kv), slopes, residuals, carry, dtype)
         return query_grads, KVGrads(*map(self._reduce_scatter, kv_grads))
 
     def _reduce_scatter(self, x: Float[Array, "B G M D"]) -> Float[Array, "B G local_M D"]:

@@ -14,8 +14,7 @@ final send returns them to the owner during compute on half of the local shard. 
     remote n               -             of remote n - 1
     local, second half     -             of remote n, to its owner (final send)
 
-Barriers. An optimization barrier on the results of compute and transfer makes the next hop depend on both. Without the
-barrier, XLA could delay the transfer until after the compute.
+Barriers. They make the next hop depend on compute and transfer. XLA could otherwise transfer after computing.
 Hops. Hops that no device needs are omitted. The others form one run (direction, hops) per direction: see `hops.py`.
 """
 
@@ -55,7 +54,7 @@ class _Shard(NamedTuple):
 class _BackwardState(NamedTuple):
     """State between two hops of the backward pass. dK/dV of the previous remote shard are `received` + `added`."""
 
-    query_grads: QueryGrads
+    query_grads: QueryGrads | None
     remote: _Shard | None  # the shard to compute with next; None after the last hop
     received: KVGrads | None  # computed by the devices before this one; None before the second hop of a run
     added: KVGrads | None  # computed by this device; None before the first hop of a run
@@ -115,6 +114,7 @@ class Ring:
         slopes: Slopes | None,
         residuals: Residuals,
         carry: QueryGrads | None,
+        dtype: DTypeLike | None = None,
     ) -> tuple[QueryGrads, KVGrads]:
         """See `protocol.Kernel.backward`."""
         local, runs = self._local_shard(kv), self._runs(spec.mask, kv)
@@ -135,10 +135,12 @@ class Ring:
         def subsequent_hop(direction: int, state: _BackwardState) -> _BackwardState:
             return hop(direction, state, state.remote and self._send(state.remote, direction))
 
-        first_half, *second_half = kv.halves() if runs else [kv]
+        *first_half, last = kv.halves() if runs else [kv]
         first_sends = [self._send(local, direction) for direction, _ in runs] + [None]
-        query_grads, first_grads, remote = compute(carry, first_half, first_sends[0])
-        local_grads, final_sends = [first_grads], []
+        query_grads, remote, local_grads, final_sends = carry, first_sends[0], [], []
+        for half in first_half:  # none if a shard has one key
+            query_grads, grads, remote = compute(query_grads, half, remote)
+            local_grads.append(grads)
         for (direction, hops), next_first_send in zip(runs, first_sends[1:], strict=True):
             state = _BackwardState(query_grads, remote, None, None)
             if hops > 1:
@@ -149,11 +151,10 @@ class Ring:
             query_grads, remote, received, added = hop(direction, state, next_first_send)
             assert added is not None
             final_sends.append(self._send_grads(_add(received, added), -direction * hops))
-        for half in second_half:
-            query_grads, grads, final_sends = compute(query_grads, half, final_sends)
-            local_grads.append(grads)
-        key_grads, value_grads = (jnp.concatenate(halves, 2) for halves in zip(*local_grads, strict=True))
-        return query_grads, reduce(_add, final_sends, KVGrads(key_grads, value_grads))
+        new = self.kernel.backward(spec, queries, last, slopes, residuals, query_grads, dtype)
+        (query_grads, grads), final_sends = lax.optimization_barrier((new, final_sends))
+        local_grads = (jnp.concatenate(halves, 2) for halves in zip(*local_grads, grads, strict=True))
+        return query_grads, reduce(_add, final_sends, KVGrads(*local_grads))
 
     def _runs(self, mask: Mask, kv: KV) -> tuple[tuple[int, int], ...]:
         return hop_runs(mask, kv.tokens.spans is not None, self.implied, lax.axis_size(self.axis))
@@ -186,8 +187,7 @@ class Ring:
         return KVGrads(*(received.astype(x.dtype) for received, x in zip(sent, grads, strict=True)))
 
     def _shift(self, arrays: InFlight, offset: int) -> InFlight:
-        members = lax.axis_size(self.axis)
-        pairs = [(source, (source + offset) % members) for source in range(members)]
+        pairs = [(n, (n + offset) % lax.axis_size(self.axis)) for n in range(lax.axis_size(self.axis))]
         return jax.tree.map(lambda x: lax.ppermute(x, self.axis, pairs), arrays)
 
 

@@ -127,8 +127,8 @@ def _attend_backward(
     delta = (d_out.astype(lse.dtype) * out.astype(lse.dtype)).sum(-1)
     delta = rearrange(delta, "B L (G R) -> B G R L", G=inputs.key.shape[2])
     residuals = Residuals(lse, delta, *(group_heads(x, inputs.key.shape[2]) for x in (d_out, out)))
-    query_grads, kv_grads = kernel.backward(logit_spec, queries, kv, slopes, residuals, None)
-    d_query = ungroup_heads(query_grads.query.astype(inputs.query.dtype))
+    query_grads, kv_grads = kernel.backward(logit_spec, queries, kv, slopes, residuals, None, inputs.query.dtype)
+    d_query = ungroup_heads(query_grads.query)
     d_key, d_value = (rearrange(x.astype(inputs.key.dtype), "B G M D -> B M G D") for x in kv_grads)
     d_slopes = d_sinks = None
     if inputs.slopes is not None and query_grads.slopes is not None:

@@ -200,10 +200,11 @@ class Cudnn:
         slopes: Slopes | None,
         residuals: Residuals,
         carry: QueryGrads | None,
+        dtype: DTypeLike | None = None,
     ) -> tuple[QueryGrads, KVGrads]:
         """See `protocol.Kernel.backward`."""
         if (other := self._other(why_not(spec, queries, kv, slopes))) is not None:
-            return other.backward(spec, queries, kv, slopes, residuals, carry)
+            return other.backward(spec, queries, kv, slopes, residuals, carry, dtype)
         length, carry = queries.query.shape[3], carry or init_query_grads(queries, kv, slopes)
         q_side = queries.query, residuals.out, residuals.lse, residuals.d_out, carry.query
         *q_side, d_query = (pad(x, 3, length + extra_rows(spec.mask, kv)) for x in q_side)
@@ -217,7 +218,8 @@ class Cudnn:
                 grads = [jnp.where(kept, x, 0) for x in grads]
             d_query = _add(d_query, q_range, grads[0], 3)
             d_key, d_value = (_add(x, kv_range, y, 2) for x, y in zip((d_key, d_value), grads[1:], strict=True))
-        return carry._replace(query=d_query[:, :, :, :length]), KVGrads(d_key, d_value)
+        d_query = d_query[:, :, :, :length].astype(dtype or d_query.dtype)
+        return carry._replace(query=d_query), KVGrads(d_key, d_value)
 
     def _other(self, refusal: str | None) -> Kernel | None:
         """Returns the kernel to use instead of cuDNN; None if there is no refusal."""

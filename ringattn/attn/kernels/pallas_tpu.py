@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from ringattn.attn.kernels import tpu_backward, tpu_forward
 from ringattn.attn.kernels.protocol import KV, KVGrads, LogitSpec, Queries, QueryGrads, Residuals, Slopes
 from ringattn.attn.kernels.tiles import largest_divisor, pad, pad_to_tiles, tile_sizes
+from ringattn.attn.kernels.tpu_tiles import Options
 from ringattn.attn.softmax import Partial
 
 
@@ -50,7 +51,8 @@ class PallasTpu:
         carry = jax.tree.map(lambda x: _regroup(pad(x, 3, queries.query.shape[3]), groups), carry)
         sizes = tile_sizes(queries.query.shape[3], kv.key.shape[2], self.tile, self.multiple)
         queries = queries._replace(query=_regroup(queries.query, groups))
-        part = tpu_forward.forward(spec, queries, kv, slopes, carry, sizes, dtype or jnp.float32, self.interpret)
+        options = Options(sizes, dtype or jnp.float32, self.interpret)
+        part = tpu_forward.forward(spec, queries, kv, slopes, carry, options)
         out, lse = (x[:, :, :, : shape[3]].reshape(shape[: x.ndim]) for x in part)
         return Partial(out, lse)
 
@@ -62,6 +64,7 @@ class PallasTpu:
         slopes: Slopes | None,
         residuals: Residuals,
         carry: QueryGrads | None,
+        dtype: DTypeLike | None = None,
     ) -> tuple[QueryGrads, KVGrads]:
         """See `protocol.Kernel.backward`."""
         shape, groups, tile = queries.query.shape, self._groups(queries.query), self.backward_tile or self.tile
@@ -73,7 +76,7 @@ class PallasTpu:
         sizes = tile_sizes(queries.query.shape[3], kv.key.shape[2], tile, self.multiple)
         queries = queries._replace(query=_regroup(queries.query, groups))
         d_query, d_slopes, kv_grads = tpu_backward.backward(
-            spec, queries, kv, slopes, residuals, query_carry, sizes, self.interpret
+            spec, queries, kv, slopes, residuals, query_carry, Options(sizes, dtype or jnp.float32, self.interpret)
         )
         if slopes is not None and d_slopes is not None:
             d_slopes = d_slopes.reshape(slopes.shape)

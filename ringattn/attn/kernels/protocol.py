@@ -148,10 +148,12 @@ class Kernel(Protocol):
         slopes: Slopes | None,
         residuals: Residuals,
         carry: QueryGrads | None,
+        dtype: DTypeLike | None = None,
     ) -> tuple[QueryGrads, KVGrads]:
         """Returns the query gradients due to `kv`, plus `carry` if given, and the K/V gradients due to these queries.
 
-        Gradients include `spec.scale` and are in the dtype of `accumulation_dtype`.
+        Gradients include `spec.scale` and are in the dtype of `accumulation_dtype`, but those of the query are rounded
+        to `dtype` if that is given.
         """
         ...
 

@@ -2,8 +2,8 @@
 
 A grid step has one tile of keys, for one K/V head. It visits the tiles of queries that see one of its keys, with the R
 query heads of the K/V head. The gradients of the keys and values stay in VMEM. Those of the queries are fetched from
-HBM, added to, and written back, while the next tile is fetched and computed. Logits are transposed, [keys, queries], so
-that lse and delta are rows, as they are stored.
+HBM, added to, and written back, while the next tile is fetched and computed. In the last call, each tile is rounded in
+its last visit. Logits are transposed, [keys, queries], so that lse and delta are rows, as they are stored.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,9 @@ from ringattn.attn.kernels.protocol import KV, KVGrads, LogitSpec, Queries, Resi
 from ringattn.attn.kernels.tpu_backward_memory import SLOTS, Grads, Inputs, Scratch, scratch_tiles, specs
 from ringattn.attn.kernels.tpu_tiles import (
     LOG2_E,
+    Options,
     Pairs,
+    Ref,
     Scalar,
     SideSpec,
     Tables,
@@ -51,35 +53,35 @@ def backward(
     slopes: Slopes | None,
     residuals: Residuals,
     carry: Array | None,
-    sizes: tuple[int, int],
-    interpret: bool,
+    options: Options,
 ) -> tuple[Array, Array | None, KVGrads]:
     """Returns the gradients of query, slopes and K/V.
 
     Args:
       queries: [B, groups, R, L, D]; `groups` is a multiple of the K/V heads, and adjacent groups share one.
       carry: [B, groups, R, L, D] float32, to which the gradients of the query are added; None: all zero.
-      sizes: queries and keys in a tile; they divide the lengths.
-      interpret: True to run in the interpreter.
     """
-    (B, G, R, _, _), length, (q_size, kv_size) = queries.query.shape, kv.key.shape[2], sizes
+    (B, G, R, _, _), length, (sizes, dtype, interpret) = queries.query.shape, kv.key.shape[2], options
     (q_side, q_spec), (kv_side, kv_spec) = sides(spec.mask, queries.tokens, kv.tokens, sizes)
     scalars, sharing = tables(q_side, kv_side, slopes), G // kv.key.shape[1]
     lse, delta, d_out = residuals[:3]
     inputs = Inputs(queries.query, d_out, lse, delta, q_side.ids, kv.key, kv.value, kv_side.ids, carry)
-    in_specs, out_specs = specs(inputs, sizes, slopes is not None)
+    rounded = dtype == queries.query.dtype != jnp.float32
+    in_specs, out_specs = specs(inputs, sizes, rounded, slopes is not None)
     shapes = Grads(
         query=queries.query.shape,
+        rounded=None,
         key=(B, G, *kv.key.shape[2:]),
         value=(B, G, *kv.value.shape[2:]),
-        slopes=None if slopes is None else (B, G, R, q_size),
+        slopes=None if slopes is None else (B, G, R, sizes[0]),
     )
+    types = Grads(*(None if x is None else result(x, queries.query) for x in shapes))
     grads = pl.pallas_call(
         partial(_kernel, spec, (G, sharing), q_spec, kv_spec),
-        out_shape=(Grads(*(None if x is None else result(x, queries.query) for x in shapes)),),
+        out_shape=(types._replace(rounded=result(shapes.query, queries.query, dtype) if rounded else None),),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(B * G, length // kv_size),
+            grid=(B * G, length // sizes[1]),
             in_specs=[in_specs],
             out_specs=(out_specs,),
             scratch_shapes=[scratch_tiles(inputs, q_spec, kv_spec)],
@@ -90,7 +92,7 @@ def backward(
     )(scalars, inputs)[0]
     d_slopes = None if grads.slopes is None else -grads.slopes.sum((0, 3))
     d_key, d_value = (x.reshape(B, -1, sharing, *x.shape[2:]).sum(2) for x in (grads.key, grads.value))
-    return grads.query, d_slopes, KVGrads(d_key, d_value)
+    return grads.rounded if rounded else grads.query.astype(dtype), d_slopes, KVGrads(d_key, d_value)
 
 
 def _kernel(
@@ -119,29 +121,30 @@ class _GridStep:
 
     def run(self) -> None:
         first, stop = self.pairs.kv.range(self.pairs.tables.kv, self.pairs.row, self.j)
-        if self.inputs.carry is None:
-            pl.when(self.j == 0)(self.clear_unseen)
+        if self.inputs.carry is None or self.grads.rounded is not None:
+            pl.when(self.j == 0)(self.write_unseen)
 
         def next_tile(i: Scalar) -> Scalar:
             return next_visible(lambda i: self.pairs.related(i, self.j)[0], i, stop)
 
-        def visit(state: tuple[Scalar, Scalar]) -> tuple[Scalar, Scalar]:
-            i, n = state
+        def visit(state: tuple[Scalar, ...]) -> tuple[Scalar, ...]:
+            i, n, *earlier = state
             slot, following = lax.rem(n, SLOTS), next_tile(i + 1)
             # The slot of the next tile is that of the visit before the last one.
-            pl.when(n >= 2)(lambda: wait(self.write(i, lax.rem(n + 1, SLOTS))))
+            pl.when(n >= 2)(lambda: self.write(earlier[1], lax.rem(n + 1, SLOTS), wait))
             pl.when(following < stop)(lambda: self.fetch(following, lax.rem(n + 1, SLOTS), start))
             self.fetch(i, slot, wait)
             pl.when(self.is_first(i))(lambda: self.clear(slot))
             self.pairs.run(i, self.j, partial(self.add_tile, i, slot))
-            start(self.write(i, slot))
-            return following, n + 1
+            self.write(i, slot, start)
+            return following, n + 1, i, earlier[0]
 
         pl.when(first < stop)(lambda: self.fetch(first, jnp.int32(0), start))
         self.begin()
-        _, visits = lax.while_loop(lambda state: state[0] < stop, visit, (first, jnp.int32(0)))
-        for back in (2, 1):  # all gradients must be in HBM before the next grid step reads them
-            pl.when(visits >= back)(lambda back=back: wait(self.write(first, lax.rem(visits - back, SLOTS))))
+        state = first, jnp.int32(0), first, first
+        _, visits, *earlier = lax.while_loop(lambda state: state[0] < stop, visit, state)
+        for back, i in ((2, earlier[1]), (1, earlier[0])):  # the next grid step reads all gradients from HBM
+            pl.when(visits >= back)(lambda back=back, i=i: self.write(i, lax.rem(visits - back, SLOTS), wait))
         self.grads.key[...] *= self.pairs.spec.scale
 
     def fetch(self, i: Scalar, slot: Scalar, action: Callable[[list[Any]], None]) -> None:
@@ -164,9 +167,9 @@ class _GridStep:
         """Sets the gradients of the queries in a slot to 0."""
         self.scratch.d_query[slot] = jnp.zeros(self.scratch.d_query.shape[1:], jnp.float32)
 
-    def clear_unseen(self) -> None:
-        """Sets the gradients of queries that see no key to 0."""
-        self.clear(jnp.int32(0))
+    def write_unseen(self) -> None:
+        """Writes the gradients of queries that see no key: those of the carry, or 0."""
+        slot = jnp.int32(0)
 
         @pl.loop(0, self.pairs.q.tiles)
         def _(i: Scalar) -> None:
@@ -174,13 +177,36 @@ class _GridStep:
 
             @pl.when(first == stop)
             def _():
-                start(self.write(i, jnp.int32(0)))
-                wait(self.write(i, jnp.int32(0)))
+                if self.inputs.carry is None:
+                    self.clear(slot)
+                else:
+                    source = self.grads.query.at[self.pairs.row, self.pairs.group, :, self.tokens_at(i)]
+                    pltpu.sync_copy(source, self.scratch.d_query.at[slot])
+                self.write(i, slot, start)
+                self.write(i, slot, wait)
 
-    def write(self, i: Scalar, slot: Scalar) -> list[Any]:
-        """Returns the copy of the gradients of tile i of the queries to HBM."""
-        target = self.grads.query.at[self.pairs.row, self.pairs.group, :, self.tokens_at(i)]
-        return [pltpu.make_async_copy(self.scratch.d_query.at[slot], target, self.scratch.written.at[slot])]
+    def write(self, i: Scalar, slot: Scalar, action: Callable[[list[Any]], None]) -> None:
+        """Starts the copy of the gradients of tile i of the queries to HBM, or waits for it.
+
+        Rounds them first if they are complete. The tile of queries, of the same dtype, is then no longer needed.
+        """
+        scratch, grads = self.scratch, self.grads
+        at = self.pairs.row, self.pairs.group, slice(None), self.tokens_at(i)
+
+        def copy(source: Ref, target: Ref) -> None:
+            action([pltpu.make_async_copy(source.at[slot], target.at[at], scratch.written.at[slot])])
+
+        if grads.rounded is None:
+            return copy(scratch.d_query, grads.query)
+
+        def copy_rounded() -> None:
+            if action is start:
+                scratch.query[slot] = scratch.d_query[slot].astype(scratch.query.dtype)
+            copy(scratch.query, grads.rounded)
+
+        complete = self.pairs.q.range(self.pairs.tables.q, self.pairs.row, i)[1] <= self.j + 1
+        pl.when(complete)(copy_rounded)
+        pl.when(jnp.logical_not(complete))(lambda: copy(scratch.d_query, grads.query))
 
     def tokens_at(self, i: Scalar) -> Any:
         size = self.pairs.q.size

@@ -31,7 +31,8 @@ class Inputs(NamedTuple):
 class Grads(NamedTuple):
     """References that the kernel writes: gradients of queries in HBM, of the grid step's keys, and of the slopes."""
 
-    query: Ref  # [B, G, R, L, D]
+    query: Ref  # [B, G, R, L, D], float32
+    rounded: Ref  # None, or [B, G, R, L, D] in the dtype of the queries, to which a tile is written when it is complete
     key: Ref  # [keys, D]
     value: Ref  # [keys, Dv]
     slopes: Ref  # None, or [R, queries]: sums over the queries at the same place in their tile
@@ -51,7 +52,7 @@ class Scratch(NamedTuple):
     kv_ids: Ref  # or None
 
 
-def specs(inputs: Inputs, sizes: tuple[int, int], slopes: bool) -> tuple[Inputs, Grads]:
+def specs(inputs: Inputs, sizes: tuple[int, int], rounded: bool, slopes: bool) -> tuple[Inputs, Grads]:
     """Returns the tiles of a grid step. Arrays of queries stay in HBM."""
     (_, groups, heads, *_), kv_heads, (q_size, kv_size) = inputs.query.shape, inputs.key.shape[1], sizes
     hbm = pl.BlockSpec(memory_space=pl.ANY)
@@ -80,7 +81,13 @@ def specs(inputs: Inputs, sizes: tuple[int, int], slopes: bool) -> tuple[Inputs,
         carry=None if inputs.carry is None else hbm,
     )
     slopes_tile = pl.BlockSpec((None, None, heads, q_size), lambda n, *_: (*row_and_group(n, groups), 0, 0))
-    return in_specs, Grads(hbm, kv_tile(key_dim, 1), kv_tile(value_dim, 1), slopes_tile if slopes else None)
+    return in_specs, Grads(
+        query=hbm,
+        rounded=hbm if rounded else None,
+        key=kv_tile(key_dim, 1),
+        value=kv_tile(value_dim, 1),
+        slopes=slopes_tile if slopes else None,
+    )
 
 
 def scratch_tiles(inputs: Inputs, q_spec: SideSpec, kv_spec: SideSpec) -> Scratch:

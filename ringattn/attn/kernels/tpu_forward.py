@@ -13,13 +13,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from ringattn.attn.kernels.protocol import KV, LogitSpec, Queries, Slopes
 from ringattn.attn.kernels.tpu_tiles import (
     LANES,
     LOG2_E,
+    Options,
     Pairs,
     Ref,
     Scalar,
@@ -81,9 +81,7 @@ def forward(
     kv: KV,
     slopes: Slopes | None,
     carry: Partial | None,
-    sizes: tuple[int, int],
-    dtype: DTypeLike,
-    interpret: bool,
+    options: Options,
 ) -> Partial:
     """Returns attention to the keys of `carry` and of `kv` together.
 
@@ -91,11 +89,8 @@ def forward(
       queries: [B, groups, R, L, D]; `groups` is a multiple of the K/V heads, and adjacent groups share one.
       carry: results for earlier keys, with the same groups; None if there are none. Updated in place if it has the
         dtypes of the result.
-      dtype: dtype of the output.
-      sizes: queries and keys in a tile; they divide the lengths.
-      interpret: True to run in the interpreter.
     """
-    query, (B, G, _, length, _), q_size = queries.query, queries.query.shape, sizes[0]
+    query, (B, G, _, length, _), (sizes, dtype, interpret) = queries.query, queries.query.shape, options
     sharing = G // kv.key.shape[1]
     (q_side, q_spec), (kv_side, kv_spec) = sides(spec.mask, queries.tokens, kv.tokens, sizes)
     scalars = tables(q_side, kv_side, slopes)
@@ -108,7 +103,7 @@ def forward(
         out_shape=(_Part(result((*query.shape[:4], kv.value.shape[3]), query, dtype), result(query.shape[:4], query)),),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(B * G, length // q_size),
+            grid=(B * G, length // sizes[0]),
             in_specs=[in_specs],
             out_specs=(out_specs,),
             scratch_shapes=[_scratch(inputs, q_spec, kv_spec)],

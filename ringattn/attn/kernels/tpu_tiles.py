@@ -29,6 +29,17 @@ Ref = Any
 Scalar = Int[Array, ""]
 
 
+class Options(NamedTuple):
+    """The options of a call of a kernel."""
+
+    sizes: tuple[int, int]
+    """Queries and keys in a tile; they divide the lengths."""
+    dtype: DTypeLike
+    """Dtype of the output, or of the gradients of the query."""
+    interpret: bool
+    """True to run in the interpreter."""
+
+
 class Side(NamedTuple):
     """The tokens of the queries or of the keys, as a kernel takes them."""
 

@@ -83,6 +83,7 @@ class Xla:
         slopes: Slopes | None,
         residuals: Residuals,
         carry: QueryGrads | None,
+        dtype: DTypeLike | None = None,
     ) -> tuple[QueryGrads, KVGrads]:
         """See `protocol.Kernel.backward`."""
         length, kv_length = queries.query.shape[3], kv.key.shape[2]
@@ -114,7 +115,8 @@ class Xla:
         no_kv_grads = KVGrads(zeros(kv.key.shape, *like), zeros(kv.value.shape, *like))
         plan = plan_tiles(spec.mask, queries, kv, self.tile)
         query_grads, kv_grads = plan.if_any(lambda state: plan.visit(step, state), (carry, no_kv_grads))
-        query_grads = query_grads._replace(query=query_grads.query[:, :, :, :length])
+        d_query = query_grads.query[:, :, :, :length]
+        query_grads = query_grads._replace(query=d_query.astype(dtype or d_query.dtype))
         return query_grads, KVGrads(*(x[:, :, :kv_length] for x in kv_grads))
 
 
