@@ -37,21 +37,24 @@ def text(tmp_path):
 def train(directory: Path, name: str, *flags: str, processes: int = 1) -> None:
     words = command(directory, *FLAGS, "--data.path", str(directory / "text.txt"), "--name", name, *flags)
     if processes > 1:
-        assert [status for *_, status in run_processes(*[words] * processes)] == [0] * processes
+        done = run_processes(*[words] * processes)
+        assert [status for *_, status in done] == [0] * processes, done
+        assert ["run directory" in stdout for stdout, *_ in done] == [True] + [False] * (processes - 1)
     else:
         done = subprocess.run(words, env=environ(), capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
 
 
-def losses(directory: Path, name: str) -> dict[int, float]:
+def losses(directory: Path, name: str) -> dict[tuple[str, int], float]:
     rows = map(json.loads, (directory / "runs" / name / "metrics.jsonl").read_text().splitlines())
-    return {row["step"]: row["loss"] for row in rows if "loss" in row}
+    return {(key, row["step"]): row[key] for row in rows for key in ("loss", "eval/loss") if key in row}
 
 
 def check_losses(directory: Path, name: str) -> None:
     expected, found = losses(directory, "whole"), losses(directory, name)
-    assert sorted(found) == list(range(1, 25))
-    np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-6)
+    assert sorted(step for key, step in found if key == "loss") == list(range(1, 25))
+    assert found.keys() == expected.keys()
+    np.testing.assert_allclose([found[each] for each in expected], list(expected.values()), rtol=1e-6)
 
 
 def resume_from(directory: Path, name: str, step: int) -> None:

@@ -235,7 +235,7 @@ def test_bfloat16_results_are_not_rounded(name):
     [((11, 0), (0, 1, 0, 1), False), ((11, 0), (0, 1, 0, 1), True), (None, (1, 1, 1, 1), True)],
 )
 def test_query_gradients_are_rounded_once_all_keys_have_been_seen(window, padded, carried, capfd):
-    """Also those of tiles of queries without keys; with (1, 1, 1, 1), no tile of one of the two rows has any."""
+    """Also in tiles of queries that see no key; with (1, 1, 1, 1), no tile of the first row sees one."""
     segments = np.stack([np.repeat(-np.array(padded), 8), np.zeros(32, np.int64)]).astype(np.int32)
     queries, kv, d_out = inputs(32, 32, tokens=Tokens(np.arange(32, dtype=np.int32)[None], segments))
     queries = queries._replace(query=queries.query.astype(jnp.bfloat16))

@@ -14,7 +14,7 @@ final send returns them to the owner during compute on half of the local shard. 
     remote n               -             of remote n - 1
     local, second half     -             of remote n, to its owner (final send)
 
-Barriers. They make the next hop depend on compute and transfer. XLA could otherwise transfer after computing.
+Barriers. Without the optimization barrier between two hops, XLA could start a transfer after its hop's compute.
 Hops. Hops that no device needs are omitted. The others form one run (direction, hops) per direction: see `hops.py`.
 """
 
@@ -135,10 +135,10 @@ class Ring:
         def subsequent_hop(direction: int, state: _BackwardState) -> _BackwardState:
             return hop(direction, state, state.remote and self._send(state.remote, direction))
 
-        *first_half, last = kv.halves() if runs else [kv]
+        *first_half, last = kv.halves() if runs else [kv]  # no first half without hops, or with shards of one key
         first_sends = [self._send(local, direction) for direction, _ in runs] + [None]
         query_grads, remote, local_grads, final_sends = carry, first_sends[0], [], []
-        for half in first_half:  # none if a shard has one key
+        for half in first_half:
             query_grads, grads, remote = compute(query_grads, half, remote)
             local_grads.append(grads)
         for (direction, hops), next_first_send in zip(runs, first_sends[1:], strict=True):
@@ -151,10 +151,10 @@ class Ring:
             query_grads, remote, received, added = hop(direction, state, next_first_send)
             assert added is not None
             final_sends.append(self._send_grads(_add(received, added), -direction * hops))
-        new = self.kernel.backward(spec, queries, last, slopes, residuals, query_grads, dtype)
+        new = self.kernel.backward(spec, queries, last, slopes, residuals, query_grads, dtype)  # during the final sends
         (query_grads, grads), final_sends = lax.optimization_barrier((new, final_sends))
-        local_grads = (jnp.concatenate(halves, 2) for halves in zip(*local_grads, grads, strict=True))
-        return query_grads, reduce(_add, final_sends, KVGrads(*local_grads))
+        key_grads, value_grads = (jnp.concatenate(halves, 2) for halves in zip(*local_grads, grads, strict=True))
+        return query_grads, reduce(_add, final_sends, KVGrads(key_grads, value_grads))
 
     def _runs(self, mask: Mask, kv: KV) -> tuple[tuple[int, int], ...]:
         return hop_runs(mask, kv.tokens.spans is not None, self.implied, lax.axis_size(self.axis))

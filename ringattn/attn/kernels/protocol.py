@@ -3,7 +3,8 @@
 Arrays have heads before the sequence, so that a tile of one head is contiguous. The R query heads that share a K/V
 head are adjacent: query [B, G, R, L, D], key [B, G, M, D], value [B, G, M, Dv], slopes [G, R].
 
-Inputs are bfloat16 or float32. Results are float32 (float64 for float64), because later shards add to them.
+Inputs are bfloat16 or float32. Results are float32 (float64 for float64), because later shards add to them; the last
+call may round the output and the query gradients.
 """
 
 from dataclasses import dataclass

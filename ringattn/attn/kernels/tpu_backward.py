@@ -2,8 +2,8 @@
 
 A grid step has one tile of keys, for one K/V head. It visits the tiles of queries that see one of its keys, with the R
 query heads of the K/V head. The gradients of the keys and values stay in VMEM. Those of the queries are fetched from
-HBM, added to, and written back, while the next tile is fetched and computed. In the last call, each tile is rounded in
-its last visit. Logits are transposed, [keys, queries], so that lse and delta are rows, as they are stored.
+HBM, added to, and written back, while the next tile is fetched and computed; if they are to be rounded, the last visit
+writes a tile to a second array. Logits are transposed, [keys, queries], so that lse and delta are rows, as stored.
 """
 
 from collections.abc import Callable
@@ -55,7 +55,7 @@ def backward(
     carry: Array | None,
     options: Options,
 ) -> tuple[Array, Array | None, KVGrads]:
-    """Returns the gradients of query, slopes and K/V.
+    """Returns the gradients of query, in `options.dtype`, and those of slopes and K/V, in float32.
 
     Args:
       queries: [B, groups, R, L, D]; `groups` is a multiple of the K/V heads, and adjacent groups share one.
@@ -66,7 +66,8 @@ def backward(
     scalars, sharing = tables(q_side, kv_side, slopes), G // kv.key.shape[1]
     lse, delta, d_out = residuals[:3]
     inputs = Inputs(queries.query, d_out, lse, delta, q_side.ids, kv.key, kv.value, kv_side.ids, carry)
-    rounded = dtype == queries.query.dtype != jnp.float32
+    # The kernel rounds in the memory of a tile of queries, hence to their dtype only; to others, XLA converts.
+    rounded = dtype == queries.query.dtype and dtype != jnp.float32
     in_specs, out_specs = specs(inputs, sizes, rounded, slopes is not None)
     shapes = Grads(
         query=queries.query.shape,
@@ -121,29 +122,29 @@ class _GridStep:
 
     def run(self) -> None:
         first, stop = self.pairs.kv.range(self.pairs.tables.kv, self.pairs.row, self.j)
-        if self.inputs.carry is None or self.grads.rounded is not None:
+        if self.inputs.carry is None or self.grads.rounded is not None:  # otherwise, the carry is in place
             pl.when(self.j == 0)(self.write_unseen)
 
         def next_tile(i: Scalar) -> Scalar:
             return next_visible(lambda i: self.pairs.related(i, self.j)[0], i, stop)
 
         def visit(state: tuple[Scalar, ...]) -> tuple[Scalar, ...]:
-            i, n, *earlier = state
+            i, n, previous, before_previous = state
             slot, following = lax.rem(n, SLOTS), next_tile(i + 1)
             # The slot of the next tile is that of the visit before the last one.
-            pl.when(n >= 2)(lambda: self.write(earlier[1], lax.rem(n + 1, SLOTS), wait))
+            pl.when(n >= 2)(lambda: self.write(before_previous, lax.rem(n + 1, SLOTS), wait))
             pl.when(following < stop)(lambda: self.fetch(following, lax.rem(n + 1, SLOTS), start))
             self.fetch(i, slot, wait)
             pl.when(self.is_first(i))(lambda: self.clear(slot))
             self.pairs.run(i, self.j, partial(self.add_tile, i, slot))
             self.write(i, slot, start)
-            return following, n + 1, i, earlier[0]
+            return following, n + 1, i, previous
 
         pl.when(first < stop)(lambda: self.fetch(first, jnp.int32(0), start))
         self.begin()
         state = first, jnp.int32(0), first, first
-        _, visits, *earlier = lax.while_loop(lambda state: state[0] < stop, visit, state)
-        for back, i in ((2, earlier[1]), (1, earlier[0])):  # the next grid step reads all gradients from HBM
+        _, visits, previous, before_previous = lax.while_loop(lambda state: state[0] < stop, visit, state)
+        for back, i in ((2, before_previous), (1, previous)):  # the next grid step reads all gradients from HBM
             pl.when(visits >= back)(lambda back=back, i=i: self.write(i, lax.rem(visits - back, SLOTS), wait))
         self.grads.key[...] *= self.pairs.spec.scale
 
@@ -188,7 +189,8 @@ class _GridStep:
     def write(self, i: Scalar, slot: Scalar, action: Callable[[list[Any]], None]) -> None:
         """Starts the copy of the gradients of tile i of the queries to HBM, or waits for it.
 
-        Rounds them first if they are complete. The tile of queries, of the same dtype, is then no longer needed.
+        In the last visit of a tile whose gradients are to be rounded, rounds them into the slot's tile of queries,
+        which is no longer needed, and copies that. Wait for the tile that was started: the two copies differ in size.
         """
         scratch, grads = self.scratch, self.grads
         at = self.pairs.row, self.pairs.group, slice(None), self.tokens_at(i)

@@ -29,10 +29,10 @@ class Inputs(NamedTuple):
 
 
 class Grads(NamedTuple):
-    """References that the kernel writes: gradients of queries in HBM, of the grid step's keys, and of the slopes."""
+    """References that the kernel writes: gradients of queries, in HBM, of the grid step's keys, and of the slopes."""
 
-    query: Ref  # [B, G, R, L, D], float32
-    rounded: Ref  # None, or [B, G, R, L, D] in the dtype of the queries, to which a tile is written when it is complete
+    query: Ref  # [B, G, R, L, D], float32; if they are rounded, only sums that are not complete yet
+    rounded: Ref  # None, or [B, G, R, L, D] in the dtype of the queries: complete sums
     key: Ref  # [keys, D]
     value: Ref  # [keys, Dv]
     slopes: Ref  # None, or [R, queries]: sums over the queries at the same place in their tile

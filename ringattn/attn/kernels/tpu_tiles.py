@@ -30,12 +30,12 @@ Scalar = Int[Array, ""]
 
 
 class Options(NamedTuple):
-    """The options of a call of a kernel."""
+    """Options of a kernel call."""
 
     sizes: tuple[int, int]
     """Queries and keys in a tile; they divide the lengths."""
     dtype: DTypeLike
-    """Dtype of the output, or of the gradients of the query."""
+    """Dtype of the output (forward) or of the query gradients (backward)."""
     interpret: bool
     """True to run in the interpreter."""
 
